@@ -1,0 +1,330 @@
+"""Decompose the bilinear classifiers of one data set, and measure what their eigenvectors are good for.
+
+Reads   data/<dataset>.safetensors, models/train_bilinear/<dataset>/
+Writes  models/decompose_bilinear/<dataset>/decomposition.pt   DecompositionArtifacts of the first regularised classifier
+        reports/decompose_bilinear/<dataset>/summary.json      every number beside its baseline
+        reports/decompose_bilinear/<dataset>/truncation.csv    accuracy from k eigenvectors a class
+        reports/decompose_bilinear/<dataset>/two_layer.csv     accuracy from k1 outer and k2 inner eigenvectors
+        reports/decompose_bilinear/<dataset>/*.png
+"""
+
+import copy
+import statistics
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.bilinear import pictures
+from stages.bilinear.decomposition import (
+    DecompositionArtifacts,
+    adversarial_masks,
+    data_basis,
+    decompose_bilinear_model,
+    decompose_two_layers,
+    eigen_terms,
+    embed,
+    input_basis,
+    matched_similarity,
+    nested_logits,
+    order_by_magnitude,
+    order_by_sign,
+    pixel_attributions,
+    subspace_similarity,
+    truncated_logits,
+)
+from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
+from stages.bilinear.training import load_model, save_checkpoint
+from stages.common.artifacts import save_csv, save_json
+from stages.common.command import InputError, parse_arguments, run
+from stages.common.images import ImageSet, load_images, split_validation
+from stages.common.metrics import accuracy, mean_std, over_seeds
+from stages.common.params import StageParams
+from stages.common.runtime import generator, pick_device, pin_threads
+
+RUNS = Path("models/train_bilinear")
+MODELS = Path("models/decompose_bilinear")
+REPORTS = Path("reports/decompose_bilinear")
+
+SINGLE_LAYER = ("regularised", "unregularised")
+CHUNK = 1000  # images at a time, where memory grows with images x classes x eigenvectors
+MASK_CANDIDATES = 3  # masks of each class among which validation chooses
+PERMUTATIONS = 5  # of each mask, as its baseline
+
+Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
+Model = BilinearImageClassifier
+Rows = list[dict[str, Any]]
+
+
+class Params(StageParams):
+    """Parameters of one data set's decomposition."""
+
+    seed: NonNegativeInt  # of random baselines
+    ranks: Ranks  # eigenvectors a class in the truncation tables; cut at the network's size
+    headline_ranks: Ranks  # those that summary.json shows
+    nested_ranks: Ranks  # outer and inner eigenvectors a class in the two-layer table; cut likewise
+    mask_norm: PositiveFloat  # where the pixel range is 1
+    mask_rank: PositiveInt  # eigenvectors a class that a mask must not excite, but for one
+    validation_images: PositiveInt  # on which masks are chosen
+    deletion_fractions: list[Annotated[float, Field(gt=0, lt=1)]]  # of all pixels
+    similarity_rank: PositiveInt  # eigenvectors a class that are matched between seeds
+    subspace_rank: PositiveInt  # positive eigenvectors a class whose span is compared
+
+
+def decompose_in_bases(model: Model, x: Float[Tensor, "n c h w"]) -> dict[str, DecompositionArtifacts]:
+    """Decompose in the hidden, the input and the data basis of `x`; in float64, since whitening is ill-conditioned."""
+    model = copy.deepcopy(model).double()
+    bases = {"hidden": None, "input": input_basis(model), "data": data_basis(model, x.double())}
+    return {name: decompose_bilinear_model(model, basis).to(x.dtype) for name, basis in bases.items()}
+
+
+def reconstruction_error(model: Model, artifacts: DecompositionArtifacts, x: Float[Tensor, "n c h w"]) -> float:
+    """Return the largest difference between the network's logits and its eigenvectors', over the largest logit."""
+    logits = model(x)
+    rebuilt = eigen_terms(embed(model, x), artifacts.eigenvalues, artifacts.eigenvectors_hidden).sum(2)
+    return ((rebuilt - logits).abs().max() / logits.abs().max()).item()
+
+
+def truncation_accuracy(
+    model: Model, artifacts: DecompositionArtifacts, test: ImageSet, ranks: list[int], seed: int
+) -> dict[str, dict[int, float]]:
+    """Return the accuracy from k eigenvectors a class, by ranking and k.
+
+    Rankings: `magnitude` takes the k largest |lambda|, `sign` the k most positive and the k most negative, and
+    `random`, the baseline, any 2 k.
+    """
+    values = artifacts.eigenvalues
+    n = values.shape[1]
+    shuffled = torch.rand(values.shape, generator=generator(seed, "random eigenvectors")).argsort(1).to(values.device)
+    rankings = {
+        "magnitude": (order_by_magnitude(values), ranks),
+        "sign": (order_by_sign(values), [min(2 * k, n) for k in ranks]),
+        "random": (shuffled, [min(2 * k, n) for k in ranks]),
+    }
+    correct = {name: torch.zeros(len(ranks), dtype=torch.double, device=values.device) for name in rankings}
+    for rows in torch.arange(len(test)).split(CHUNK):
+        chunk = test.subset(rows)
+        terms = eigen_terms(embed(model, chunk.pixels()), values, artifacts.eigenvectors_hidden)
+        for name, (order, counts) in rankings.items():
+            correct[name] += accuracy(truncated_logits(terms, order, counts), chunk.labels) * len(chunk)
+    return {name: dict(zip(ranks, (hits / len(test)).tolist(), strict=True)) for name, hits in correct.items()}
+
+
+def mask_accuracy(
+    model: Model, artifacts: DecompositionArtifacts, validation: ImageSet, test: ImageSet, params: Params, seed: int
+) -> tuple[dict[str, float], Float[Tensor, "c d"], Float[Tensor, "c d"]]:
+    """Return test accuracies under masks of `mask_norm`, the mask of each class, and the same with its pixels permuted.
+
+    Added to every image, a class's mask is the candidate and sign that hurt most on validation images. `best_mask` is the
+    class whose mask hurt most there, `mean_mask` the mean over classes; `permuted` is the mean over permutations of
+    every mask, the baseline.
+    """
+    candidates = params.mask_norm * adversarial_masks(artifacts, params.mask_rank)[:, :MASK_CANDIDATES]
+    candidates = torch.cat([candidates, -candidates], dim=1)  # [c, m, d]
+    shape = test.images.shape[1:]
+
+    def masked_accuracy(data: ImageSet, mask: Float[Tensor, " d"]) -> float:
+        return accuracy(model(data.pixels() + mask.view(shape)), data.labels).item()
+
+    on_validation = torch.tensor([[masked_accuracy(validation, mask) for mask in masks] for masks in candidates])
+    chosen = candidates[torch.arange(len(candidates)), on_validation.argmin(1).to(candidates.device)]
+    on_test = [masked_accuracy(test, mask) for mask in chosen]
+    random = generator(seed, "permuted masks")
+    orders = [torch.randperm(chosen.shape[1], generator=random).to(chosen.device) for _ in range(PERMUTATIONS)]
+    permuted = [masked_accuracy(test, mask[order]) for order in orders for mask in chosen]
+    result = {
+        "clean": masked_accuracy(test, torch.zeros_like(chosen[0])),
+        "best_mask": on_test[on_validation.amin(1).argmin().item()],
+        "mean_mask": statistics.fmean(on_test),
+        "permuted": statistics.fmean(permuted),
+    }
+    return result, chosen, chosen[:, orders[0]]
+
+
+def deletion_agreement(
+    model: Model, test: ImageSet, fractions: list[float], seed: int
+) -> dict[str, dict[float, float]]:
+    """Return the share of images that keep their predicted class when a fraction of all pixels is set to zero.
+
+    `attributed` deletes the pixels that add most to the predicted logit, `random`, the baseline, any pixels that are lit.
+    """
+    x = test.pixels()
+    predicted = model(x).argmax(1)
+    lit = (x.flatten(1) > 0) * torch.rand(x.flatten(1).shape, generator=generator(seed, "deleted pixels")).to(x.device)
+    rankings = {"attributed": pixel_attributions(model, x, predicted)[0], "random": lit}
+
+    def kept(ranking: Float[Tensor, "n d"], fraction: float) -> float:
+        deleted = ranking.topk(max(1, round(fraction * ranking.shape[1])), dim=1).indices
+        return accuracy(model(x.flatten(1).scatter(1, deleted, 0.0).view_as(x)), predicted).item()
+
+    return {name: {f: kept(ranking, f) for f in fractions} for name, ranking in rankings.items()}
+
+
+def seed_similarity(decompositions: list[DecompositionArtifacts], params: Params) -> dict[str, dict[str, float]]:
+    """Return the similarity between every two seeds' eigenvectors and spans, mean and spread over the pairs."""
+    pairs = list(combinations(decompositions, 2))
+    return {
+        "eigenvectors": mean_std([matched_similarity(a, b, params.similarity_rank) for a, b in pairs]),
+        "subspace": mean_std([subspace_similarity(a, b, params.subspace_rank) for a, b in pairs]),
+    }
+
+
+def analyse_two_layer(model: Model, test: ImageSet, ranks: list[int]) -> dict[str, Any]:
+    """Return a two-layer network's accuracy, and that from k1 outer and k2 inner eigenvectors as `nested`[k1][k2]."""
+    ranks = [rank for rank in ranks if rank <= len(model.embedding_weight)]
+    tree = decompose_two_layers(model, max(ranks))
+    correct = torch.zeros(len(ranks), len(ranks), dtype=torch.double, device=test.labels.device)
+    for rows in torch.arange(len(test)).split(CHUNK):
+        chunk = test.subset(rows)
+        logits = nested_logits(tree, embed(model, chunk.pixels()), ranks, ranks)
+        correct += accuracy(logits, chunk.labels) * len(chunk)
+    nested = {
+        k1: dict(zip(ranks, row, strict=True)) for k1, row in zip(ranks, (correct / len(test)).tolist(), strict=True)
+    }
+    return {"full_acc": accuracy(model(test.pixels()), test.labels).item(), "nested": nested}
+
+
+def decompose_untrained(runs: list[tuple[Model, dict[str, Any]]]) -> list[DecompositionArtifacts]:
+    """Decompose the networks that `runs` started from: the baseline of what training makes alike."""
+    fresh = [build_image_classifier(config["model"], config["seed"]).to(m.embed.weight.device) for m, config in runs]
+    return [decompose_bilinear_model(model, input_basis(model)) for model in fresh]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What one single-layer classifier's decomposition gives: numbers for the tables, tensors for the pictures."""
+
+    numbers: dict[str, Any]
+    bases: dict[str, DecompositionArtifacts]
+    masks: Float[Tensor, "c d"]
+    permuted_masks: Float[Tensor, "c d"]
+
+
+def analyse(
+    model: Model, data_split: dict[str, Any], train: ImageSet, test: ImageSet, params: Params, seed: int
+) -> Analysis:
+    """Measure one single-layer classifier; `data_split` tells the images it was trained on from its validation images."""
+    rest, validation = split_validation(train, data_split["validation_fraction"], data_split["split_seed"])
+    bases = decompose_in_bases(model, rest.pixels())
+    mask_acc, masks, permuted_masks = mask_accuracy(
+        model, bases["input"], validation.subset(slice(params.validation_images)), test, params, seed
+    )
+    numbers = {
+        "full_acc": accuracy(model(test.pixels()), test.labels).item(),
+        "reconstruction_error": reconstruction_error(model, bases["hidden"], test.pixels()),
+        "truncated_acc": {
+            basis: truncation_accuracy(model, artifacts, test, clip_ranks(params.ranks, artifacts.eigenvalues), seed)
+            for basis, artifacts in bases.items()
+        },
+        "mask_acc": mask_acc,
+        "kept_prediction": deletion_agreement(model, test, params.deletion_fractions, seed),
+    }
+    return Analysis(numbers, bases, masks, permuted_masks)
+
+
+def clip_ranks(ranks: list[int], eigenvalues: Float[Tensor, "c k"]) -> list[int]:
+    """Return the ranks that a network of k eigenvectors a class has, and k itself: nothing left out."""
+    return [rank for rank in ranks if rank < eigenvalues.shape[1]] + [eigenvalues.shape[1]]
+
+
+def load_runs(dataset: str, variant: str) -> list[tuple[Model, dict[str, Any]]]:
+    """Return the best checkpoint of every seed of a variant: model and config."""
+    folder = RUNS / f"{dataset}-{variant}"
+    runs = [load_model(path) for path in sorted(folder.glob("*/best.pt"))]
+    if not runs:
+        raise InputError(f"{folder} holds no checkpoints: run 'dvc repro train_bilinear@{folder.name}'")
+    return runs
+
+
+def headline(result: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
+    """Return one variant's result with its truncation curves cut to `ranks` eigenvectors of either sign."""
+    curves = {
+        basis: {ranking: {k: curve[str(k)] for k in ranks if str(k) in curve} for ranking, curve in rankings.items()}
+        for basis, rankings in result["truncated_acc"].items()
+    }
+    return result | {"truncated_acc": curves}
+
+
+def truncation_rows(summary: dict[str, Any]) -> Rows:
+    """Return the truncation curves as rows; `k` is a number of either sign where the ranking is by sign."""
+    return [
+        {"variant": variant, "basis": basis, "ranking": ranking, "k": int(k), "acc": acc["mean"], "std": acc["std"]}
+        for variant in SINGLE_LAYER
+        for basis, rankings in summary[variant]["truncated_acc"].items()
+        for ranking, curve in rankings.items()
+        for k, acc in curve.items()
+    ]
+
+
+def two_layer_rows(nested: dict[str, dict[str, dict[str, float]]]) -> Rows:
+    """Return the table of the two-layer network as rows."""
+    return [
+        {"outer": int(k1), "inner": int(k2), "acc": acc["mean"], "std": acc["std"]}
+        for k1, inner in nested.items()
+        for k2, acc in inner.items()
+    ]
+
+
+def main() -> None:
+    dataset = parse_arguments(__doc__, dataset="of train_bilinear.datasets").dataset
+    params = Params.load("decompose_bilinear", dataset)
+    pin_threads()
+    train, test = load_images(dataset, pick_device())
+    networks = {variant: load_runs(dataset, variant) for variant in (*SINGLE_LAYER, "two_layer")}
+    progress = tqdm(total=sum(map(len, networks.values())), desc="decompose", unit=" classifiers", disable=None)
+    analyses: dict[str, list[Analysis]] = {variant: [] for variant in SINGLE_LAYER}
+    summary: dict[str, Any] = {"mask_norm": params.mask_norm}
+
+    for variant in SINGLE_LAYER:
+        for seed, (model, config) in enumerate(networks[variant], start=params.seed):
+            analyses[variant].append(analyse(model, config["dataset"], train, test, params, seed))
+            progress.update()
+        summary[variant] = over_seeds([analysis.numbers for analysis in analyses[variant]])
+        summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses[variant]], params)
+    summary["untrained"] = {"similarity": seed_similarity(decompose_untrained(networks["regularised"]), params)}
+    results = []
+    for model, _ in networks["two_layer"]:
+        results.append(analyse_two_layer(model, test, params.nested_ranks))
+        progress.update()
+    summary["two_layer"] = over_seeds(results)
+    progress.close()
+
+    reports = REPORTS / dataset
+    rows = truncation_rows(summary)
+    first = {variant: runs[0] for variant, runs in analyses.items()}
+    save_csv(reports / "truncation.csv", rows)
+    save_csv(reports / "two_layer.csv", two_layer_rows(summary["two_layer"].pop("nested")))
+    pictures.draw_gallery(reports / "eigenvectors.png", {v: a.bases["input"] for v, a in first.items()}, test)
+    pictures.draw_spectra(
+        reports / "spectra.png", {v: a.bases["input"].eigenvalues for v, a in first.items()}, test.classes
+    )
+    pictures.draw_truncation(
+        reports / "truncation.png", rows, {v: summary[v]["full_acc"]["mean"] for v in SINGLE_LAYER}
+    )
+    pictures.draw_masks(
+        reports / "masks.png",
+        networks["unregularised"][0][0],
+        test,
+        first["unregularised"].masks,
+        first["unregularised"].permuted_masks,
+    )
+    pictures.draw_attributions(reports / "attributions.png", networks["regularised"][0][0], test)
+    save_checkpoint(MODELS / dataset / "decomposition.pt", vars(first["regularised"].bases["hidden"].to("cpu")))
+    save_json(
+        reports / "summary.json", summary | {v: headline(summary[v], params.headline_ranks) for v in SINGLE_LAYER}
+    )
+    kept = summary["regularised"]["truncated_acc"]["input"]["sign"]
+    k = str(max(params.headline_ranks))
+    print(
+        f"{dataset}: {k} positive and {k} negative eigenvectors a class keep {kept[k]['mean']:.2%} of test images right"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Pictures of decomposed bilinear classifiers."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.bilinear.decomposition import DecompositionArtifacts, pixel_attributions
+from stages.bilinear.model import BilinearImageClassifier
+from stages.common.figures import image_grid, save_figure, show_image, show_signed
+from stages.common.images import ImageSet
+
+MAX_CLASSES = 10  # in a picture
+EACH_SIGN = 3  # eigenvectors in the gallery
+COLOURS = {"hidden": "tab:blue", "input": "tab:orange", "data": "tab:green"}
+
+
+def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], data: ImageSet) -> None:
+    """Draw, for each class, the most positive and the most negative eigenvectors of each network, eigenvalues above."""
+    classes = data.classes[:MAX_CLASSES]
+    columns = [*range(-1, -1 - EACH_SIGN, -1), *range(EACH_SIGN)]  # eigenvalues ascend
+    figure, axes = image_grid(len(classes), len(columns) * len(decompositions))
+    for block, (name, artifacts) in enumerate(decompositions.items()):
+        vectors = artifacts.eigenvectors_input.unflatten(2, data.images.shape[1:]).cpu().numpy()
+        for c in range(len(classes)):
+            for i, k in enumerate(columns):
+                ax = axes[c, block * len(columns) + i]
+                show_signed(ax, vectors[c, k])
+                ax.set_title(f"{artifacts.eigenvalues[c, k]:+.2f}", fontsize=6, pad=1)
+        middle = (block + 0.5) / len(decompositions)
+        figure.text(middle, 0.9, f"{name}: {EACH_SIGN} most positive, {EACH_SIGN} most negative", ha="center")
+    for ax, name in zip(axes[:, 0], classes, strict=True):
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+    save_figure(path, figure)
+
+
+def draw_spectra(path: Path, eigenvalues: dict[str, Float[Tensor, "c k"]], classes: list[str]) -> None:
+    """Draw each class's eigenvalues in falling order."""
+    classes = classes[:MAX_CLASSES]
+    rows = -(-len(classes) // 5)
+    figure, axes = plt.subplots(rows, 5, figsize=(10, 1.8 * rows), squeeze=False, sharex=True, layout="constrained")
+    for c, (ax, name) in enumerate(zip(axes.flat, classes, strict=False)):
+        ax.axhline(0, color="lightgrey", linewidth=0.8)
+        for label, values in eigenvalues.items():
+            falling = values[c].flip(0).cpu().numpy() / values[c].abs().max().item()
+            ax.plot(falling, label=label, linewidth=1.2)
+        ax.set_title(name)
+    for ax in axes.flat[len(classes) :]:
+        ax.set_visible(False)
+    axes[0, 0].legend(fontsize=6)
+    figure.supxlabel("eigenvector, in falling order")
+    figure.supylabel("eigenvalue / largest |eigenvalue|")
+    save_figure(path, figure)
+
+
+def draw_truncation(path: Path, rows: list[dict[str, Any]], full: dict[str, float]) -> None:
+    """Draw accuracy against eigenvectors a class: by basis, for each network and ranking."""
+    figure, axes = plt.subplots(1, len(full), figsize=(4.5 * len(full), 3.2), sharey=True, layout="constrained")
+    styles = {"sign": "-", "magnitude": "--", "random": ":"}
+    for ax, (variant, accuracy) in zip(axes, full.items(), strict=True):
+        ax.axhline(accuracy, color="grey", linewidth=0.8, label="whole network")
+        for basis, colour in COLOURS.items():
+            for ranking, style in styles.items():
+                curve = [r for r in rows if (r["variant"], r["basis"], r["ranking"]) == (variant, basis, ranking)]
+                largest = max(r["k"] for r in curve)
+                vectors = [r["k"] if ranking == "magnitude" else min(2 * r["k"], largest) for r in curve]
+                ax.plot(vectors, [r["acc"] for r in curve], style, color=colour, label=f"{basis}, {ranking}")
+        ax.set(xscale="log", xlabel="eigenvectors a class", title=variant)
+    axes[0].set_ylabel("test accuracy")
+    axes[-1].legend(fontsize=6)
+    save_figure(path, figure)
+
+
+def draw_masks(
+    path: Path,
+    model: BilinearImageClassifier,
+    data: ImageSet,
+    masks: Float[Tensor, "c d"],
+    permuted: Float[Tensor, "c d"],
+) -> None:
+    """Draw, for each class, its mask, an image with and without it, and with the permuted mask, with what is predicted."""
+    classes = data.classes[:MAX_CLASSES]
+    figure, axes = image_grid(4, len(classes))
+    shape = data.images.shape[1:]
+    for c in range(len(classes)):
+        image = data.subset(slice(c, c + 1)).pixels()[0]
+        show_signed(axes[0, c], masks[c].view(shape).cpu().numpy())
+        for row, mask in enumerate((torch.zeros_like(masks[c]), masks[c], permuted[c]), start=1):
+            masked = image + mask.view(shape)
+            show_image(axes[row, c], masked.cpu().numpy())
+            axes[row, c].set_title(data.classes[model(masked[None]).argmax().item()], fontsize=7, pad=1)
+    for ax, label in zip(axes[:, 0], ("mask", "image", "with mask", "permuted"), strict=True):
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    save_figure(path, figure)
+
+
+def draw_attributions(path: Path, model: BilinearImageClassifier, data: ImageSet) -> None:
+    """Draw the first image of each class and what each of its pixels adds to the predicted logit."""
+    first = [int((data.labels == c).nonzero()[0]) for c in range(min(MAX_CLASSES, len(data.classes)))]
+    x = data.subset(torch.tensor(first)).pixels()
+    predicted = model(x).argmax(1)
+    shares = pixel_attributions(model, x, predicted)[0].view_as(x)
+    figure, axes = image_grid(2, len(first))
+    for i, c in enumerate(predicted.tolist()):
+        show_image(axes[0, i], x[i].cpu().numpy())
+        show_signed(axes[1, i], shares[i].cpu().numpy())
+        axes[1, i].set_title(data.classes[c], fontsize=7, pad=1)
+    for ax, label in zip(axes[:, 0], ("image", "adds to\nits logit"), strict=True):
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    save_figure(path, figure)

@@ -1,0 +1,131 @@
+"""Train one variant of the bilinear classifier on one data set, with several seeds.
+
+Reads   data/<dataset>.safetensors
+Writes  models/train_bilinear/<dataset>-<variant>/seed<seed>/{best.pt, latest.pt, metrics.csv, summary.json}
+        reports/train_bilinear/<dataset>-<variant>/metrics.csv    a row for each run and epoch
+        reports/train_bilinear/<dataset>-<variant>/summary.json   accuracy over seeds beside its baselines
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import one_hot
+from tqdm import tqdm
+
+from stages.bilinear.training import run_paths, train_image_experiment
+from stages.common.artifacts import load_csv, load_json, save_csv, save_json
+from stages.common.command import parse_arguments, run
+from stages.common.images import ImageSet, load_images
+from stages.common.metrics import accuracy, mean_std
+from stages.common.params import StageParams
+from stages.common.runtime import parallel_workers, pick_device, pin_threads
+
+MODELS = Path("models/train_bilinear")
+REPORTS = Path("reports/train_bilinear")
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Variant(StageParams):
+    """What distinguishes one kind of network from the others."""
+
+    n_layer: PositiveInt
+    input_noise: NonNegativeFloat  # standard deviation, where the pixel range is 1
+    shift: NonNegativeInt  # pixels
+
+
+class Params(StageParams):
+    """Parameters of one data set's runs."""
+
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=2)]  # similarity between seeds needs two
+    validation_fraction: Fraction  # of the training images
+    split_seed: NonNegativeInt
+    d_hidden: PositiveInt
+    bias: bool
+    residual: bool
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup_fraction: Fraction  # of all steps
+    variant: Variant
+
+
+def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, Any]:
+    """Return the config (see stages.bilinear.training) of the run of one seed; `name` is <dataset>-<variant>."""
+    shared, variant = params.model_dump(), params.variant.model_dump()
+    recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_fraction")
+    return {
+        "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
+        "model": {"n_layer": variant["n_layer"], **{key: shared[key] for key in ("d_hidden", "bias", "residual")}},
+        "train": {
+            **{key: shared[key] for key in recipe},
+            "shift": variant["shift"],
+            "input_noise": variant["input_noise"],
+        },
+        "seed": seed,
+        "run_dir": str(MODELS / name / f"seed{seed}"),
+    }
+
+
+def train_all(configs: list[dict[str, Any]], workers: int) -> None:
+    """Train the runs, `workers` at a time; each run has generators of its own, so their order changes nothing."""
+    epochs = sum(config["train"]["epochs"] for config in configs)
+    with tqdm(total=epochs, desc=f"train {len(configs)} classifiers", unit=" epochs", disable=None) as bar:
+        pool = ThreadPoolExecutor(workers, initializer=pin_threads)
+        try:
+            list(pool.map(lambda config: train_image_experiment(config, bar.update), configs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def majority_accuracy(train: ImageSet, test: ImageSet) -> float:
+    """Accuracy of always answering the most frequent class."""
+    return (test.labels == train.labels.mode().values).double().mean().item()
+
+
+def linear_accuracy(train: ImageSet, test: ImageSet) -> float:
+    """Accuracy of the best linear map from pixels (and a constant) to one-hot labels: least squares, a little ridge."""
+
+    def design(data: ImageSet) -> Float[Tensor, "n d"]:
+        x = data.pixels().flatten(1).double()
+        return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+    x, y = design(train), one_hot(train.labels).double()
+    gram = x.T @ x
+    ridge = 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weights = torch.linalg.solve(gram + ridge, x.T @ y)
+    return accuracy(design(test) @ weights, test.labels).item()
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, dataset="of train_bilinear.datasets", variant="of train_bilinear.variants")
+    dataset, name = arguments.dataset, f"{arguments.dataset}-{arguments.variant}"
+    params = Params.load("train_bilinear", dataset, arguments.variant)
+    pin_threads()
+    device = pick_device()
+    train, test = load_images(dataset, device)
+    configs = [run_config(dataset, name, seed, params) for seed in params.seeds]
+    train_all(configs, parallel_workers(device))
+
+    paths = [run_paths(Path(config["run_dir"])) for config in configs]
+    results = [load_json(path["summary_path"]) for path in paths]
+    summary = {
+        "test_acc": mean_std([result["test_acc"] for result in results]),
+        "val_acc": mean_std([result["best"]["val_acc"] for result in results]),
+        "baseline_test_acc": {"majority": majority_accuracy(train, test), "linear": linear_accuracy(train, test)},
+    }
+    rows = [{"run": path["run_dir"].name, **row} for path in paths for row in load_csv(path["metrics_path"])]
+    save_csv(REPORTS / name / "metrics.csv", rows)
+    save_json(REPORTS / name / "summary.json", summary)
+    test_acc, linear = summary["test_acc"], summary["baseline_test_acc"]["linear"]
+    print(f"{name}: test accuracy {test_acc['mean']:.2%} ± {test_acc['std']:.2%}; a linear classifier has {linear:.2%}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,206 @@
+"""Train one bilinear classifier and keep its best and its latest checkpoint.
+
+A run's `config` is a plain dictionary, kept in its checkpoints:
+    dataset     name, validation_fraction, split_seed
+    model       d_hidden, n_layer, bias, residual (d_input and d_output are the data set's)
+    train       epochs, batch_size, learning_rate, weight_decay, warmup_fraction, shift, input_noise
+    seed        of initial weights and batches
+    run_dir     where the checkpoints and metrics go
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+
+from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
+from stages.common.artifacts import atomic_path, producer, require, save_csv, save_json
+from stages.common.command import InputError
+from stages.common.images import Batches, load_images, split_validation
+from stages.common.runtime import autocast, pick_device, resolve_device, set_seed
+
+__all__ = [
+    "DatasetBundle",
+    "build_image_dataloaders",
+    "evaluate",
+    "load_checkpoint",
+    "load_model",
+    "resolve_device",
+    "set_seed",
+    "train_image_experiment",
+    "warmup_cosine",
+]
+
+EVALUATION_BATCH = 4096
+CHECKPOINT_KEYS = {"model_state_dict", "config", "epoch", "metrics"}
+
+
+@dataclass(frozen=True)
+class DatasetBundle:
+    """The batches of one data set: shuffled and augmented for training, in order for validation and test."""
+
+    train_loader: Batches
+    val_loader: Batches
+    test_loader: Batches
+    input_shape: tuple[int, int, int]  # channels, height, width
+    num_classes: int
+
+
+def build_image_dataloaders(dataset_cfg: dict[str, Any], train_cfg: dict[str, Any], seed: int = 0) -> DatasetBundle:
+    """Return the batches of `dataset_cfg["name"]`, any data set of fetch_data; `seed` draws the training batches."""
+    train, test = load_images(dataset_cfg["name"], pick_device())
+    train, validation = split_validation(train, dataset_cfg["validation_fraction"], dataset_cfg["split_seed"])
+    return DatasetBundle(
+        train_loader=Batches(train, train_cfg["batch_size"], seed, train_cfg["shift"], train_cfg["input_noise"]),
+        val_loader=Batches(validation, EVALUATION_BATCH),
+        test_loader=Batches(test, EVALUATION_BATCH),
+        input_shape=tuple(test.images.shape[1:]),
+        num_classes=len(test.classes),
+    )
+
+
+def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> dict[str, Path]:
+    """Train by `config` (see the module); validation chooses the best epoch, and the test set is read once, for that one.
+
+    Writes best.pt, latest.pt, metrics.csv (a row an epoch) and summary.json into `run_dir`, and returns
+    {"run_dir", "metrics_path", "summary_path", "best_checkpoint_path", "latest_checkpoint_path"}.
+    """
+    recipe, device = config["train"], pick_device()
+    data = build_image_dataloaders(config["dataset"], recipe, config["seed"])
+    config = config | {
+        "model": config["model"] | {"d_input": math.prod(data.input_shape), "d_output": data.num_classes}
+    }
+    model = build_image_classifier(config["model"], config["seed"]).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe["learning_rate"], weight_decay=recipe["weight_decay"], fused=True
+    )
+    schedule = LambdaLR(optimizer, warmup_cosine(recipe["epochs"] * len(data.train_loader), recipe["warmup_fraction"]))
+    criterion = nn.CrossEntropyLoss()
+    history: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+
+    for epoch in range(1, recipe["epochs"] + 1):
+        loss_sum = torch.zeros((), device=device)
+        correct = torch.zeros((), device=device)
+        for images, labels in data.train_loader:
+            with autocast(device):
+                logits = model(images)
+            loss = cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(1) == labels).float().mean()
+        val_loss, val_acc = evaluate(model, data.val_loader, criterion, device)
+        metrics = {
+            "epoch": epoch,
+            "train_loss": loss_sum.item() / len(data.train_loader),
+            "train_acc": correct.item() / len(data.train_loader),
+            "val_loss": val_loss,
+            "val_acc": val_acc,
+            "lr": schedule.get_last_lr()[0],
+        }
+        if not math.isfinite(metrics["train_loss"] + val_loss):
+            raise InputError(
+                f"{config['run_dir']}: the loss is not finite in epoch {epoch}: lower train_bilinear.learning_rate"
+            )
+        history.append(metrics)
+        latest = {"model_state_dict": _copy(model), "config": config, "epoch": epoch, "metrics": metrics}
+        if not best or (val_acc, -val_loss) > (best["metrics"]["val_acc"], -best["metrics"]["val_loss"]):
+            best = latest
+        on_epoch()
+
+    model.load_state_dict(best["model_state_dict"])
+    test_loss, test_acc = evaluate(model, data.test_loader, criterion, device)
+    paths = run_paths(Path(config["run_dir"]))
+    save_checkpoint(paths["best_checkpoint_path"], best)
+    save_checkpoint(paths["latest_checkpoint_path"], latest)
+    save_csv(paths["metrics_path"], history)
+    save_json(paths["summary_path"], {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
+    return paths
+
+
+def run_paths(run_dir: Path) -> dict[str, Path]:
+    """Return where a run in `run_dir` leaves its files."""
+    return {
+        "run_dir": run_dir,
+        "metrics_path": run_dir / "metrics.csv",
+        "summary_path": run_dir / "summary.json",
+        "best_checkpoint_path": run_dir / "best.pt",
+        "latest_checkpoint_path": run_dir / "latest.pt",
+    }
+
+
+def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
+    """Return step -> factor of the learning rate: linear from 0 to 1, then half a cosine down to 0 at `steps`."""
+    warmup = warmup_fraction * steps
+
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    return factor
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> tuple[float, float]:
+    """Return (mean loss, accuracy in 0 to 1) over all batches of `loader`; `criterion` averages over a batch."""
+    was_training = model.training
+    model.eval()
+    loss = correct = n = 0.0
+    for images, labels in loader:
+        labels = labels.to(device)
+        logits = model(images.to(device))
+        loss += criterion(logits, labels).item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+        n += len(labels)
+    model.train(was_training)
+    return loss / n, correct / n
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint: model_state_dict, config, epoch, metrics."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)  # into a file object: from a path, torch stores its name inside
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Return a checkpoint: model_state_dict, config, epoch, metrics. Nothing but tensors and plain values is unpickled.
+
+    InputError if the file is missing, damaged, or no such checkpoint.
+    """
+    path = require(Path(path))
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} is no checkpoint or is damaged ({reason}): run 'dvc repro -f {producer(path)}'"
+        ) from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
+        got = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise InputError(f"{path} is no checkpoint: expected {', '.join(sorted(CHECKPOINT_KEYS))}, got {got}")
+    return checkpoint
+
+
+def load_model(path: str | Path) -> tuple[BilinearImageClassifier, dict[str, Any]]:
+    """Return the classifier of a checkpoint on the picked device, and the checkpoint's config."""
+    checkpoint = load_checkpoint(path)
+    model = build_image_classifier(checkpoint["config"]["model"], checkpoint["config"]["seed"])
+    model.load_state_dict(checkpoint["model_state_dict"])
+    return model.to(pick_device()).eval().requires_grad_(False), checkpoint["config"]
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

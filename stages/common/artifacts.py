@@ -1,0 +1,100 @@
+"""Files a stage leaves behind. A file appears whole under its name or not at all, whenever the process dies."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors import numpy as safetensors_numpy
+
+from stages.common.command import InputError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; flush it to disk and rename it to `path` if the block succeeds.
+
+    The temporary name is fixed, so that the next run replaces what a killed one left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself must survive a power cut
+        os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON; a NaN or infinity is an error, since no metric may be one."""
+    save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file; InputError if it is missing."""
+    return json.loads(require(path).read_text(encoding="utf-8"))
+
+
+def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows that share their keys as CSV with a header; floats keep 6 significant digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    save_text(path, text.getvalue())
+
+
+def load_csv(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file with a header; InputError if it is missing."""
+    with require(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Write arrays as safetensors. `metadata` becomes one JSON string, because several keys are not byte-stable."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors_numpy.save(arrays, metadata={"json": json.dumps(metadata, sort_keys=True)}))
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata that `save_arrays` stored; InputError if the file is missing or not safetensors."""
+    try:
+        with safe_open(require(path), framework="numpy") as file:
+            return json.loads(file.metadata()["json"])
+    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): run 'dvc repro -f {producer(path)}'") from None
+
+
+def require(path: Path) -> Path:
+    """Return `path` if it exists; else InputError that says which stage makes it."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run 'dvc repro {producer(path)}'")
+    return path
+
+
+def producer(path: Path) -> str:
+    """Name the stage that writes `path`, which its location tells: data/<item>.*, models/<stage>/<item>/*, reports/<stage>/<item>/*."""
+    match path.parts:
+        case ("data", name):
+            return f"fetch_data@{Path(name).stem}"
+        case ("models" | "reports", stage, item, _, *_):
+            return f"{stage}@{item}"
+        case _:
+            return ""

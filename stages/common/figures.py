@@ -1,0 +1,53 @@
+"""Pictures: saved whole, with the same bytes for the same numbers."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stages.common.artifacts import atomic_path
+
+plt.rcParams.update(
+    {"figure.dpi": 110, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write `figure` as PNG without the metadata that would change its bytes, and close it."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def image_grid(rows: int, columns: int, size: float = 0.9) -> tuple[Figure, np.ndarray]:
+    """Return a figure of `rows` x `columns` axes without ticks, each `size` inches, and the axes as an array."""
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.15)), squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure, axes
+
+
+def show_signed(ax: Axes, weights: Float[np.ndarray, "c h w"]) -> None:
+    """Draw signed weights: red positive, blue negative, white zero; with three channels, colours around grey."""
+    limit = np.abs(weights).max() or 1.0
+    if len(weights) == 3:
+        ax.imshow(0.5 + weights.transpose(1, 2, 0) / (2 * limit), interpolation="nearest")
+    else:
+        ax.imshow(weights.mean(0), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+
+
+def show_image(ax: Axes, pixels: Float[np.ndarray, "c h w"]) -> None:
+    """Draw an image of pixels in 0 to 1; what lies outside is clipped."""
+    pixels = pixels.clip(0, 1)
+    if len(pixels) == 3:
+        ax.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
+    else:
+        ax.imshow(pixels.mean(0), cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -1,0 +1,75 @@
+"""Where and how torch runs: device, threads, precision, random numbers."""
+
+import os
+import random
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from stages.common.command import InputError
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`; `auto` is cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def pick_device() -> torch.device:
+    """Return the device of WEIGHTLENS_DEVICE, by default the best there is.
+
+    It is no parameter: moving to another machine must not make DVC recompute what it has.
+    """
+    return resolve_device(os.environ.get("WEIGHTLENS_DEVICE", "auto"))
+
+
+def pin_threads() -> None:
+    """Give every operation one thread: the number of threads changes sums, so weights, so every hash downstream.
+
+    Small models do not gain from more; parallelism is one model a Python thread (torch releases the interpreter lock).
+    """
+    torch.set_num_threads(1)
+
+
+def parallel_workers(device: torch.device) -> int:
+    """How many models to train side by side: one a core, or one on an accelerator."""
+    return len(os.sched_getaffinity(0)) if device.type == "cpu" and hasattr(os, "sched_getaffinity") else 1
+
+
+def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator for one purpose: streams of different purposes or seeds never mix."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
+
+
+def set_seed(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch. The stages themselves use `generator`."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (the global one is what is asked for)
+    torch.manual_seed(seed)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a bfloat16 autocast where the hardware multiplies bfloat16 natively, else float32.
+
+    WEIGHTLENS_PRECISION=float32 forces float32 and =bfloat16 forces bfloat16.
+    """
+    precision = os.environ.get("WEIGHTLENS_PRECISION", "auto")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"WEIGHTLENS_PRECISION={precision}: expected auto, float32 or bfloat16")
+    native = has_native_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware (emulation is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(
+        torch.cpu.get_capabilities().get(k, False) for k in ("avx512_bf16", "amx_bf16", "bf16")
+    )

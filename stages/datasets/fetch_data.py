@@ -1,0 +1,164 @@
+"""Fetch one image data set and keep it as one file of tensors.
+
+Sources (params.yaml: fetch_data.sources.<dataset>): scikit-learn's bundled digits, torchvision's MNIST, Fashion-MNIST,
+CIFAR-10 and CIFAR-100 (downloaded and checked), or a folder or tar archive of images. A folder named by
+WEIGHTLENS_MIRROR is looked in first; it is laid out as torchvision lays out its root (MNIST/raw/...).
+
+Writes  data/<dataset>.safetensors: uint8 train_images [n, c, h, w], int64 train_labels [n], test_images, test_labels;
+        metadata {"classes": [name of label 0, name of label 1, ...]}
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from stages.common.artifacts import save_arrays
+from stages.common.command import InputError, parse_arguments, run
+from stages.common.params import StageParams, lookup
+from stages.datasets.image_folder import read_image_folder
+
+DATA = Path("data")
+DOWNLOADS = Path(".work/fetch_data")
+SECTION = "fetch_data.sources"
+
+Split = tuple[np.ndarray, np.ndarray]  # uint8 images [n, c, h, w], int64 labels [n]
+Dataset = tuple[Split, Split, list[str]]  # train, test, class names
+
+
+class Digits(StageParams):
+    """scikit-learn's 1,797 digits of 8x8 pixels, split at random with equal class shares."""
+
+    kind: Literal["digits"]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    seed: NonNegativeInt
+
+
+class Torchvision(StageParams):
+    """One of torchvision's data sets, with its own train and test split."""
+
+    kind: Literal["torchvision"]
+    name: Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"]
+
+
+class ImageFolder(StageParams):
+    """A folder or tar archive with train/<class>/* and test/<class>/*."""
+
+    kind: Literal["imagefolder"]
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None  # of the archive; null: not checked
+    size: PositiveInt  # pixels, height and width after resizing
+    mode: Literal["L", "RGB"]  # grey or colour
+
+
+def load_source(dataset: str) -> Digits | Torchvision | ImageFolder:
+    """Read where `dataset` comes from."""
+    where = f"{SECTION}.{dataset}"
+    values = lookup(where)
+    kinds = {"digits": Digits, "torchvision": Torchvision, "imagefolder": ImageFolder}
+    if values.get("kind") not in kinds:
+        raise InputError(f"params.yaml: {where}.kind: expected {', '.join(kinds)}, got {values.get('kind')!r}")
+    return kinds[values["kind"]].parse(values, where)
+
+
+def fetch_digits(source: Digits) -> Dataset:
+    """Return the digits; scikit-learn's pixels of 0 to 16 become 0 to 255."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = digits.target.astype(np.int64)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=source.test_fraction, random_state=source.seed, stratify=labels
+    )
+    return (images[train], labels[train]), (images[test], labels[test]), [str(name) for name in digits.target_names]
+
+
+def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
+    """Return a torchvision data set from the mirror, or download it; nothing of a failed download is kept."""
+    from torchvision import datasets
+
+    dataset = getattr(datasets, source.name)
+
+    def splits(root: Path, download: bool) -> Dataset:
+        train, test = (dataset(root, train=train, download=download) for train in (True, False))
+        return _as_split(train.data, train.targets), _as_split(test.data, test.targets), list(train.classes)
+
+    if mirror is not None:
+        try:
+            return splits(mirror, download=False)
+        except (RuntimeError, ValueError, AssertionError, EOFError) as error:
+            if "not found" not in str(error):  # there, but damaged: say so rather than quietly download another copy
+                raise InputError(f"{source.name} in WEIGHTLENS_MIRROR={mirror} is damaged: {error}") from None
+            print(f"{source.name} is not in WEIGHTLENS_MIRROR={mirror}: downloading it")
+    folder = DOWNLOADS / source.name
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed download left
+    try:
+        return splits(folder, download=True)
+    except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
+        raise InputError(
+            f"{source.name} could not be downloaded ({error}): check the network and repeat, "
+            "or name a folder that holds it by WEIGHTLENS_MIRROR"
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_split(images: object, labels: object) -> Split:
+    """Bring torchvision's images, [n, h, w] or [n, h, w, c], to [n, c, h, w]."""
+    images = np.asarray(images)
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
+
+
+def find_mirror() -> Path | None:
+    """Return the folder of WEIGHTLENS_MIRROR; InputError if it is set to something else."""
+    name = os.environ.get("WEIGHTLENS_MIRROR")
+    if not name:
+        return None
+    if not Path(name).is_dir():
+        raise InputError(f"WEIGHTLENS_MIRROR={name} is not a folder: correct it, or unset it to download")
+    return Path(name)
+
+
+def fetch_image_folder(source: ImageFolder, mirror: Path | None) -> Dataset:
+    """Return the images below `source.path`, looked for in the mirror first."""
+    places = [folder / source.path for folder in (mirror, Path()) if folder is not None]
+    for place in places:
+        if place.exists():
+            return read_image_folder(place, source.sha256, source.size, source.mode)
+    raise InputError(
+        f"no folder or archive at {' or '.join(map(str, places))}: correct {SECTION}.*.path, or set WEIGHTLENS_MIRROR"
+    )
+
+
+def main() -> None:
+    dataset = parse_arguments(__doc__, dataset="a data set of fetch_data.datasets").dataset
+    mirror = find_mirror()
+    match load_source(dataset):
+        case Digits() as source:
+            fetched = fetch_digits(source)
+        case Torchvision() as source:
+            fetched = fetch_torchvision(source, mirror)
+        case ImageFolder() as source:
+            fetched = fetch_image_folder(source, mirror)
+    (train_images, train_labels), (test_images, test_labels), classes = fetched
+    arrays = {
+        "train_images": train_images,
+        "train_labels": train_labels,
+        "test_images": test_images,
+        "test_labels": test_labels,
+    }
+    save_arrays(DATA / f"{dataset}.safetensors", arrays, {"classes": classes})
+    shape = " x ".join(map(str, train_images.shape[1:]))
+    print(
+        f"{dataset}: {len(train_images)} training and {len(test_images)} test images, {shape}, {len(classes)} classes"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

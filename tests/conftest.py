@@ -1,0 +1,38 @@
+"""What tests share: a folder of their own that holds the project at its smallest scale."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from dvc.utils.hydra import apply_overrides
+
+from stages.common.images import load_images
+
+ROOT = Path(__file__).parent.parent
+
+
+def scale_overrides(name: str) -> list[str]:
+    """Return the `key=value` settings of a scale: what `dvc exp run $(< stages/scales/<name>.args)` sets."""
+    words = shlex.split((ROOT / f"stages/scales/{name}.args").read_text())
+    assert words[::2] == ["-S"] * len(words[1::2])
+    return words[1::2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with params.yaml at smoke scale; no mirror, no network needed."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    apply_overrides(tmp_path / "params.yaml", scale_overrides("smoke"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WEIGHTLENS_MIRROR", raising=False)
+    monkeypatch.setenv("WEIGHTLENS_DEVICE", "cpu")
+    load_images.cache_clear()  # its key is a path below the working folder
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Tests draw the same numbers whatever ran before."""
+    torch.manual_seed(0)

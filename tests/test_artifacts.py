@@ -1,0 +1,90 @@
+"""A file appears whole under its name or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from stages.common.artifacts import (
+    atomic_path,
+    load_csv,
+    load_json,
+    load_metadata,
+    producer,
+    save_arrays,
+    save_csv,
+    save_json,
+    save_text,
+)
+from stages.common.command import InputError
+
+
+def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "a" / "file.txt"
+    save_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_a_killed_writer_keeps_the_old_file_and_the_next_one_replaces_what_it_left(tmp_path):
+    path = tmp_path / "file.txt"
+    save_text(path, "old")
+    script = (
+        "import sys, time, pathlib; from stages.common.artifacts import atomic_path\n"
+        "with atomic_path(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); print('written', flush=True); time.sleep(60)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "written\n"
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert path.read_text() == "old"
+    save_text(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_json_refuses_what_is_no_number(tmp_path):
+    save_json(tmp_path / "ok.json", {"a": 1.5})
+    assert load_json(tmp_path / "ok.json") == {"a": 1.5}
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            save_json(tmp_path / "bad.json", {"a": value})
+    assert os.listdir(tmp_path) == ["ok.json"]
+
+
+def test_csv_round_trip(tmp_path):
+    save_csv(tmp_path / "a.csv", [{"k": 1, "acc": 0.123456789}, {"k": 2, "acc": 1.0}])
+    assert (tmp_path / "a.csv").read_bytes() == b"k,acc\n1,0.123457\n2,1\n"
+    assert load_csv(tmp_path / "a.csv")[0] == {"k": "1", "acc": "0.123457"}
+
+
+def test_arrays_have_the_same_bytes_every_time(tmp_path):
+    arrays = {"b": np.arange(5), "a": np.ones((2, 3), dtype=np.uint8)}
+    for name in ("1", "2"):
+        save_arrays(tmp_path / name, arrays, {"y": [1], "x": "ü"})
+        time.sleep(0.01)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert load_metadata(tmp_path / "1") == {"y": [1], "x": "ü"}
+
+
+def test_missing_and_damaged_files_say_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from pathlib import Path
+
+    path = Path("data/mnist.safetensors")
+    with pytest.raises(InputError, match=r"data/mnist.safetensors is missing: run 'dvc repro fetch_data@mnist'"):
+        load_metadata(path)
+    path.parent.mkdir()
+    path.write_bytes(b"garbage" * 100)
+    with pytest.raises(InputError, match="damaged .*dvc repro -f fetch_data@mnist"):
+        load_metadata(path)
+    assert producer(Path("models/train_bilinear/mnist-regularised/seed0/best.pt")) == "train_bilinear@mnist-regularised"
+    assert producer(Path("reports/decompose_bilinear/mnist/summary.json")) == "decompose_bilinear@mnist"
