@@ -1,23 +1,14 @@
 """What tests share: a folder of their own that holds the project at its smallest scale."""
 
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from dvc.utils.hydra import apply_overrides
+from reproduction import ROOT, scale_overrides
 
 from stages.common.images import load_images
-
-ROOT = Path(__file__).parent.parent
-
-
-def scale_overrides(name: str) -> list[str]:
-    """Return the `key=value` settings of a scale: what `dvc exp run $(< stages/scales/<name>.args)` sets."""
-    words = shlex.split((ROOT / f"stages/scales/{name}.args").read_text())
-    assert words[::2] == ["-S"] * len(words[1::2])
-    return words[1::2]
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """A file appears whole under its name or not at all."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +23,10 @@ from stages.common.artifacts import (
 from stages.common.command import InputError
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "a" / "file.txt"
     save_text(path, "old")
@@ -30,7 +34,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
-    assert os.listdir(path.parent) == ["file.txt"]
+    assert names(path.parent) == ["file.txt"]
 
 
 def test_a_killed_writer_keeps_the_old_file_and_the_next_one_replaces_what_it_left(tmp_path):
@@ -48,7 +52,7 @@ def test_a_killed_writer_keeps_the_old_file_and_the_next_one_replaces_what_it_le
     assert path.read_text() == "old"
     save_text(path, "new")
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file.txt"]
+    assert names(tmp_path) == ["file.txt"]
 
 
 def test_json_refuses_what_is_no_number(tmp_path):
@@ -57,7 +61,7 @@ def test_json_refuses_what_is_no_number(tmp_path):
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON"):
             save_json(tmp_path / "bad.json", {"a": value})
-    assert os.listdir(tmp_path) == ["ok.json"]
+    assert names(tmp_path) == ["ok.json"]
 
 
 def test_csv_round_trip(tmp_path):
@@ -77,14 +81,12 @@ def test_arrays_have_the_same_bytes_every_time(tmp_path):
 
 def test_missing_and_damaged_files_say_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from pathlib import Path
-
     path = Path("data/mnist.safetensors")
     with pytest.raises(InputError, match=r"data/mnist.safetensors is missing: run 'dvc repro fetch_data@mnist'"):
         load_metadata(path)
     path.parent.mkdir()
     path.write_bytes(b"garbage" * 100)
-    with pytest.raises(InputError, match="damaged .*dvc repro -f fetch_data@mnist"):
+    with pytest.raises(InputError, match=r"damaged .*dvc repro -f fetch_data@mnist"):
         load_metadata(path)
     assert producer(Path("models/train_bilinear/mnist-regularised/seed0/best.pt")) == "train_bilinear@mnist-regularised"
     assert producer(Path("reports/decompose_bilinear/mnist/summary.json")) == "decompose_bilinear@mnist"

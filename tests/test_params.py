@@ -62,11 +62,11 @@ def test_out_of_range_is_named_with_its_full_key(yaml):
 def test_unknown_items_and_files_are_named(yaml):
     with pytest.raises(InputError, match=r"params.yaml: train.overrides.c is missing \(there: a, b\)"):
         Params.load("train", "c", "plain")
-    with pytest.raises(InputError, match="train.variant"):
+    with pytest.raises(InputError, match=r"train.variant"):
         Params.load("train", "a", "unheard-of")
     yaml.write_text("train: [")
     with pytest.raises(InputError, match="not valid YAML"):
         lookup("train")
     yaml.unlink()
-    with pytest.raises(InputError, match="run from the project's top folder"):
+    with pytest.raises(InputError, match=r"run from the project's top folder"):
         lookup("train")

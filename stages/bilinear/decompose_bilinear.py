@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from stages.bilinear import pictures
 from stages.bilinear.decomposition import (
@@ -46,7 +45,7 @@ from stages.common.command import InputError, parse_arguments, run
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.metrics import accuracy, mean_std, over_seeds
 from stages.common.params import StageParams
-from stages.common.runtime import generator, pick_device, pin_threads
+from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 
 RUNS = Path("models/train_bilinear")
 MODELS = Path("models/decompose_bilinear")
@@ -55,7 +54,7 @@ REPORTS = Path("reports/decompose_bilinear")
 SINGLE_LAYER = ("regularised", "unregularised")
 CHUNK = 1000  # images at a time, where memory grows with images x classes x eigenvectors
 MASK_CANDIDATES = 3  # masks of each class among which validation chooses
-PERMUTATIONS = 5  # of each mask, as its baseline
+PERMUTATIONS = 3  # of each mask, as its baseline
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 Model = BilinearImageClassifier
@@ -75,6 +74,23 @@ class Params(StageParams):
     deletion_fractions: list[Annotated[float, Field(gt=0, lt=1)]]  # of all pixels
     similarity_rank: PositiveInt  # eigenvectors a class that are matched between seeds
     subspace_rank: PositiveInt  # positive eigenvectors a class whose span is compared
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained classifier and the config of its run."""
+
+    model: Model
+    config: dict[str, Any]
+
+
+def load_networks(dataset: str, variant: str) -> list[Network]:
+    """Return the best checkpoint of every seed of a variant."""
+    folder = RUNS / f"{dataset}-{variant}"
+    networks = [Network(*load_model(path)) for path in sorted(folder.glob("*/best.pt"))]
+    if not networks:
+        raise InputError(f"{folder} holds no checkpoints: run 'dvc repro train_bilinear@{folder.name}'")
+    return networks
 
 
 def decompose_in_bases(model: Model, x: Float[Tensor, "n c h w"]) -> dict[str, DecompositionArtifacts]:
@@ -127,21 +143,22 @@ def mask_accuracy(
     """
     candidates = params.mask_norm * adversarial_masks(artifacts, params.mask_rank)[:, :MASK_CANDIDATES]
     candidates = torch.cat([candidates, -candidates], dim=1)  # [c, m, d]
-    shape = test.images.shape[1:]
+    on_validation, on_test = ((model.embed(data.pixels().flatten(1)), data.labels) for data in (validation, test))
 
-    def masked_accuracy(data: ImageSet, mask: Float[Tensor, " d"]) -> float:
-        return accuracy(model(data.pixels() + mask.view(shape)), data.labels).item()
+    def masked_accuracy(data: tuple[Tensor, Tensor], mask: Float[Tensor, " d"]) -> float:
+        hidden, labels = data
+        return accuracy(model.read_hidden(hidden + model.embed(mask)), labels).item()  # E (x + m) = E x + E m
 
-    on_validation = torch.tensor([[masked_accuracy(validation, mask) for mask in masks] for masks in candidates])
-    chosen = candidates[torch.arange(len(candidates)), on_validation.argmin(1).to(candidates.device)]
-    on_test = [masked_accuracy(test, mask) for mask in chosen]
+    harm = torch.tensor([[masked_accuracy(on_validation, mask) for mask in masks] for masks in candidates])
+    chosen = candidates[torch.arange(len(candidates)), harm.argmin(1).to(candidates.device)]
+    masked = [masked_accuracy(on_test, mask) for mask in chosen]
     random = generator(seed, "permuted masks")
     orders = [torch.randperm(chosen.shape[1], generator=random).to(chosen.device) for _ in range(PERMUTATIONS)]
-    permuted = [masked_accuracy(test, mask[order]) for order in orders for mask in chosen]
+    permuted = [masked_accuracy(on_test, mask[order]) for order in orders for mask in chosen]
     result = {
-        "clean": masked_accuracy(test, torch.zeros_like(chosen[0])),
-        "best_mask": on_test[on_validation.amin(1).argmin().item()],
-        "mean_mask": statistics.fmean(on_test),
+        "clean": masked_accuracy(on_test, torch.zeros_like(chosen[0])),
+        "best_mask": masked[harm.amin(1).argmin().item()],
+        "mean_mask": statistics.fmean(masked),
         "permuted": statistics.fmean(permuted),
     }
     return result, chosen, chosen[:, orders[0]]
@@ -175,8 +192,9 @@ def seed_similarity(decompositions: list[DecompositionArtifacts], params: Params
     }
 
 
-def analyse_two_layer(model: Model, test: ImageSet, ranks: list[int]) -> dict[str, Any]:
+def analyse_two_layer(network: Network, test: ImageSet, ranks: list[int]) -> dict[str, Any]:
     """Return a two-layer network's accuracy, and that from k1 outer and k2 inner eigenvectors as `nested`[k1][k2]."""
+    model = network.model
     ranks = [rank for rank in ranks if rank <= len(model.embedding_weight)]
     tree = decompose_two_layers(model, max(ranks))
     correct = torch.zeros(len(ranks), len(ranks), dtype=torch.double, device=test.labels.device)
@@ -190,27 +208,27 @@ def analyse_two_layer(model: Model, test: ImageSet, ranks: list[int]) -> dict[st
     return {"full_acc": accuracy(model(test.pixels()), test.labels).item(), "nested": nested}
 
 
-def decompose_untrained(runs: list[tuple[Model, dict[str, Any]]]) -> list[DecompositionArtifacts]:
-    """Decompose the networks that `runs` started from: the baseline of what training makes alike."""
-    fresh = [build_image_classifier(config["model"], config["seed"]).to(m.embed.weight.device) for m, config in runs]
-    return [decompose_bilinear_model(model, input_basis(model)) for model in fresh]
+def decompose_untrained(network: Network) -> DecompositionArtifacts:
+    """Decompose the network that training started from: the baseline of what training makes alike."""
+    model = build_image_classifier(network.config["model"], network.config["seed"])
+    return decompose_bilinear_model(model, input_basis(model)).to(network.model.embed.weight.device)
 
 
 @dataclass(frozen=True)
 class Analysis:
     """What one single-layer classifier's decomposition gives: numbers for the tables, tensors for the pictures."""
 
+    model: Model
     numbers: dict[str, Any]
     bases: dict[str, DecompositionArtifacts]
     masks: Float[Tensor, "c d"]
     permuted_masks: Float[Tensor, "c d"]
 
 
-def analyse(
-    model: Model, data_split: dict[str, Any], train: ImageSet, test: ImageSet, params: Params, seed: int
-) -> Analysis:
-    """Measure one single-layer classifier; `data_split` tells the images it was trained on from its validation images."""
-    rest, validation = split_validation(train, data_split["validation_fraction"], data_split["split_seed"])
+def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -> Analysis:
+    """Measure one single-layer classifier; its random baselines are drawn by `params.seed` and its own seed."""
+    model, split, seed = network.model, network.config["dataset"], params.seed + network.config["seed"]
+    rest, validation = split_validation(train, split["validation_fraction"], split["split_seed"])
     bases = decompose_in_bases(model, rest.pixels())
     mask_acc, masks, permuted_masks = mask_accuracy(
         model, bases["input"], validation.subset(slice(params.validation_images)), test, params, seed
@@ -225,21 +243,12 @@ def analyse(
         "mask_acc": mask_acc,
         "kept_prediction": deletion_agreement(model, test, params.deletion_fractions, seed),
     }
-    return Analysis(numbers, bases, masks, permuted_masks)
+    return Analysis(model, numbers, bases, masks, permuted_masks)
 
 
 def clip_ranks(ranks: list[int], eigenvalues: Float[Tensor, "c k"]) -> list[int]:
     """Return the ranks that a network of k eigenvectors a class has, and k itself: nothing left out."""
     return [rank for rank in ranks if rank < eigenvalues.shape[1]] + [eigenvalues.shape[1]]
-
-
-def load_runs(dataset: str, variant: str) -> list[tuple[Model, dict[str, Any]]]:
-    """Return the best checkpoint of every seed of a variant: model and config."""
-    folder = RUNS / f"{dataset}-{variant}"
-    runs = [load_model(path) for path in sorted(folder.glob("*/best.pt"))]
-    if not runs:
-        raise InputError(f"{folder} holds no checkpoints: run 'dvc repro train_bilinear@{folder.name}'")
-    return runs
 
 
 def headline(result: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
@@ -271,59 +280,54 @@ def two_layer_rows(nested: dict[str, dict[str, dict[str, float]]]) -> Rows:
     ]
 
 
+def write_report(
+    folder: Path, summary: dict[str, Any], first: dict[str, Analysis], test: ImageSet, params: Params
+) -> None:
+    """Write the tables, and the pictures of the `first` network of each variant."""
+    regularised, unregularised = first["regularised"], first["unregularised"]
+    curves = truncation_rows(summary)
+    full_acc = {variant: summary[variant]["full_acc"]["mean"] for variant in first}
+    input_bases = {variant: analysis.bases["input"] for variant, analysis in first.items()}
+    pictures.draw_gallery(folder / "eigenvectors.png", input_bases, test)
+    pictures.draw_spectra(folder / "spectra.png", input_bases, test.classes)
+    pictures.draw_truncation(folder / "truncation.png", curves, full_acc)
+    pictures.draw_masks(
+        folder / "masks.png", unregularised.model, test, unregularised.masks, unregularised.permuted_masks
+    )
+    pictures.draw_attributions(folder / "attributions.png", regularised.model, test)
+    save_csv(folder / "truncation.csv", curves)
+    save_csv(folder / "two_layer.csv", two_layer_rows(summary["two_layer"]["nested"]))
+    shortened = {variant: headline(summary[variant], params.headline_ranks) for variant in SINGLE_LAYER}
+    two_layer = {"full_acc": summary["two_layer"]["full_acc"]}
+    save_json(folder / "summary.json", summary | shortened | {"two_layer": two_layer})
+    k = str(max(params.headline_ranks))
+    kept, full = summary["regularised"]["truncated_acc"]["hidden"]["sign"][k], full_acc["regularised"]
+    print(f"{folder.name}: {k} + {k} eigenvectors a class classify {kept['mean']:.2%}, the whole network {full:.2%}")
+
+
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of train_bilinear.datasets").dataset
     params = Params.load("decompose_bilinear", dataset)
     pin_threads()
-    train, test = load_images(dataset, pick_device())
-    networks = {variant: load_runs(dataset, variant) for variant in (*SINGLE_LAYER, "two_layer")}
-    progress = tqdm(total=sum(map(len, networks.values())), desc="decompose", unit=" classifiers", disable=None)
-    analyses: dict[str, list[Analysis]] = {variant: [] for variant in SINGLE_LAYER}
+    device = pick_device()
+    train, test = load_images(dataset, device)
+    networks = {variant: load_networks(dataset, variant) for variant in (*SINGLE_LAYER, "two_layer")}
+
     summary: dict[str, Any] = {"mask_norm": params.mask_norm}
-
+    first: dict[str, Analysis] = {}
     for variant in SINGLE_LAYER:
-        for seed, (model, config) in enumerate(networks[variant], start=params.seed):
-            analyses[variant].append(analyse(model, config["dataset"], train, test, params, seed))
-            progress.update()
-        summary[variant] = over_seeds([analysis.numbers for analysis in analyses[variant]])
-        summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses[variant]], params)
-    summary["untrained"] = {"similarity": seed_similarity(decompose_untrained(networks["regularised"]), params)}
-    results = []
-    for model, _ in networks["two_layer"]:
-        results.append(analyse_two_layer(model, test, params.nested_ranks))
-        progress.update()
-    summary["two_layer"] = over_seeds(results)
-    progress.close()
+        analyses = parallel_map(lambda n: analyse(n, train, test, params), networks[variant], device, variant)
+        summary[variant] = over_seeds([analysis.numbers for analysis in analyses])
+        summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses], params)
+        first[variant] = analyses[0]
+    untrained = [decompose_untrained(network) for network in networks["regularised"]]
+    summary["untrained"] = {"similarity": seed_similarity(untrained, params)}
+    ranks = params.nested_ranks
+    trees = parallel_map(lambda n: analyse_two_layer(n, test, ranks), networks["two_layer"], device, "two_layer")
+    summary["two_layer"] = over_seeds(trees)
 
-    reports = REPORTS / dataset
-    rows = truncation_rows(summary)
-    first = {variant: runs[0] for variant, runs in analyses.items()}
-    save_csv(reports / "truncation.csv", rows)
-    save_csv(reports / "two_layer.csv", two_layer_rows(summary["two_layer"].pop("nested")))
-    pictures.draw_gallery(reports / "eigenvectors.png", {v: a.bases["input"] for v, a in first.items()}, test)
-    pictures.draw_spectra(
-        reports / "spectra.png", {v: a.bases["input"].eigenvalues for v, a in first.items()}, test.classes
-    )
-    pictures.draw_truncation(
-        reports / "truncation.png", rows, {v: summary[v]["full_acc"]["mean"] for v in SINGLE_LAYER}
-    )
-    pictures.draw_masks(
-        reports / "masks.png",
-        networks["unregularised"][0][0],
-        test,
-        first["unregularised"].masks,
-        first["unregularised"].permuted_masks,
-    )
-    pictures.draw_attributions(reports / "attributions.png", networks["regularised"][0][0], test)
     save_checkpoint(MODELS / dataset / "decomposition.pt", vars(first["regularised"].bases["hidden"].to("cpu")))
-    save_json(
-        reports / "summary.json", summary | {v: headline(summary[v], params.headline_ranks) for v in SINGLE_LAYER}
-    )
-    kept = summary["regularised"]["truncated_acc"]["input"]["sign"]
-    k = str(max(params.headline_ranks))
-    print(
-        f"{dataset}: {k} positive and {k} negative eigenvectors a class keep {kept[k]['mean']:.2%} of test images right"
-    )
+    write_report(REPORTS / dataset, summary, first, test, params)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ class BilinearImageClassifier(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *chw"]) -> Float[Tensor, "b d_output"]:
         """Return the logits of images in any shape with d_input numbers an image."""
-        h = self.embed(x.flatten(1))
+        return self.read_hidden(self.embed(x.flatten(1)))
+
+    def read_hidden(self, h: Float[Tensor, "b h"]) -> Float[Tensor, "b d_output"]:
+        """Return the logits of embedded images."""
         for block in self.blocks:
             h = h + block(h) if self.residual else block(h)
         return self.head(h)

@@ -22,30 +22,32 @@ def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], 
     """Draw, for each class, the most positive and the most negative eigenvectors of each network, eigenvalues above."""
     classes = data.classes[:MAX_CLASSES]
     columns = [*range(-1, -1 - EACH_SIGN, -1), *range(EACH_SIGN)]  # eigenvalues ascend
-    figure, axes = image_grid(len(classes), len(columns) * len(decompositions))
+    width = len(columns) + 1  # a network's block, with a gap behind it
+    figure, axes = image_grid(len(classes), width * len(decompositions) - 1)
     for block, (name, artifacts) in enumerate(decompositions.items()):
         vectors = artifacts.eigenvectors_input.unflatten(2, data.images.shape[1:]).cpu().numpy()
         for c in range(len(classes)):
             for i, k in enumerate(columns):
-                ax = axes[c, block * len(columns) + i]
+                ax = axes[c, block * width + i]
                 show_signed(ax, vectors[c, k])
                 ax.set_title(f"{artifacts.eigenvalues[c, k]:+.2f}", fontsize=6, pad=1)
-        middle = (block + 0.5) / len(decompositions)
-        figure.text(middle, 0.9, f"{name}: {EACH_SIGN} most positive, {EACH_SIGN} most negative", ha="center")
+        label = f"{name}: {EACH_SIGN} most positive, {EACH_SIGN} most negative"
+        axes[0, block * width].annotate(label, (0, 1.35), xycoords="axes fraction", fontsize=9)
     for ax, name in zip(axes[:, 0], classes, strict=True):
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
     save_figure(path, figure)
 
 
-def draw_spectra(path: Path, eigenvalues: dict[str, Float[Tensor, "c k"]], classes: list[str]) -> None:
+def draw_spectra(path: Path, decompositions: dict[str, DecompositionArtifacts], classes: list[str]) -> None:
     """Draw each class's eigenvalues in falling order."""
     classes = classes[:MAX_CLASSES]
     rows = -(-len(classes) // 5)
     figure, axes = plt.subplots(rows, 5, figsize=(10, 1.8 * rows), squeeze=False, sharex=True, layout="constrained")
     for c, (ax, name) in enumerate(zip(axes.flat, classes, strict=False)):
         ax.axhline(0, color="lightgrey", linewidth=0.8)
-        for label, values in eigenvalues.items():
-            falling = values[c].flip(0).cpu().numpy() / values[c].abs().max().item()
+        for label, artifacts in decompositions.items():
+            falling = artifacts.eigenvalues[c].flip(0).cpu().numpy()
+            falling = falling / abs(falling).max()
             ax.plot(falling, label=label, linewidth=1.2)
         ax.set_title(name)
     for ax in axes.flat[len(classes) :]:

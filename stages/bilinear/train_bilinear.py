@@ -6,7 +6,6 @@ Writes  models/train_bilinear/<dataset>-<variant>/seed<seed>/{best.pt, latest.pt
         reports/train_bilinear/<dataset>-<variant>/summary.json   accuracy over seeds beside its baselines
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from stages.bilinear.training import run_paths, train_image_experiment
+from stages.bilinear.training import train_image_experiment
 from stages.common.artifacts import load_csv, load_json, save_csv, save_json
 from stages.common.command import parse_arguments, run
 from stages.common.images import ImageSet, load_images
 from stages.common.metrics import accuracy, mean_std
 from stages.common.params import StageParams
-from stages.common.runtime import parallel_workers, pick_device, pin_threads
+from stages.common.runtime import parallel_map, pick_device, pin_threads
 
 MODELS = Path("models/train_bilinear")
 REPORTS = Path("reports/train_bilinear")
@@ -73,17 +72,6 @@ def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, 
     }
 
 
-def train_all(configs: list[dict[str, Any]], workers: int) -> None:
-    """Train the runs, `workers` at a time; each run has generators of its own, so their order changes nothing."""
-    epochs = sum(config["train"]["epochs"] for config in configs)
-    with tqdm(total=epochs, desc=f"train {len(configs)} classifiers", unit=" epochs", disable=None) as bar:
-        pool = ThreadPoolExecutor(workers, initializer=pin_threads)
-        try:
-            list(pool.map(lambda config: train_image_experiment(config, bar.update), configs))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def majority_accuracy(train: ImageSet, test: ImageSet) -> float:
     """Accuracy of always answering the most frequent class."""
     return (test.labels == train.labels.mode().values).double().mean().item()
@@ -111,9 +99,9 @@ def main() -> None:
     device = pick_device()
     train, test = load_images(dataset, device)
     configs = [run_config(dataset, name, seed, params) for seed in params.seeds]
-    train_all(configs, parallel_workers(device))
+    with tqdm(total=len(configs) * params.epochs, desc=f"train {name}", unit=" epochs", disable=None) as bar:
+        paths = parallel_map(lambda config: train_image_experiment(config, bar.update), configs, device)
 
-    paths = [run_paths(Path(config["run_dir"])) for config in configs]
     results = [load_json(path["summary_path"]) for path in paths]
     summary = {
         "test_acc": mean_std([result["test_acc"] for result in results]),

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
 from stages.common.artifacts import atomic_path, producer, require, save_csv, save_json
-from stages.common.command import InputError
+from stages.common.command import InputError, one_line
 from stages.common.images import Batches, load_images, split_validation
 from stages.common.runtime import autocast, pick_device, resolve_device, set_seed
 
@@ -119,23 +119,19 @@ def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object
 
     model.load_state_dict(best["model_state_dict"])
     test_loss, test_acc = evaluate(model, data.test_loader, criterion, device)
-    paths = run_paths(Path(config["run_dir"]))
-    save_checkpoint(paths["best_checkpoint_path"], best)
-    save_checkpoint(paths["latest_checkpoint_path"], latest)
-    save_csv(paths["metrics_path"], history)
-    save_json(paths["summary_path"], {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
-    return paths
-
-
-def run_paths(run_dir: Path) -> dict[str, Path]:
-    """Return where a run in `run_dir` leaves its files."""
-    return {
+    run_dir = Path(config["run_dir"])
+    paths = {
         "run_dir": run_dir,
         "metrics_path": run_dir / "metrics.csv",
         "summary_path": run_dir / "summary.json",
         "best_checkpoint_path": run_dir / "best.pt",
         "latest_checkpoint_path": run_dir / "latest.pt",
     }
+    save_checkpoint(paths["best_checkpoint_path"], best)
+    save_checkpoint(paths["latest_checkpoint_path"], latest)
+    save_csv(paths["metrics_path"], history)
+    save_json(paths["summary_path"], {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
+    return paths
 
 
 def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
@@ -184,9 +180,8 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is no checkpoint or is damaged ({reason}): run 'dvc repro -f {producer(path)}'"
+            f"{path} is no checkpoint or is damaged ({one_line(error)[:200]}): run 'dvc repro -f {producer(path)}'"
         ) from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
         got = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__

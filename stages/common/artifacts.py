@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from stages.common.command import InputError
+from stages.common.command import InputError, one_line
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
         with safe_open(require(path), framework="numpy") as file:
             return json.loads(file.metadata()["json"])
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}): run 'dvc repro -f {producer(path)}'") from None
+        raise InputError(f"{path} is damaged ({one_line(error)}): run 'dvc repro -f {producer(path)}'") from None
 
 
 def require(path: Path) -> Path:

@@ -9,6 +9,11 @@ class InputError(Exception):
     """A mistake that the user can mend. Its message says what is wrong and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def parse_arguments(doc: str | None, **items: str) -> argparse.Namespace:
     """Parse one required `--item` for each keyword; `doc` (the module's docstring) becomes `--help`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,7 +6,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stages.common.command import InputError
+from stages.common.command import InputError, one_line
 
 PARAMS = Path("params.yaml")
 
@@ -68,7 +68,7 @@ def lookup(key: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{PARAMS} is missing: run from the project's top folder") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{PARAMS} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{PARAMS} is not valid YAML: {one_line(error)}") from None
     walked: list[str] = []
     for part in key.split("."):
         known = sorted(node) if isinstance(node, dict) else []

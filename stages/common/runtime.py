@@ -3,12 +3,18 @@
 import os
 import random
 import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from stages.common.command import InputError
+from stages.common.command import InputError, one_line
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -18,7 +24,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device {name!r} cannot be used: {one_line(error)}") from None
 
 
 def pick_device() -> torch.device:
@@ -32,14 +38,25 @@ def pick_device() -> torch.device:
 def pin_threads() -> None:
     """Give every operation one thread: the number of threads changes sums, so weights, so every hash downstream.
 
-    Small models do not gain from more; parallelism is one model a Python thread (torch releases the interpreter lock).
+    Small models do not gain from more; parallelism is one model a Python thread (`parallel_map`).
     """
     torch.set_num_threads(1)
 
 
-def parallel_workers(device: torch.device) -> int:
-    """How many models to train side by side: one a core, or one on an accelerator."""
-    return len(os.sched_getaffinity(0)) if device.type == "cpu" and hasattr(os, "sched_getaffinity") else 1
+def parallel_map(
+    function: Callable[[T], R], items: Sequence[T], device: torch.device, progress: str | None = None
+) -> list[R]:
+    """Return function(item) of all items in order: side by side on the cores, or one after the other on an accelerator.
+
+    Python threads do: torch releases the interpreter lock in every operation. An item must draw from generators of its
+    own; then the results do not depend on how many cores there are. progress: the label of a progress bar over items.
+    """
+    pool = ThreadPoolExecutor((os.cpu_count() or 1) if device.type == "cpu" else 1, initializer=pin_threads)
+    try:
+        results = pool.map(function, items)
+        return list(tqdm(results, progress, len(items), disable=None if progress else True))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:

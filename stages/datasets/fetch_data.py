@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from stages.common.artifacts import save_arrays
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.command import InputError, one_line, parse_arguments, run
 from stages.common.params import StageParams, lookup
 from stages.datasets.image_folder import read_image_folder
 
@@ -93,7 +93,7 @@ def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
             return splits(mirror, download=False)
         except (RuntimeError, ValueError, AssertionError, EOFError) as error:
             if "not found" not in str(error):  # there, but damaged: say so rather than quietly download another copy
-                raise InputError(f"{source.name} in WEIGHTLENS_MIRROR={mirror} is damaged: {error}") from None
+                raise InputError(f"{source.name} in WEIGHTLENS_MIRROR={mirror} is damaged: {one_line(error)}") from None
             print(f"{source.name} is not in WEIGHTLENS_MIRROR={mirror}: downloading it")
     folder = DOWNLOADS / source.name
     shutil.rmtree(folder, ignore_errors=True)  # what a killed download left
@@ -101,7 +101,7 @@ def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
         return splits(folder, download=True)
     except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
         raise InputError(
-            f"{source.name} could not be downloaded ({error}): check the network and repeat, "
+            f"{source.name} could not be downloaded ({one_line(error)}): check the network and repeat, "
             "or name a folder that holds it by WEIGHTLENS_MIRROR"
         ) from None
     finally:

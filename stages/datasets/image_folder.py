@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from stages.common.command import InputError
+from stages.common.command import InputError, one_line
 
 MAX_IMAGE_BYTES = 1 << 28  # of one image file; a larger one is no photograph
 SHOWN = 5  # how many bad images an error names
@@ -38,7 +38,7 @@ def read_image_folder(
         try:
             images[parts[0]].setdefault(parts[1], []).append((name, decode(content, size, mode)))
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            bad.append(f"{name} ({' '.join(str(error).split())[:80]})")
+            bad.append(f"{name} ({one_line(error)[:80]})")
     if bad:
         raise InputError(
             f"{path}: {len(bad)} images do not decode: {', '.join(sorted(bad)[:SHOWN])}{', ...' if len(bad) > SHOWN else ''}"
@@ -77,7 +77,7 @@ def archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
                     raise InputError(f"{archive}: {member.name}: {member.size} bytes are too many for an image")
                 yield name.as_posix(), tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{archive} is damaged or no tar archive ({error}): get it again") from None
+        raise InputError(f"{archive} is damaged or no tar archive ({one_line(error)}): get it again") from None
 
 
 def decode(content: bytes, size: int, mode: str) -> np.ndarray:

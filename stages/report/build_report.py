@@ -76,10 +76,14 @@ def bilinear_section(dataset: str) -> Section:
         rows.append(Row(f"{variant}: test accuracy", percent(summary["test_acc"]), against))
     for variant in variants[:2]:
         result = decomposed[variant]
-        curves = result["truncated_acc"]["input"]
-        for k in curves["sign"]:
-            against = f"whole network {percent(result['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}"
-            rows.append(Row(f"{variant}: from {k} + {k} eigenvectors a class", percent(curves["sign"][k]), against))
+        for basis in ("hidden", "data"):
+            curves = result["truncated_acc"][basis]
+            for k in curves["sign"]:
+                measure = f"{variant}: from {k} positive and {k} negative eigenvectors a class, {basis} basis"
+                against = (
+                    f"whole network {percent(result['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}"
+                )
+                rows.append(Row(measure, percent(curves["sign"][k]), against))
     for variant in variants[:2]:
         masks = decomposed[variant]["mask_acc"]
         against = f"pixels permuted {percent(masks['permuted'])}, no mask {percent(masks['clean'])}"
@@ -98,7 +102,7 @@ def bilinear_section(dataset: str) -> Section:
         against = f"untrained {decimal(decomposed['untrained']['similarity'][kind])}"
         for variant in variants[:2]:
             value = decimal(decomposed[variant]["similarity"][kind])
-            rows.append(Row(f"{variant}: {label} alike between seeds, |cosine|", value, against))
+            rows.append(Row(f"{variant}: {label} alike between seeds, absolute cosine", value, against))
     largest = two_layer[-1]
     rows.append(
         Row(
@@ -111,7 +115,7 @@ def bilinear_section(dataset: str) -> Section:
         "eigenvectors": "The most positive and most negative eigenvectors of each class, in pixel space; eigenvalue above.",
         "truncation": "Accuracy from the first eigenvectors of each class. `sign` counts both signs; `random` is the baseline.",
         "spectra": "Eigenvalues of each class.",
-        "masks": "Masks computed from the weights alone, with the prediction above each image.",
+        "masks": "The mask of each class: computed from the weights, the most harmful of a few on validation images. Predictions above.",
         "attributions": "What each pixel adds to the predicted logit: exact, the pixels of an image sum to it.",
     }
     return Section(

@@ -1,0 +1,211 @@
+"""Data comes in whole, checked and unchanged, or not at all with one clear line."""
+
+import hashlib
+import io
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+
+from stages.common.artifacts import load_metadata
+from stages.common.command import InputError
+from stages.datasets import fetch_data
+from stages.datasets.image_folder import decode, read_image_folder
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, three training images and one test image each, 8x8 colour."""
+    random = np.random.default_rng(0)
+    for split, n in (("train", 3), ("test", 1)):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                (tmp_path / "photos" / split / name / f"{i}.png").write_bytes(png(pixels))
+    return tmp_path / "photos"
+
+
+def archive(folder: Path, *extra: tuple[tarfile.TarInfo, bytes]) -> Path:
+    path = folder.parent / "photos.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for split in ("train", "test"):
+            tar.add(folder / split, split)
+        for member, content in extra:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
+    monkeypatch.setattr("sys.argv", ["fetch_data", "--dataset", dataset])
+    fetch_data.main()
+
+
+def test_digits_are_scikit_learns(project, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    run(monkeypatch, "digits")
+    got = load_file(project / "data/digits.safetensors")
+    assert got["train_images"].shape == (1437, 1, 8, 8)
+    assert got["train_images"].dtype == np.uint8
+    assert got["train_labels"].dtype == np.int64
+    both = np.concatenate([got["train_images"], got["test_images"]])[:, 0]
+    expected = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+    assert sorted(map(bytes, both)) == sorted(map(bytes, expected))
+    assert set(np.bincount(got["test_labels"])) <= {35, 36, 37}
+    assert load_metadata(project / "data/digits.safetensors") == {"classes": list("0123456789")}
+
+
+def test_folder_and_archive_give_the_same_images_in_the_order_of_their_paths(folder):
+    (x, y), (test_x, test_y), classes = read_image_folder(folder, None, 8, "RGB")
+    assert classes == ["cat", "dog"]
+    assert y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test_y.tolist() == [0, 1]
+    expected = np.asarray(Image.open(folder / "train/dog/1.png")).transpose(2, 0, 1)
+    assert np.array_equal(x[4], expected)
+    packed = archive(folder)
+    (x2, y2), (test_x2, test_y2), _ = read_image_folder(
+        packed, hashlib.sha256(packed.read_bytes()).hexdigest(), 8, "RGB"
+    )
+    for a, b in ((x, x2), (y, y2), (test_x, test_x2), (test_y, test_y2)):
+        assert np.array_equal(a, b)
+
+
+def test_images_are_resized_and_turned_grey():
+    grey = np.full((20, 10, 3), 77, dtype=np.uint8)
+    assert np.array_equal(decode(png(grey), 4, "L"), np.full((1, 4, 4), 77))
+    assert decode(png(grey), 4, "RGB").shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "parent", "symlink", "hardlink", "device"])
+def test_unsafe_members_are_refused(folder, kind):
+    member = tarfile.TarInfo(
+        {"absolute": "/tmp/evil.png", "parent": "train/../../evil.png"}.get(kind, "train/cat/x.png")
+    )
+    if kind in ("symlink", "hardlink", "device"):
+        member.type = {"symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}[kind]
+        member.linkname = "/etc/passwd"
+    with pytest.raises(InputError, match=f"{member.name}: links, devices and paths that leave"):
+        read_image_folder(archive(folder, (member, b"")), None, 8, "RGB")
+    assert not Path("/tmp/evil.png").exists()
+
+
+def test_images_that_do_not_decode_are_all_named(folder):
+    (folder / "train/cat/bad1.png").write_bytes(b"no image")
+    whole = (folder / "train/dog/0.png").read_bytes()
+    (folder / "test/dog/bad2.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError) as error:
+        read_image_folder(folder, None, 8, "RGB")
+    assert "2 images do not decode" in str(error.value)
+    assert "test/dog/bad2.png" in str(error.value)
+    assert "train/cat/bad1.png" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_archives_are_refused(folder):
+    path = archive(folder)
+    whole = path.read_bytes()
+    sha256 = hashlib.sha256(whole).hexdigest()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], bytes(flipped), b"", b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="sha256 expected"):
+            read_image_folder(path, sha256, 8, "RGB")
+        with pytest.raises(InputError):
+            read_image_folder(path, None, 8, "RGB")
+
+
+def test_a_wrong_layout_is_refused(folder):
+    (folder / "test/bird").mkdir()
+    (folder / "test/bird/0.png").write_bytes((folder / "test/cat/0.png").read_bytes())
+    with pytest.raises(InputError, match="classes in test/ that train/ lacks: bird"):
+        read_image_folder(folder, None, 8, "RGB")
+    (folder / "train/cat/deeper").mkdir()
+    (folder / "train/cat/deeper/0.png").write_bytes(b"")
+    with pytest.raises(InputError, match="expected train/<class>/<image>"):
+        read_image_folder(folder, None, 8, "RGB")
+    (folder / "empty").mkdir()
+    with pytest.raises(InputError, match="no images in train"):
+        read_image_folder(folder / "empty", None, 8, "RGB")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The format of MNIST's files."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> dict[str, np.ndarray]:
+    """A mirror that holds a data set in MNIST's format."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for prefix, n in (("train", 20), ("t10k", 10)):
+        arrays[f"{prefix}-images-idx3-ubyte"] = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        arrays[f"{prefix}-labels-idx1-ubyte"] = random.integers(0, 10, n, dtype=np.uint8)
+    raw = tmp_path / "mirror" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, array in arrays.items():
+        (raw / name).write_bytes(idx(array))
+    return arrays
+
+
+def test_the_mirror_is_read_as_torchvision_lays_it_out(project, mirror, monkeypatch):
+    monkeypatch.setenv("WEIGHTLENS_MIRROR", str(project / "mirror"))
+    run(monkeypatch, "mnist")
+    got = load_file(project / "data/mnist.safetensors")
+    assert np.array_equal(got["train_images"][:, 0], mirror["train-images-idx3-ubyte"])
+    assert np.array_equal(got["test_labels"], mirror["t10k-labels-idx1-ubyte"])
+
+
+@pytest.mark.usefixtures("mirror")
+def test_a_damaged_mirror_is_named_not_bypassed(project, monkeypatch):
+    monkeypatch.setenv("WEIGHTLENS_MIRROR", str(project / "mirror"))
+    path = project / "mirror/MNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"MNIST in WEIGHTLENS_MIRROR=.* is damaged"):
+        run(monkeypatch, "mnist")
+    assert not (project / "data").exists()
+
+
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(project, monkeypatch):
+    from torchvision.datasets import mnist
+
+    def interrupted(_url, download_root, filename, **_):
+        Path(download_root, filename).write_bytes(b"half a file")
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(mnist, "download_and_extract_archive", interrupted)
+    with pytest.raises(InputError, match=r"MNIST could not be downloaded .*WEIGHTLENS_MIRROR"):
+        run(monkeypatch, "mnist")
+    assert not (project / "data").exists()
+    assert not [path for path in project.rglob("*") if path.is_file() and path.name != "params.yaml"]
+
+
+@pytest.mark.usefixtures("project")
+def test_mistakes_in_params_and_environment_are_named(monkeypatch):
+    with pytest.raises(InputError, match=r"params.yaml: fetch_data.sources.nonsense is missing \(there: cifar10,"):
+        run(monkeypatch, "nonsense")
+    monkeypatch.setenv("WEIGHTLENS_MIRROR", "/no/such/folder")
+    with pytest.raises(InputError, match="WEIGHTLENS_MIRROR=/no/such/folder is not a folder"):
+        run(monkeypatch, "mnist")
+    monkeypatch.delenv("WEIGHTLENS_MIRROR")
+    with pytest.raises(InputError, match=r"no folder or archive at cifar10-jpeg.tar.gz"):
+        run(monkeypatch, "cifar10_jpeg")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["fetch_data"]["sources"]["digits"] = {"kind": "digit"}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(InputError, match="kind: expected digits, torchvision, imagefolder, got 'digit'"):
+        run(monkeypatch, "digits")

@@ -1,0 +1,159 @@
+"""Training chooses on validation images, and its artifacts keep their contract."""
+
+import copy
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from stages.bilinear.model import build_image_classifier
+from stages.bilinear.training import (
+    build_image_dataloaders,
+    evaluate,
+    load_checkpoint,
+    load_model,
+    resolve_device,
+    set_seed,
+    train_image_experiment,
+    warmup_cosine,
+)
+from stages.common.artifacts import save_arrays
+from stages.common.command import InputError
+from stages.common.images import load_images
+from stages.common.runtime import generator
+from stages.datasets.fetch_data import Digits, fetch_digits
+
+METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr"]
+
+
+@pytest.fixture
+def config(project):
+    (train_x, train_y), (test_x, test_y), classes = fetch_digits(Digits(kind="digits", test_fraction=0.2, seed=0))
+    arrays = {"train_images": train_x, "train_labels": train_y, "test_images": test_x, "test_labels": test_y}
+    save_arrays(project / "data/digits.safetensors", arrays, {"classes": classes})
+    return {
+        "dataset": {"name": "digits", "validation_fraction": 0.2, "split_seed": 0},
+        "model": {"d_hidden": 16, "n_layer": 1, "bias": False, "residual": False},
+        "train": {
+            "epochs": 6,
+            "batch_size": 64,
+            "learning_rate": 0.02,
+            "weight_decay": 0.1,
+            "warmup_fraction": 0.1,
+            "shift": 1,
+            "input_noise": 0.1,
+        },
+        "seed": 0,
+        "run_dir": str(project / "run"),
+    }
+
+
+def test_artifact_contract(config):
+    paths = train_image_experiment(config)
+    assert {"run_dir", "metrics_path", "best_checkpoint_path", "latest_checkpoint_path"} <= paths.keys()
+    best, latest = (load_checkpoint(paths[f"{kind}_checkpoint_path"]) for kind in ("best", "latest"))
+    for checkpoint in (best, latest):
+        assert list(checkpoint) == ["model_state_dict", "config", "epoch", "metrics"]
+        assert list(checkpoint["metrics"]) == METRICS
+        assert checkpoint["epoch"] == checkpoint["metrics"]["epoch"]
+        model = build_image_classifier(checkpoint["config"]["model"], seed=1)
+        model.load_state_dict(checkpoint["model_state_dict"])  # strict
+    assert latest["epoch"] == 6
+    with paths["metrics_path"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == METRICS
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 7))
+    # the best epoch is the one that validation says, and the test accuracy is its network's
+    assert best["metrics"]["val_acc"] == pytest.approx(max(float(row["val_acc"]) for row in rows), abs=1e-5)
+    summary = json.loads(paths["summary_path"].read_text())
+    model, _ = load_model(paths["best_checkpoint_path"])
+    _, test = load_images("digits", torch.device("cpu"))
+    assert summary["test_acc"] == (model(test.pixels()).argmax(1) == test.labels).double().mean().item()
+    assert summary["test_acc"] > 0.6  # chance: 0.1
+
+
+def test_test_images_do_not_influence_training(config, project):
+    before = train_image_experiment(config)
+    weights = load_checkpoint(before["best_checkpoint_path"])["model_state_dict"]
+    _, test = load_images("digits", torch.device("cpu"))
+    test.images.random_(0, 256)  # in place, in the cached data set
+    after = train_image_experiment(config | {"run_dir": str(project / "again")})
+    assert json.loads(after["summary_path"].read_text())["test_acc"] < 0.4
+    for name, weight in load_checkpoint(after["best_checkpoint_path"])["model_state_dict"].items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_permuted_labels_give_chance(config):
+    train, _ = load_images("digits", torch.device("cpu"))
+    train.labels.copy_(train.labels[torch.randperm(len(train))])
+    paths = train_image_experiment(config)
+    assert json.loads(paths["summary_path"].read_text())["test_acc"] < 0.25
+
+
+def test_the_same_config_gives_the_same_bytes_and_another_seed_others(config, project):
+    runs = [config, config | {"run_dir": str(project / "b")}, config | {"seed": 1, "run_dir": str(project / "c")}]
+    a, b, c = (train_image_experiment(run) for run in runs)
+    assert a["metrics_path"].read_bytes() == b["metrics_path"].read_bytes() != c["metrics_path"].read_bytes()
+
+
+def test_a_loss_that_is_not_finite_is_named(config):
+    config["train"] |= {"learning_rate": 1e30, "weight_decay": 0.0}
+    with pytest.raises(InputError, match=r"not finite in epoch 1: lower train_bilinear.learning_rate"):
+        train_image_experiment(config)
+
+
+def test_evaluate_is_the_mean_over_images_for_any_batch_size(config):
+    model = build_image_classifier(config["model"] | {"d_input": 64, "d_output": 10}, seed=0)
+    data = build_image_dataloaders(config["dataset"], config["train"])
+    loss, accuracy = evaluate(model, data.test_loader, nn.CrossEntropyLoss(), torch.device("cpu"))
+    _, test = load_images("digits", torch.device("cpu"))
+    logits = model(test.pixels())
+    assert loss == pytest.approx(cross_entropy(logits, test.labels).item(), rel=1e-5)
+    assert accuracy == (logits.argmax(1) == test.labels).double().mean().item()
+    smaller = copy.copy(data.test_loader)
+    smaller.batch_size = 7
+    assert evaluate(model, smaller, nn.CrossEntropyLoss(), torch.device("cpu")) == pytest.approx((loss, accuracy))
+
+
+def test_warmup_cosine_rises_from_zero_to_one_and_falls_to_zero():
+    factor = warmup_cosine(steps=100, warmup_fraction=0.1)
+    assert [factor(0), factor(5), factor(10), factor(55), factor(100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert max(map(factor, range(101))) == factor(10)
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(config, tmp_path):
+    path = train_image_experiment(config)["best_checkpoint_path"]
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="expected config, epoch, metrics, model_state_dict, got weights"):
+        load_checkpoint(tmp_path / "other.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")  # a class: would run code
+    with pytest.raises(InputError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "pickle.pt")
+
+
+def test_random_streams_are_separate_and_reproducible():
+    def draw(*key):
+        return torch.rand(4, generator=generator(*key))
+
+    assert torch.equal(draw(0, "a"), draw(0, "a"))
+    assert not torch.equal(draw(0, "a"), draw(0, "b"))
+    assert not torch.equal(draw(0, "a"), draw(1, "a"))
+    set_seed(5)
+    first = torch.rand(3)
+    set_seed(5)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_unknown_devices_are_refused():
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="device 'abacus'"):
+        resolve_device("abacus")
