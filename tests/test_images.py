@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stages.common.command import InputError
 from stages.common.images import Batches, ImageSet, split_validation
 
 
@@ -65,3 +66,6 @@ def test_validation_split_is_a_partition_and_depends_on_its_seed_alone():
     assert sorted([*rest.labels.tolist(), *validation.labels.tolist()]) == list(range(100))
     assert torch.equal(split_validation(data, 0.2, seed=3)[1].labels, validation.labels)
     assert not torch.equal(split_validation(data, 0.2, seed=4)[1].labels, validation.labels)
+    for fraction in (0.001, 0.999):
+        with pytest.raises(InputError, match="validation_fraction"):
+            split_validation(data, fraction, seed=3)

@@ -71,7 +71,7 @@ class Params(StageParams):
     mask_norm: PositiveFloat  # where the pixel range is 1
     mask_rank: PositiveInt  # eigenvectors a class that a mask must not excite, but for one
     validation_images: PositiveInt  # on which masks are chosen
-    deletion_fractions: list[Annotated[float, Field(gt=0, lt=1)]]  # of all pixels
+    deletion_pixels: Ranks  # how many pixels of an image to delete
     similarity_rank: PositiveInt  # eigenvectors a class that are matched between seeds
     subspace_rank: PositiveInt  # positive eigenvectors a class whose span is compared
 
@@ -164,23 +164,22 @@ def mask_accuracy(
     return result, chosen, chosen[:, orders[0]]
 
 
-def deletion_agreement(
-    model: Model, test: ImageSet, fractions: list[float], seed: int
-) -> dict[str, dict[float, float]]:
-    """Return the share of images that keep their predicted class when a fraction of all pixels is set to zero.
+def deletion_agreement(model: Model, test: ImageSet, counts: list[int], seed: int) -> dict[str, dict[int, float]]:
+    """Return the share of images that keep their predicted class when n pixels are set to zero, for every n of `counts`.
 
     `attributed` deletes the pixels that add most to the predicted logit, `random`, the baseline, any pixels that are lit.
     """
     x = test.pixels()
     predicted = model(x).argmax(1)
-    lit = (x.flatten(1) > 0) * torch.rand(x.flatten(1).shape, generator=generator(seed, "deleted pixels")).to(x.device)
-    rankings = {"attributed": pixel_attributions(model, x, predicted)[0], "random": lit}
+    lit = x.flatten(1) > 0
+    random = torch.rand(lit.shape, generator=generator(seed, "deleted pixels")).to(x.device)
+    rankings = {"attributed": pixel_attributions(model, x, predicted)[0], "random": lit * random}
 
-    def kept(ranking: Float[Tensor, "n d"], fraction: float) -> float:
-        deleted = ranking.topk(max(1, round(fraction * ranking.shape[1])), dim=1).indices
+    def kept(ranking: Float[Tensor, "n d"], count: int) -> float:
+        deleted = ranking.topk(min(count, ranking.shape[1]), dim=1).indices
         return accuracy(model(x.flatten(1).scatter(1, deleted, 0.0).view_as(x)), predicted).item()
 
-    return {name: {f: kept(ranking, f) for f in fractions} for name, ranking in rankings.items()}
+    return {name: {count: kept(ranking, count) for count in counts} for name, ranking in rankings.items()}
 
 
 def seed_similarity(decompositions: list[DecompositionArtifacts], params: Params) -> dict[str, dict[str, float]]:
@@ -241,7 +240,7 @@ def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -
             for basis, artifacts in bases.items()
         },
         "mask_acc": mask_acc,
-        "kept_prediction": deletion_agreement(model, test, params.deletion_fractions, seed),
+        "kept_prediction": deletion_agreement(model, test, params.deletion_pixels, seed),
     }
     return Analysis(model, numbers, bases, masks, permuted_masks)
 

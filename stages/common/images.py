@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.common.artifacts import load_metadata
+from stages.common.command import InputError
 from stages.common.runtime import generator
 
 DATA = Path("data")
@@ -50,9 +51,13 @@ def load_images(dataset: str, device: torch.device) -> tuple[ImageSet, ImageSet]
 
 
 def split_validation(train: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Return a random `fraction` of the training images as (rest, validation)."""
+    """Return a random `fraction` of the training images as (rest, validation); InputError if either would be empty."""
     order = torch.randperm(len(train), generator=generator(seed, "validation split")).to(train.labels.device)
     n = round(fraction * len(train))
+    if not 0 < n < len(train):
+        raise InputError(
+            f"validation_fraction {fraction} of {len(train)} images leaves {n} to validate, {len(train) - n} to train"
+        )
     return train.subset(order[n:].sort().values), train.subset(order[:n].sort().values)
 
 

@@ -90,14 +90,10 @@ def bilinear_section(dataset: str) -> Section:
         rows.append(Row(f"{variant}: under the best mask of norm {norm:g}", percent(masks["best_mask"]), against))
         rows.append(Row(f"{variant}: under a class's mask, mean", percent(masks["mean_mask"]), "as above"))
     kept = decomposed["regularised"]["kept_prediction"]
-    for fraction in kept["attributed"]:
-        rows.append(
-            Row(
-                f"regularised: prediction kept without the top {float(fraction):.2%} of pixels",
-                percent(kept["attributed"][fraction]),
-                f"without as many random lit pixels {percent(kept['random'][fraction])}",
-            )
-        )
+    for count in kept["attributed"]:
+        measure = f"regularised: prediction kept without the {count} pixels that add most to it"
+        against = f"without as many random lit pixels {percent(kept['random'][count])}"
+        rows.append(Row(measure, percent(kept["attributed"][count]), against))
     for kind, label in (("eigenvectors", "matched eigenvectors"), ("subspace", "span of the top eigenvectors")):
         against = f"untrained {decimal(decomposed['untrained']['similarity'][kind])}"
         for variant in variants[:2]:
