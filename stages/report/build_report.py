@@ -116,7 +116,7 @@ def bilinear_section(dataset: str) -> Section:
     }
     return Section(
         title=f"Bilinear: {dataset}",
-        question="What features did the network learn? Eigenvectors read from its weights, without data.",
+        question="What features did the network learn? The eigenvectors of its weights, and how much they explain.",
         rows=rows,
         pictures=[Picture(DECOMPOSED / dataset / f"{name}.png", caption) for name, caption in captions.items()],
     )
