@@ -80,28 +80,32 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
         run_stage(monkeypatch, module, items)
     page = (project / "reports/index.html").read_text()
     sources: list[str] = []
-    cells: list[str] = []
+    tables: list[list[list[str]]] = []
 
     class Reader(HTMLParser):
-        inside = False
-
         def handle_starttag(self, tag, attributes):
-            self.inside = tag == "td"
             sources.extend(value for name, value in attributes if name in ("src", "href"))
+            if tag == "table":
+                tables.append([])
+            elif tag == "tr":
+                tables[-1].append([])
+            self.inside = tag in ("td", "th")
 
         def handle_endtag(self, _tag):
             self.inside = False
 
         def handle_data(self, data):
             if self.inside:
-                cells.append(data)
+                tables[-1][-1].append(data)
 
     Reader().feed(page)
     assert len(sources) == 5
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    rows = list(zip(cells[::3], cells[1::3], cells[2::3], strict=True))
+    (header, *rows), (two_header, *two_rows) = tables
+    assert header == ["measure", "value", "baseline"]
     assert len(rows) >= 15
-    assert all("±" in value and baseline for _, value, baseline in rows)
+    assert all("±" in value and ("%" in baseline or "untrained" in baseline) for _, value, baseline in rows)
+    assert {len(row) for row in two_rows} == {len(two_header)}
     markdown = (project / "reports/report.md").read_text()
     for link in (line.split("](")[1].rstrip(")") for line in markdown.splitlines() if line.startswith("![")):
         assert (project / "reports" / link).is_file()

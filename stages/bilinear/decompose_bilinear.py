@@ -260,9 +260,17 @@ def headline(result: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
 
 
 def truncation_rows(summary: dict[str, Any]) -> Rows:
-    """Return the truncation curves as rows; `k` is a number of either sign where the ranking is by sign."""
+    """Return the truncation curves as rows: `k`, the number of eigenvectors it stands for, and the accuracy."""
     return [
-        {"variant": variant, "basis": basis, "ranking": ranking, "k": int(k), "acc": acc["mean"], "std": acc["std"]}
+        {
+            "variant": variant,
+            "basis": basis,
+            "ranking": ranking,
+            "k": int(k),
+            "eigenvectors": int(k) if ranking == "magnitude" else min(2 * int(k), max(map(int, curve))),
+            "acc": acc["mean"],
+            "std": acc["std"],
+        }
         for variant in SINGLE_LAYER
         for basis, rankings in summary[variant]["truncated_acc"].items()
         for ranking, curve in rankings.items()

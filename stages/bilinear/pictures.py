@@ -67,9 +67,8 @@ def draw_truncation(path: Path, rows: list[dict[str, Any]], full: dict[str, floa
         for basis, colour in COLOURS.items():
             for ranking, style in styles.items():
                 curve = [r for r in rows if (r["variant"], r["basis"], r["ranking"]) == (variant, basis, ranking)]
-                largest = max(r["k"] for r in curve)
-                vectors = [r["k"] if ranking == "magnitude" else min(2 * r["k"], largest) for r in curve]
-                ax.plot(vectors, [r["acc"] for r in curve], style, color=colour, label=f"{basis}, {ranking}")
+                x, y = [r["eigenvectors"] for r in curve], [r["acc"] for r in curve]
+                ax.plot(x, y, style, color=colour, label=f"{basis}, {ranking}")
         ax.set(xscale="log", xlabel="eigenvectors a class", title=variant)
     axes[0].set_ylabel("test accuracy")
     axes[-1].legend(fontsize=6)

@@ -8,6 +8,7 @@ A run's `config` is a plain dictionary, kept in its checkpoints:
     run_dir     where the checkpoints and metrics go
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -167,8 +168,10 @@ def evaluate(
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint: model_state_dict, config, epoch, metrics."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(checkpoint, file)  # into a file object: from a path, torch stores its name inside
+    buffer = io.BytesIO()  # not the file: torch would store its name inside, and fail obscurely on a full disk
+    torch.save(checkpoint, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Build the report: one table for each system, every number beside its baseline, then the pictures.
+"""Build the report: one table for each system, every number beside its baseline, then more tables and the pictures.
 
 Reads   reports/<stage>/<item>/ of every member that params.yaml names
 Writes  reports/report.md, reports/index.html (self-contained: pictures are inside, nothing is loaded from elsewhere)
 """
 
 import base64
-import html
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ REPORTS = Path("reports")
 TRAINED = REPORTS / "train_bilinear"
 DECOMPOSED = REPORTS / "decompose_bilinear"
 
+VARIANTS = ("regularised", "unregularised", "two_layer")
+SINGLE_LAYER = VARIANTS[:2]
+NOTE = "Means ± standard deviations over seeds."
+
 
 class Params(StageParams):
     """What the report shows."""
@@ -26,12 +30,12 @@ class Params(StageParams):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured number; `baseline` says what it is measured against."""
+class Table:
+    """A table of text; every row has as many cells as `header`."""
 
-    measure: str
-    value: str
-    baseline: str
+    header: list[str]
+    rows: list[list[str]]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,72 +48,37 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """One system's part of the report for one data set."""
+    """One system's part of the report for one data set; its first table is the one that counts."""
 
     title: str
     question: str
-    rows: list[Row]
+    tables: list[Table]
     pictures: list[Picture]
 
 
-def percent(number: dict[str, float] | float) -> str:
-    """Format a share, with its standard deviation over seeds if it has one."""
-    return f"{number:.1%}" if isinstance(number, float) else f"{number['mean']:.1%} ± {number['std']:.1%}"
+def percent(number: dict[str, float]) -> str:
+    """Format a share with its standard deviation over seeds."""
+    return f"{number['mean']:.1%} ± {number['std']:.1%}"
 
 
 def decimal(number: dict[str, float]) -> str:
-    """Format a number in 0 to 1 with its standard deviation."""
+    """Format a number in 0 to 1 with its standard deviation over seeds."""
     return f"{number['mean']:.2f} ± {number['std']:.2f}"
 
 
 def bilinear_section(dataset: str) -> Section:
     """Return the section of the bilinear classifiers of one data set."""
-    variants = ("regularised", "unregularised", "two_layer")
-    trained = {variant: load_json(TRAINED / f"{dataset}-{variant}" / "summary.json") for variant in variants}
-    decomposed: dict[str, Any] = load_json(DECOMPOSED / dataset / "summary.json")
-    two_layer = load_csv(DECOMPOSED / dataset / "two_layer.csv")
-    norm = decomposed["mask_norm"]
-    rows = []
-    for variant, summary in trained.items():
-        baselines = summary["baseline_test_acc"]
-        against = f"linear classifier {percent(baselines['linear'])}, majority {percent(baselines['majority'])}"
-        rows.append(Row(f"{variant}: test accuracy", percent(summary["test_acc"]), against))
-    for variant in variants[:2]:
-        result = decomposed[variant]
-        for basis in ("hidden", "data"):
-            curves = result["truncated_acc"][basis]
-            for k in curves["sign"]:
-                measure = f"{variant}: from {k} positive and {k} negative eigenvectors a class, {basis} basis"
-                against = (
-                    f"whole network {percent(result['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}"
-                )
-                rows.append(Row(measure, percent(curves["sign"][k]), against))
-    for variant in variants[:2]:
-        masks = decomposed[variant]["mask_acc"]
-        against = f"pixels permuted {percent(masks['permuted'])}, no mask {percent(masks['clean'])}"
-        rows.append(Row(f"{variant}: under the best mask of norm {norm:g}", percent(masks["best_mask"]), against))
-        rows.append(Row(f"{variant}: under a class's mask, mean", percent(masks["mean_mask"]), "as above"))
-    kept = decomposed["regularised"]["kept_prediction"]
-    for count in kept["attributed"]:
-        measure = f"regularised: prediction kept without the {count} pixels that add most to it"
-        against = f"without as many random lit pixels {percent(kept['random'][count])}"
-        rows.append(Row(measure, percent(kept["attributed"][count]), against))
-    for kind, label in (("eigenvectors", "matched eigenvectors"), ("subspace", "span of the top eigenvectors")):
-        against = f"untrained {decimal(decomposed['untrained']['similarity'][kind])}"
-        for variant in variants[:2]:
-            value = decimal(decomposed[variant]["similarity"][kind])
-            rows.append(Row(f"{variant}: {label} alike between seeds, absolute cosine", value, against))
-    largest = two_layer[-1]
-    rows.append(
-        Row(
-            f"two_layer: from {largest['outer']} outer x {largest['inner']} inner eigenvectors a class",
-            percent({"mean": float(largest["acc"]), "std": float(largest["std"])}),
-            f"whole network {percent(decomposed['two_layer']['full_acc'])}",
-        )
-    )
+    decomposed = load_json(DECOMPOSED / dataset / "summary.json")
+    rows = [
+        *accuracy_rows({variant: load_json(TRAINED / f"{dataset}-{variant}" / "summary.json") for variant in VARIANTS}),
+        *truncation_rows(decomposed),
+        *mask_rows(decomposed),
+        *attribution_rows(decomposed),
+        *similarity_rows(decomposed),
+    ]
     captions = {
         "eigenvectors": "The most positive and most negative eigenvectors of each class, in pixel space; eigenvalue above.",
-        "truncation": "Accuracy from the first eigenvectors of each class. `sign` counts both signs; `random` is the baseline.",
+        "truncation": "Accuracy from the first eigenvectors of each class: by sign (as many of either), by magnitude, and at random.",
         "spectra": "Eigenvalues of each class.",
         "masks": "The mask of each class: computed from the weights, the most harmful of a few on validation images. Predictions above.",
         "attributions": "What each pixel adds to the predicted logit: exact, the pixels of an image sum to it.",
@@ -117,52 +86,133 @@ def bilinear_section(dataset: str) -> Section:
     return Section(
         title=f"Bilinear: {dataset}",
         question="What features did the network learn? The eigenvectors of its weights, and how much they explain.",
-        rows=rows,
+        tables=[Table(["measure", "value", "baseline"], rows), two_layer_table(dataset, decomposed)],
         pictures=[Picture(DECOMPOSED / dataset / f"{name}.png", caption) for name, caption in captions.items()],
     )
 
 
+def accuracy_rows(trained: dict[str, Any]) -> list[list[str]]:
+    """Test accuracy of every variant, beside a linear classifier's and the most frequent class's."""
+    return [
+        [
+            f"{variant}: test accuracy",
+            percent(summary["test_acc"]),
+            "linear classifier {linear:.1%}, majority {majority:.1%}".format(**summary["baseline_test_acc"]),
+        ]
+        for variant, summary in trained.items()
+    ]
+
+
+def truncation_rows(decomposed: dict[str, Any]) -> list[list[str]]:
+    """Accuracy from a few eigenvectors, beside the whole network's and that of as many random eigenvectors."""
+    return [
+        [
+            f"{variant}: from {k} positive and {k} negative eigenvectors a class, {basis} basis",
+            percent(acc),
+            f"whole network {percent(decomposed[variant]['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}",
+        ]
+        for variant in SINGLE_LAYER
+        for basis, curves in decomposed[variant]["truncated_acc"].items()
+        for k, acc in curves["sign"].items()
+    ]
+
+
+def mask_rows(decomposed: dict[str, Any]) -> list[list[str]]:
+    """Accuracy under masks made from the weights, beside the same masks with their pixels permuted."""
+    rows = []
+    for variant in SINGLE_LAYER:
+        masks = decomposed[variant]["mask_acc"]
+        against = f"pixels permuted {percent(masks['permuted'])}, no mask {percent(masks['clean'])}"
+        rows.append(
+            [f"{variant}: under the best mask, norm {decomposed['mask_norm']:g}", percent(masks["best_mask"]), against]
+        )
+        rows.append([f"{variant}: under a class's mask, mean over classes", percent(masks["mean_mask"]), against])
+    return rows
+
+
+def attribution_rows(decomposed: dict[str, Any]) -> list[list[str]]:
+    """Predictions kept without the pixels that add most to them, beside those kept without random lit pixels."""
+    kept = decomposed["regularised"]["kept_prediction"]
+    return [
+        [
+            f"regularised: predictions kept when the top {count} of the pixels by attribution are deleted",
+            percent(share),
+            f"as many random lit pixels {percent(kept['random'][count])}",
+        ]
+        for count, share in kept["attributed"].items()
+    ]
+
+
+def similarity_rows(decomposed: dict[str, Any]) -> list[list[str]]:
+    """How alike the eigenvectors of two seeds are, beside those of untrained networks."""
+    labels = {"eigenvectors": "matched eigenvectors", "subspace": "span of the top eigenvectors"}
+    return [
+        [
+            f"{variant}: {label} alike between seeds, absolute cosine",
+            decimal(decomposed[variant]["similarity"][kind]),
+            f"untrained {decimal(decomposed['untrained']['similarity'][kind])}",
+        ]
+        for kind, label in labels.items()
+        for variant in SINGLE_LAYER
+    ]
+
+
+def two_layer_table(dataset: str, decomposed: dict[str, Any]) -> Table:
+    """Accuracy of the two-layer network from a few outer (rows) and inner (columns) eigenvectors."""
+    cells = load_csv(DECOMPOSED / dataset / "two_layer.csv")
+    inner = list(dict.fromkeys(cell["inner"] for cell in cells))
+    rows: dict[str, list[str]] = {}
+    for cell in cells:
+        rows.setdefault(cell["outer"], [cell["outer"]]).append(
+            percent({"mean": float(cell["acc"]), "std": float(cell["std"])})
+        )
+    whole = percent(decomposed["two_layer"]["full_acc"])
+    caption = f"two_layer: accuracy from so many outer (rows) and inner (columns) eigenvectors a class; whole network {whole}."
+    return Table(["outer \\ inner", *inner], list(rows.values()), caption)
+
+
 def render_markdown(sections: list[Section]) -> str:
     """Return the report as Markdown; picture paths are relative to reports/."""
-    lines = ["# weightlens report", "", "Means ± standard deviations over seeds.", ""]
+    lines = ["# weightlens report", "", NOTE, ""]
     for section in sections:
-        lines += [f"## {section.title}", "", section.question, "", "| measure | value | baseline |", "|---|---|---|"]
-        lines += [f"| {row.measure} | {row.value} | {row.baseline} |" for row in section.rows]
+        lines += [f"## {section.title}", "", section.question, ""]
+        for table in section.tables:
+            lines += [table.caption, ""] if table.caption else []
+            cells = [table.header, ["---"] * len(table.header), *table.rows]
+            lines += [f"| {' | '.join(row)} |" for row in cells] + [""]
         for picture in section.pictures:
-            lines += ["", picture.caption, "", f"![{picture.caption}]({picture.path.relative_to(REPORTS).as_posix()})"]
-        lines.append("")
+            lines += [picture.caption, "", f"![{picture.caption}]({picture.path.relative_to(REPORTS).as_posix()})", ""]
     return "\n".join(lines)
 
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; }
-td:nth-child(2) { font-weight: 600; white-space: nowrap; } td:nth-child(3) { color: #666; }
-figure { margin: 2em 0; } figcaption { color: #555; } img { max-width: 100%; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; }
+table:first-of-type td:nth-child(2) { font-weight: 600; white-space: nowrap; }
+caption, figcaption { color: #555; text-align: left; } figure { margin: 2em 0; } img { max-width: 100%; }
 """
 
 
 def render_html(sections: list[Section]) -> str:
     """Return the report as one HTML page with the pictures inside."""
-    parts = [
+    lines = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>weightlens report</title><style>{STYLE}</style>",
-        "<h1>weightlens report</h1><p>Means ± standard deviations over seeds.</p>",
+        f"<title>weightlens report</title><style>{STYLE}</style><h1>weightlens report</h1><p>{NOTE}</p>",
     ]
     for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.question)}</p>")
-        parts.append("<table><tr><th>measure</th><th>value</th><th>baseline</th></tr>")
-        for row in section.rows:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (row.measure, row.value, row.baseline))
-            parts.append(f"<tr>{cells}</tr>")
-        parts.append("</table>")
+        lines.append(f"<section><h2>{escape(section.title)}</h2><p>{escape(section.question)}</p>")
+        for table in section.tables:
+            lines.append(f"<table><caption>{escape(table.caption)}</caption>")
+            for tag, row in [("th", table.header), *(("td", row) for row in table.rows)]:
+                lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>")
+            lines.append("</table>")
         for picture in section.pictures:
-            data = base64.b64encode(require(picture.path).read_bytes()).decode()
-            caption = html.escape(picture.caption)
-            parts.append(
-                f'<figure><figcaption>{caption}</figcaption><img alt="{caption}" src="data:image/png;base64,{data}"></figure>'
-            )
-    return "\n".join([*parts, "</html>", ""])
+            data, caption = base64.b64encode(require(picture.path).read_bytes()).decode(), escape(picture.caption)
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            lines.append(f"<figure><figcaption>{caption}</figcaption>{image}</figure>")
+        lines.append("</section>")
+    return "\n".join([*lines, "</html>", ""])
 
 
 def main() -> None:
