@@ -9,6 +9,7 @@ from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT, scale_overrides
 
 from stages.common.images import load_images
+from stages.common.runtime import pin_threads
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed() -> None:
-    """Tests draw the same numbers whatever ran before."""
+def as_in_a_stage() -> None:
+    """Tests draw the same numbers whatever ran before, and run on one thread."""
     torch.manual_seed(0)
+    pin_threads()

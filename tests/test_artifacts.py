@@ -14,7 +14,7 @@ from stages.common.artifacts import (
     load_csv,
     load_json,
     load_metadata,
-    producer,
+    remedy,
     save_arrays,
     save_csv,
     save_json,
@@ -88,5 +88,7 @@ def test_missing_and_damaged_files_say_what_to_run(tmp_path, monkeypatch):
     path.write_bytes(b"garbage" * 100)
     with pytest.raises(InputError, match=r"damaged .*dvc repro -f fetch_data@mnist"):
         load_metadata(path)
-    assert producer(Path("models/train_bilinear/mnist-regularised/seed0/best.pt")) == "train_bilinear@mnist-regularised"
-    assert producer(Path("reports/decompose_bilinear/mnist/summary.json")) == "decompose_bilinear@mnist"
+    best = Path("models/train_bilinear/mnist-regularised/seed0/best.pt")
+    assert remedy(best) == ": run 'dvc repro train_bilinear@mnist-regularised'"
+    assert remedy(Path("reports/decompose_bilinear/mnist/summary.json")) == ": run 'dvc repro decompose_bilinear@mnist'"
+    assert remedy(Path("/elsewhere/best.pt")) == ""

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 import struct
 import tarfile
 from pathlib import Path
@@ -83,6 +84,20 @@ def test_folder_and_archive_give_the_same_images_in_the_order_of_their_paths(fol
         assert np.array_equal(a, b)
 
 
+def test_photos_are_turned_upright_and_deep_ones_refused():
+    pixels = np.zeros((4, 8, 3), dtype=np.uint8)
+    pixels[:, :4] = 255  # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left side is the top
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", exif=exif)
+    upright = decode(file.getvalue(), 8, "L")[0]
+    assert upright[0].min() > 200
+    assert upright[-1].max() < 50
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        decode(png(np.full((8, 8), 300, dtype=np.uint16)), 8, "L")
+
+
 def test_images_are_resized_and_turned_grey():
     grey = np.full((20, 10, 3), 77, dtype=np.uint8)
     assert np.array_equal(decode(png(grey), 4, "L"), np.full((1, 4, 4), 77))
@@ -129,10 +144,12 @@ def test_damaged_archives_are_refused(folder):
 
 
 def test_a_wrong_layout_is_refused(folder):
-    (folder / "test/bird").mkdir()
-    (folder / "test/bird/0.png").write_bytes((folder / "test/cat/0.png").read_bytes())
-    with pytest.raises(InputError, match="classes in test/ that train/ lacks: bird"):
-        read_image_folder(folder, None, 8, "RGB")
+    for split in ("test", "train"):
+        (folder / split / "bird").mkdir()
+        (folder / split / "bird/0.png").write_bytes((folder / "test/cat/0.png").read_bytes())
+        with pytest.raises(InputError, match="only in train/ or only in test/: bird"):
+            read_image_folder(folder, None, 8, "RGB")
+        (folder / split / "bird/0.png").unlink()
     (folder / "train/cat/deeper").mkdir()
     (folder / "train/cat/deeper/0.png").write_bytes(b"")
     with pytest.raises(InputError, match="expected train/<class>/<image>"):
@@ -155,7 +172,7 @@ def mirror(tmp_path: Path) -> dict[str, np.ndarray]:
     for prefix, n in (("train", 20), ("t10k", 10)):
         arrays[f"{prefix}-images-idx3-ubyte"] = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         arrays[f"{prefix}-labels-idx1-ubyte"] = random.integers(0, 10, n, dtype=np.uint8)
-    raw = tmp_path / "mirror" / "MNIST" / "raw"
+    raw = tmp_path / "mirror" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name, array in arrays.items():
         (raw / name).write_bytes(idx(array))
@@ -164,8 +181,8 @@ def mirror(tmp_path: Path) -> dict[str, np.ndarray]:
 
 def test_the_mirror_is_read_as_torchvision_lays_it_out(project, mirror, monkeypatch):
     monkeypatch.setenv("WEIGHTLENS_MIRROR", str(project / "mirror"))
-    run(monkeypatch, "mnist")
-    got = load_file(project / "data/mnist.safetensors")
+    run(monkeypatch, "fashion_mnist")
+    got = load_file(project / "data/fashion_mnist.safetensors")
     assert np.array_equal(got["train_images"][:, 0], mirror["train-images-idx3-ubyte"])
     assert np.array_equal(got["test_labels"], mirror["t10k-labels-idx1-ubyte"])
 
@@ -173,10 +190,16 @@ def test_the_mirror_is_read_as_torchvision_lays_it_out(project, mirror, monkeypa
 @pytest.mark.usefixtures("mirror")
 def test_a_damaged_mirror_is_named_not_bypassed(project, monkeypatch):
     monkeypatch.setenv("WEIGHTLENS_MIRROR", str(project / "mirror"))
-    path = project / "mirror/MNIST/raw/train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"MNIST in WEIGHTLENS_MIRROR=.* is damaged"):
+    raw = project / "mirror/FashionMNIST/raw"
+    shutil.copytree(raw, project / "mirror/MNIST/raw")
+    with pytest.raises(InputError, match=r"MNIST in .* is damaged or incomplete: train-images-idx3-ubyte: sha256"):
         run(monkeypatch, "mnist")
+    (raw / "train-images-idx3-ubyte").write_bytes((raw / "train-images-idx3-ubyte").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"FashionMNIST in .* is damaged or incomplete"):
+        run(monkeypatch, "fashion_mnist")
+    (project / "mirror/cifar-10-batches-py").mkdir()
+    with pytest.raises(InputError, match=r"CIFAR10 in .* is damaged or incomplete"):
+        run(monkeypatch, "cifar10")
     assert not (project / "data").exists()
 
 

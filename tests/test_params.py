@@ -37,11 +37,6 @@ def test_overrides_change_one_item_alone():
     assert Params.load("train", "b", "plain").variant.noise == 0.0
 
 
-def test_keys_for_dvc_are_those_that_are_read():
-    expected = {"train.epochs", "train.rate", "train.overrides.a", "train.variants.plain"}
-    assert Params.dvc_keys("train", "a", "plain") == expected
-
-
 def test_every_problem_is_reported_at_once(yaml):
     yaml.write_text(yaml.read_text().replace("epochs: 3", "epoch: 3").replace("rate: 1e-3", "rate: fast"))
     with pytest.raises(InputError) as error:
@@ -55,14 +50,22 @@ def test_every_problem_is_reported_at_once(yaml):
 
 def test_out_of_range_is_named_with_its_full_key(yaml):
     yaml.write_text(yaml.read_text().replace("epochs: 5", "epochs: -5"))
-    with pytest.raises(InputError, match=r"^params.yaml: train.epochs: Input should be greater than 0$"):
+    with pytest.raises(InputError, match=r"^params.yaml: train.overrides.b.epochs: Input should be greater than 0$"):
         Params.load("train", "b", "plain")
+
+
+def test_an_override_of_what_is_not_there_is_refused(yaml):
+    original = yaml.read_text()
+    for wrong in ("epoch: 5", "variants: {noisi: {noise: 0.2}}", "variants: {noisy: {noize: 0.2}}"):
+        yaml.write_text(original.replace("epochs: 5", wrong).replace(", variants: {noisy: {noise: 0.2}}", ""))
+        with pytest.raises(InputError, match=r"train.overrides.b.*(epoch|noisi|noize) changes nothing"):
+            Params.load("train", "b", "plain")
 
 
 def test_unknown_items_and_files_are_named(yaml):
     with pytest.raises(InputError, match=r"params.yaml: train.overrides.c is missing \(there: a, b\)"):
         Params.load("train", "c", "plain")
-    with pytest.raises(InputError, match=r"train.variant"):
+    with pytest.raises(InputError, match=r"train.variants.unheard-of is missing \(there: noisy, plain\)"):
         Params.load("train", "a", "unheard-of")
     yaml.write_text("train: [")
     with pytest.raises(InputError, match="not valid YAML"):

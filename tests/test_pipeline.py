@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT, scale_overrides
+
+from stages.bilinear import decompose_bilinear, train_bilinear
+from stages.common.params import StageParams
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -58,6 +62,14 @@ def arguments(stage: PipelineStage) -> dict[str, str]:
     return {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
 
 
+def keys_read(params: type[StageParams], section: str, items: dict[str, str]) -> set[str]:
+    """The keys of params.yaml that `params.load` reads for one item of a stage's matrix."""
+    keys = set(params.model_fields) - {"variant"}
+    keys |= {f"overrides.{items['dataset']}"} if "dataset" in items else set()
+    keys |= {f"variants.{items['variant']}"} if "variant" in items else set()
+    return {f"{section}.{key}" for key in keys}
+
+
 def test_stage_script_and_params_section_share_one_name(stages):
     scripts = {path.stem for path in (ROOT / "stages").rglob("*.py") if "def main()" in path.read_text()}
     assert set(DVC_YAML) == set(PARAMS) == scripts
@@ -79,13 +91,15 @@ def test_parameter_dependencies_are_the_keys_read(stages):
         if name == "fetch_data":  # a section for each data set, validated as a whole
             assert listed == {f"{module.SECTION}.{items['dataset']}"}
         else:
-            assert listed == module.Params.dvc_keys(name, items.get("dataset"), items.get("variant")), stage.name
+            assert listed == keys_read(module.Params, name, items), stage.name
 
 
 def test_data_dependencies_are_outputs_of_other_stages(stages):
     outputs = {Path(out.def_path) for stage in stages for out in stage.outs}
     for stage in stages:
-        for dep in (Path(dep.def_path) for dep in stage.deps if Path(dep.def_path).parts[0] in ("data", "models")):
+        for dep in (
+            Path(dep.def_path) for dep in stage.deps if Path(dep.def_path).parts[0] in ("data", "models", "reports")
+        ):
             assert dep in outputs, f"{stage.name}: {dep}"
 
 
@@ -115,8 +129,15 @@ def test_nothing_cached_is_in_git_and_all_else_is(stages):
         assert bool(inside) != out.use_cache, out.def_path
 
 
+def test_no_stage_depends_on_a_folder_that_several_write(stages):
+    """What a dropped member leaves behind in such a folder would change its hash."""
+    outputs = {Path(out.def_path): stage.name for stage in stages for out in stage.outs}
+    for stage in stages:
+        for dep in (Path(dep.def_path) for dep in stage.deps):
+            assert not [out for out in outputs if dep in out.parents], f"{stage.name}: {dep}"
+
+
 def test_reports_hold_what_the_pipeline_makes_and_nothing_else(stages):
-    """The report depends on folders, so a leftover in one would make this copy differ from a fresh clone."""
     tracked = subprocess.check_output(["git", "ls-files", "reports"], cwd=ROOT, text=True).splitlines()
     assert set(tracked) == {out.def_path for stage in stages for out in stage.outs if not out.use_cache}
 
@@ -142,23 +163,32 @@ def test_lock_is_consistent(stages):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_scales_set_keys_that_exist(scale, tmp_path):
+def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
     apply_overrides(path, scale_overrides(scale))  # raises on a key that params.yaml lacks
     changed = yaml.safe_load(path.read_text())
     assert changed != PARAMS
-    for section in ("train_bilinear", "build_report"):
-        datasets = changed[section].get("datasets") or changed[section]["bilinear"]
-        assert set(datasets) <= set(changed["fetch_data"]["datasets"]) <= set(changed["fetch_data"]["sources"])
-    assert set(changed["train_bilinear"]["datasets"]) <= set(changed["train_bilinear"]["overrides"])
-    assert set(changed["train_bilinear"]["datasets"]) <= set(changed["decompose_bilinear"]["overrides"])
+    monkeypatch.chdir(tmp_path)
+    fetched, trained = changed["fetch_data"]["datasets"], changed["train_bilinear"]["datasets"]
+    assert set(trained) <= set(fetched) <= set(changed["fetch_data"]["sources"])
+    assert changed["build_report"]["bilinear"] in trained
+    for dataset in trained:
+        decompose_bilinear.Params.load("decompose_bilinear", dataset)
+        for variant in changed["train_bilinear"]["variants"]:
+            train_bilinear.Params.load("train_bilinear", dataset, variant)
+
+
+def test_variants_are_the_same_everywhere():
+    """They are listed where DVC, the values and the analysis need them."""
+    matrix = DVC_YAML["train_bilinear"]["matrix"]["variant"]
+    assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
+    depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
+    assert depths == decompose_bilinear.DEPTHS
 
 
 def test_documents_name_files_that_exist():
     """Every path below the project that README names is there."""
-    import re
-
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"(?:stages|tests|reports)/[\w./-]+\.(?:py|args|json|png)", text))
     assert named

@@ -13,11 +13,11 @@ import statistics
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from stages.bilinear import pictures
@@ -39,11 +39,11 @@ from stages.bilinear.decomposition import (
     truncated_logits,
 )
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.bilinear.training import load_model, save_checkpoint
+from stages.bilinear.training import load_model, save_torch
 from stages.common.artifacts import save_csv, save_json
 from stages.common.command import InputError, parse_arguments, run
 from stages.common.images import ImageSet, load_images, split_validation
-from stages.common.metrics import accuracy, mean_std, over_seeds
+from stages.common.metrics import accuracy, majority_accuracy, mean_std, over_seeds
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 
@@ -51,10 +51,10 @@ RUNS = Path("models/train_bilinear")
 MODELS = Path("models/decompose_bilinear")
 REPORTS = Path("reports/decompose_bilinear")
 
+DEPTHS = {"linear": 0, "regularised": 1, "unregularised": 1, "two_layer": 2}  # bilinear layers of each variant
 SINGLE_LAYER = ("regularised", "unregularised")
 CHUNK = 1000  # images at a time, where memory grows with images x classes x eigenvectors
 MASK_CANDIDATES = 3  # masks of each class among which validation chooses
-PERMUTATIONS = 3  # of each mask, as its baseline
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 Model = BilinearImageClassifier
@@ -66,7 +66,7 @@ class Params(StageParams):
 
     seed: NonNegativeInt  # of random baselines
     ranks: Ranks  # eigenvectors a class in the truncation tables; cut at the network's size
-    headline_ranks: Ranks  # those that summary.json shows
+    headline_ranks: Ranks  # those of `ranks` that summary.json shows
     nested_ranks: Ranks  # outer and inner eigenvectors a class in the two-layer table; cut likewise
     mask_norm: PositiveFloat  # where the pixel range is 1
     mask_rank: PositiveInt  # eigenvectors a class that a mask must not excite, but for one
@@ -74,6 +74,12 @@ class Params(StageParams):
     deletion_pixels: Ranks  # how many pixels of an image to delete
     similarity_rank: PositiveInt  # eigenvectors a class that are matched between seeds
     subspace_rank: PositiveInt  # positive eigenvectors a class whose span is compared
+
+    @model_validator(mode="after")
+    def headline_is_measured(self) -> Self:
+        if missing := sorted(set(self.headline_ranks) - set(self.ranks)):
+            raise ValueError(f"headline_ranks {missing} are not among ranks {self.ranks}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,23 @@ class Network:
     model: Model
     config: dict[str, Any]
 
+    @property
+    def seed(self) -> int:
+        """The seed of its run."""
+        return self.config["seed"]
 
-def load_networks(dataset: str, variant: str) -> list[Network]:
-    """Return the best checkpoint of every seed of a variant."""
+
+def load_networks(dataset: str, variant: str, depth: int) -> list[Network]:
+    """Return the best checkpoint of every seed of a variant; InputError if there is none, or of another depth."""
     folder = RUNS / f"{dataset}-{variant}"
-    networks = [Network(*load_model(path)) for path in sorted(folder.glob("*/best.pt"))]
+    networks = [Network(*load_model(path)) for path in folder.glob("*/best.pt")]
     if not networks:
         raise InputError(f"{folder} holds no checkpoints: run 'dvc repro train_bilinear@{folder.name}'")
-    return networks
+    if (got := len(networks[0].model.blocks)) != depth:
+        raise InputError(
+            f"params.yaml: train_bilinear.variants.{variant}.n_layer: expected {depth} to decompose, got {got}"
+        )
+    return sorted(networks, key=lambda network: network.seed)
 
 
 def decompose_in_bases(model: Model, x: Float[Tensor, "n c h w"]) -> dict[str, DecompositionArtifacts]:
@@ -132,52 +147,55 @@ def truncation_accuracy(
     return {name: dict(zip(ranks, (hits / len(test)).tolist(), strict=True)) for name, hits in correct.items()}
 
 
+def choose_masks(
+    model: Model, candidates: Float[Tensor, "c m d"], validation: ImageSet, test: ImageSet
+) -> tuple[Float[Tensor, "c d"], dict[str, float]]:
+    """Return each class's most harmful mask on validation images, and the test accuracies that the chosen masks leave.
+
+    A mask is added to every image, whose pixels then may leave 0 to 1. `best`: the mask of the class whose mask hurt most
+    on validation images; `mean`: the mean over classes.
+    """
+
+    def masked_accuracy(data: ImageSet, masks: Float[Tensor, "k d"]) -> list[float]:
+        hidden, shifts = model.embed(data.pixels().flatten(1)), model.embed(masks)  # E (x + m) = E x + E m
+        return [accuracy(model.read_hidden(hidden + shift), data.labels).item() for shift in shifts]
+
+    left = torch.tensor(masked_accuracy(validation, candidates.flatten(0, 1))).view(candidates.shape[:2])  # [c, m]
+    chosen = candidates[torch.arange(len(candidates)), left.argmin(1).to(candidates.device)]
+    on_test = masked_accuracy(test, chosen)
+    return chosen, {"best": on_test[left.amin(1).argmin().item()], "mean": statistics.fmean(on_test)}
+
+
 def mask_accuracy(
     model: Model, artifacts: DecompositionArtifacts, validation: ImageSet, test: ImageSet, params: Params, seed: int
-) -> tuple[dict[str, float], Float[Tensor, "c d"], Float[Tensor, "c d"]]:
-    """Return test accuracies under masks of `mask_norm`, the mask of each class, and the same with its pixels permuted.
+) -> tuple[dict[str, dict[str, float]], Float[Tensor, "c d"], Float[Tensor, "c d"]]:
+    """Return test accuracies under masks of norm `mask_norm`, and the masks chosen.
 
-    Added to every image, a class's mask is the candidate and sign that hurt most on validation images. `best_mask` is the
-    class whose mask hurt most there, `mean_mask` the mean over classes; `permuted` is the mean over permutations of
-    every mask, the baseline.
+    `mask` are made of the weights; `permuted`, the baseline, are the same with their pixels permuted, chosen alike.
     """
-    candidates = params.mask_norm * adversarial_masks(artifacts, params.mask_rank)[:, :MASK_CANDIDATES]
-    candidates = torch.cat([candidates, -candidates], dim=1)  # [c, m, d]
-    on_validation, on_test = ((model.embed(data.pixels().flatten(1)), data.labels) for data in (validation, test))
-
-    def masked_accuracy(data: tuple[Tensor, Tensor], mask: Float[Tensor, " d"]) -> float:
-        hidden, labels = data
-        return accuracy(model.read_hidden(hidden + model.embed(mask)), labels).item()  # E (x + m) = E x + E m
-
-    harm = torch.tensor([[masked_accuracy(on_validation, mask) for mask in masks] for masks in candidates])
-    chosen = candidates[torch.arange(len(candidates)), harm.argmin(1).to(candidates.device)]
-    masked = [masked_accuracy(on_test, mask) for mask in chosen]
-    random = generator(seed, "permuted masks")
-    orders = [torch.randperm(chosen.shape[1], generator=random).to(chosen.device) for _ in range(PERMUTATIONS)]
-    permuted = [masked_accuracy(on_test, mask[order]) for order in orders for mask in chosen]
-    result = {
-        "clean": masked_accuracy(on_test, torch.zeros_like(chosen[0])),
-        "best_mask": masked[harm.amin(1).argmin().item()],
-        "mean_mask": statistics.fmean(masked),
-        "permuted": statistics.fmean(permuted),
-    }
-    return result, chosen, chosen[:, orders[0]]
+    masks = params.mask_norm * adversarial_masks(artifacts, params.mask_rank)[:, :MASK_CANDIDATES]
+    masks = torch.cat([masks, -masks], dim=1)
+    order = torch.rand(masks.shape, generator=generator(seed, "permuted masks")).argsort(2).to(masks.device)
+    chosen, left = choose_masks(model, masks, validation, test)
+    permuted, left_permuted = choose_masks(model, masks.gather(2, order), validation, test)
+    return {"mask": left, "permuted": left_permuted}, chosen, permuted
 
 
 def deletion_agreement(model: Model, test: ImageSet, counts: list[int], seed: int) -> dict[str, dict[int, float]]:
     """Return the share of images that keep their predicted class when n pixels are set to zero, for every n of `counts`.
 
-    `attributed` deletes the pixels that add most to the predicted logit, `random`, the baseline, any pixels that are lit.
+    `attributed` deletes the pixels that add most to the predicted logit. The baselines: `random`, any pixels that are lit,
+    and `brightest`.
     """
     x = test.pixels()
-    predicted = model(x).argmax(1)
-    lit = x.flatten(1) > 0
-    random = torch.rand(lit.shape, generator=generator(seed, "deleted pixels")).to(x.device)
-    rankings = {"attributed": pixel_attributions(model, x, predicted)[0], "random": lit * random}
+    flat, predicted = x.flatten(1), model(x).argmax(1)
+    random = torch.rand(flat.shape, generator=generator(seed, "deleted pixels")).to(x.device)
+    attributed, _ = pixel_attributions(model, x, predicted)
+    rankings = {"attributed": attributed, "random": (flat > 0) * random, "brightest": flat}
 
     def kept(ranking: Float[Tensor, "n d"], count: int) -> float:
         deleted = ranking.topk(min(count, ranking.shape[1]), dim=1).indices
-        return accuracy(model(x.flatten(1).scatter(1, deleted, 0.0).view_as(x)), predicted).item()
+        return accuracy(model(flat.scatter(1, deleted, 0.0)), predicted).item()
 
     return {name: {count: kept(ranking, count) for count in counts} for name, ranking in rankings.items()}
 
@@ -191,19 +209,28 @@ def seed_similarity(decompositions: list[DecompositionArtifacts], params: Params
     }
 
 
-def analyse_two_layer(network: Network, test: ImageSet, ranks: list[int]) -> dict[str, Any]:
-    """Return a two-layer network's accuracy, and that from k1 outer and k2 inner eigenvectors as `nested`[k1][k2]."""
+def analyse_two_layer(network: Network, test: ImageSet, params: Params) -> dict[str, Any]:
+    """Return a two-layer network's accuracy, and `nested`[ranking][k1][k2] from k1 outer and k2 inner eigenvectors a class.
+
+    Rankings: `magnitude` takes the largest, `random`, the baseline, any.
+    """
     model = network.model
-    ranks = [rank for rank in ranks if rank <= len(model.embedding_weight)]
-    tree = decompose_two_layers(model, max(ranks))
-    correct = torch.zeros(len(ranks), len(ranks), dtype=torch.double, device=test.labels.device)
-    for rows in torch.arange(len(test)).split(CHUNK):
-        chunk = test.subset(rows)
-        logits = nested_logits(tree, embed(model, chunk.pixels()), ranks, ranks)
-        correct += accuracy(logits, chunk.labels) * len(chunk)
-    nested = {
-        k1: dict(zip(ranks, row, strict=True)) for k1, row in zip(ranks, (correct / len(test)).tolist(), strict=True)
-    }
+    ranks = sorted({min(rank, len(model.embedding_weight)) for rank in params.nested_ranks})
+    random = generator(params.seed + network.seed, "random eigenvectors")
+
+    def any_order(values: Float[Tensor, "c k"]) -> Int[Tensor, "c k"]:
+        return torch.rand(values.shape, generator=random).argsort(1).to(values.device)
+
+    nested = {}
+    for ranking, order in {"magnitude": order_by_magnitude, "random": any_order}.items():
+        tree = decompose_two_layers(model, max(ranks), order)
+        correct = torch.zeros(len(ranks), len(ranks), dtype=torch.double, device=test.labels.device)
+        for rows in torch.arange(len(test)).split(CHUNK):
+            chunk = test.subset(rows)
+            logits = nested_logits(tree, embed(model, chunk.pixels()), ranks, ranks)
+            correct += accuracy(logits, chunk.labels) * len(chunk)
+        table = (correct / len(test)).tolist()
+        nested[ranking] = {k: dict(zip(ranks, row, strict=True)) for k, row in zip(ranks, table, strict=True)}
     return {"full_acc": accuracy(model(test.pixels()), test.labels).item(), "nested": nested}
 
 
@@ -226,28 +253,27 @@ class Analysis:
 
 def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -> Analysis:
     """Measure one single-layer classifier; its random baselines are drawn by `params.seed` and its own seed."""
-    model, split, seed = network.model, network.config["dataset"], params.seed + network.config["seed"]
+    model, split, seed = network.model, network.config["dataset"], params.seed + network.seed
     rest, validation = split_validation(train, split["validation_fraction"], split["split_seed"])
+    some = torch.randperm(len(validation), generator=generator(seed, "validation images"))[: params.validation_images]
     bases = decompose_in_bases(model, rest.pixels())
-    mask_acc, masks, permuted_masks = mask_accuracy(
-        model, bases["input"], validation.subset(slice(params.validation_images)), test, params, seed
-    )
+    mask_acc, masks, permuted = mask_accuracy(model, bases["input"], validation.subset(some), test, params, seed)
+    ranks = {basis: clip_ranks(params.ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
     numbers = {
         "full_acc": accuracy(model(test.pixels()), test.labels).item(),
-        "reconstruction_error": reconstruction_error(model, bases["hidden"], test.pixels()),
+        "reconstruction_error": {basis: reconstruction_error(model, a, test.pixels()) for basis, a in bases.items()},
         "truncated_acc": {
-            basis: truncation_accuracy(model, artifacts, test, clip_ranks(params.ranks, artifacts.eigenvalues), seed)
-            for basis, artifacts in bases.items()
+            basis: truncation_accuracy(model, artifacts, test, ranks[basis], seed) for basis, artifacts in bases.items()
         },
         "mask_acc": mask_acc,
         "kept_prediction": deletion_agreement(model, test, params.deletion_pixels, seed),
     }
-    return Analysis(model, numbers, bases, masks, permuted_masks)
+    return Analysis(model, numbers, bases, masks, permuted)
 
 
-def clip_ranks(ranks: list[int], eigenvalues: Float[Tensor, "c k"]) -> list[int]:
-    """Return the ranks that a network of k eigenvectors a class has, and k itself: nothing left out."""
-    return [rank for rank in ranks if rank < eigenvalues.shape[1]] + [eigenvalues.shape[1]]
+def clip_ranks(ranks: list[int], largest: int) -> list[int]:
+    """Return the ranks that a network of `largest` eigenvectors a class has, and `largest` itself: nothing left out."""
+    return sorted({min(rank, largest) for rank in [*ranks, largest]})
 
 
 def headline(result: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
@@ -278,11 +304,12 @@ def truncation_rows(summary: dict[str, Any]) -> Rows:
     ]
 
 
-def two_layer_rows(nested: dict[str, dict[str, dict[str, float]]]) -> Rows:
+def two_layer_rows(nested: dict[str, Any]) -> Rows:
     """Return the table of the two-layer network as rows."""
     return [
-        {"outer": int(k1), "inner": int(k2), "acc": acc["mean"], "std": acc["std"]}
-        for k1, inner in nested.items()
+        {"ranking": ranking, "outer": int(k1), "inner": int(k2), "acc": acc["mean"], "std": acc["std"]}
+        for ranking, table in nested.items()
+        for k1, inner in table.items()
         for k2, acc in inner.items()
     ]
 
@@ -307,9 +334,10 @@ def write_report(
     shortened = {variant: headline(summary[variant], params.headline_ranks) for variant in SINGLE_LAYER}
     two_layer = {"full_acc": summary["two_layer"]["full_acc"]}
     save_json(folder / "summary.json", summary | shortened | {"two_layer": two_layer})
-    k = str(max(params.headline_ranks))
-    kept, full = summary["regularised"]["truncated_acc"]["hidden"]["sign"][k], full_acc["regularised"]
-    print(f"{folder.name}: {k} + {k} eigenvectors a class classify {kept['mean']:.2%}, the whole network {full:.2%}")
+    for k, kept in shortened["regularised"]["truncated_acc"]["hidden"]["sign"].items():
+        print(
+            f"{folder.name}: {k} positive and {k} negative eigenvectors a class classify {kept['mean']:.2%} of test images"
+        )
 
 
 def main() -> None:
@@ -318,9 +346,12 @@ def main() -> None:
     pin_threads()
     device = pick_device()
     train, test = load_images(dataset, device)
-    networks = {variant: load_networks(dataset, variant) for variant in (*SINGLE_LAYER, "two_layer")}
+    networks = {variant: load_networks(dataset, variant, depth) for variant, depth in DEPTHS.items()}
 
     summary: dict[str, Any] = {"mask_norm": params.mask_norm}
+    summary["majority_acc"] = majority_accuracy(train.labels, test.labels)
+    linear = [accuracy(network.model(test.pixels()), test.labels).item() for network in networks["linear"]]
+    summary["linear"] = {"full_acc": mean_std(linear)}
     first: dict[str, Analysis] = {}
     for variant in SINGLE_LAYER:
         analyses = parallel_map(lambda n: analyse(n, train, test, params), networks[variant], device, variant)
@@ -329,11 +360,10 @@ def main() -> None:
         first[variant] = analyses[0]
     untrained = [decompose_untrained(network) for network in networks["regularised"]]
     summary["untrained"] = {"similarity": seed_similarity(untrained, params)}
-    ranks = params.nested_ranks
-    trees = parallel_map(lambda n: analyse_two_layer(n, test, ranks), networks["two_layer"], device, "two_layer")
+    trees = parallel_map(lambda n: analyse_two_layer(n, test, params), networks["two_layer"], device, "two_layer")
     summary["two_layer"] = over_seeds(trees)
 
-    save_checkpoint(MODELS / dataset / "decomposition.pt", vars(first["regularised"].bases["hidden"].to("cpu")))
+    save_torch(MODELS / dataset / "decomposition.pt", vars(first["regularised"].bases["hidden"].to("cpu")))
     write_report(REPORTS / dataset, summary, first, test, params)
 
 

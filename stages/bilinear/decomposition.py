@@ -6,6 +6,7 @@ Pearce et al. 2024, arXiv:2410.08417, section 3, extended: the constant coordina
 bases than the hidden one, and networks of two layers by decomposing the forms of the first along the eigenvectors of the second.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ def has_constant(model: BilinearImageClassifier) -> bool:
     return model.residual or model.blocks[0].bias is not None
 
 
+@typed
 def embed(model: BilinearImageClassifier, x: Float[Tensor, "n *chw"]) -> Float[Tensor, "n z"]:
     """Return z = E x, or [E x; 1], of images."""
     h = x.flatten(1) @ model.embedding_weight.T
@@ -74,6 +76,7 @@ def layer_forms(model: BilinearImageClassifier, layer: int, u: Float[Tensor, "k 
     return forms
 
 
+@typed
 def build_bilinear_tensor(model: BilinearImageClassifier) -> Float[Tensor, "c z z"]:
     """Return Q with logit_c = z^T Q_c z, not symmetrised. ValueError unless the network has exactly one bilinear layer."""
     if len(model.blocks) != 1:
@@ -92,6 +95,7 @@ def symmetrize_bilinear_tensor(tensor: Float[Tensor, "*c z z"]) -> Float[Tensor,
 # --- eigenvectors, in three bases ---------------------------------------------------------------------------------------
 
 
+@typed
 def input_basis(model: BilinearImageClassifier) -> Float[Tensor, "z g"]:
     """Return A with z = A g, where g are orthonormal coordinates of the pixels the embedding sees: E^T = O R, A = R^T.
 
@@ -101,11 +105,12 @@ def input_basis(model: BilinearImageClassifier) -> Float[Tensor, "z g"]:
     return torch.block_diag(basis, basis.new_ones(1, 1)) if has_constant(model) else basis
 
 
+@typed
 def data_basis(model: BilinearImageClassifier, x: Float[Tensor, "n *chw"]) -> Float[Tensor, "z g"]:
     """Return A with z = A g, where g are uncorrelated coordinates of unit second moment on `x` (directions without data left out)."""
-    z = embed(model, x)
-    moments, directions = torch.linalg.eigh(z.T @ z / len(z))
-    kept = moments > moments[-1] * len(moments) * torch.finfo(z.dtype).eps
+    chunks = (embed(model, chunk.to(model.embed.weight.dtype)) for chunk in x.split(4096))
+    moments, directions = torch.linalg.eigh(sum(z.T @ z for z in chunks) / len(x))
+    kept = moments > moments[-1] * len(moments) * torch.finfo(moments.dtype).eps
     return directions[:, kept] * moments[kept].sqrt()
 
 
@@ -135,23 +140,28 @@ def project_eigenvectors_to_input(
     eigvecs: Float[Tensor, "c z k"], embed_w: Float[Tensor, "h d_input"]
 ) -> Float[Tensor, "c k d_input"]:
     """Return E^T v for the columns v of `eigvecs`, as rows; a constant coordinate of v (z = h + 1) reads no pixel and is left out."""
+    if eigvecs.shape[1] - len(embed_w) not in (0, 1):
+        raise ValueError(f"expected vectors of {len(embed_w)} or one more numbers, got {eigvecs.shape[1]}")
     return eigvecs[:, : len(embed_w)].mT @ embed_w
 
 
 # --- truncation ---------------------------------------------------------------------------------------------------------
 
 
+@typed
 def order_by_magnitude(eigenvalues: Float[Tensor, "c k"]) -> Int[Tensor, "c k"]:
     """Return the order of falling |lambda|."""
     return eigenvalues.abs().argsort(dim=1, descending=True, stable=True)
 
 
+@typed
 def order_by_sign(eigenvalues: Float[Tensor, "c k"]) -> Int[Tensor, "c k"]:
     """Return the order most positive, most negative, second most positive, ...: its first 2 m are m of either sign."""
     ascending = eigenvalues.argsort(dim=1, stable=True)
     return torch.stack([ascending.flip(1), ascending], dim=2).flatten(1)[:, : eigenvalues.shape[1]]
 
 
+@typed
 def eigen_terms(
     z: Float[Tensor, "n z"], eigenvalues: Float[Tensor, "c k"], eigenvectors: Float[Tensor, "c z k"]
 ) -> Float[Tensor, "n c k"]:
@@ -170,7 +180,7 @@ def truncated_logits(
 
 @dataclass(frozen=True)
 class NestedDecomposition:
-    """A two-layer classifier as a tree of eigenvectors, each level in order of falling magnitude.
+    """A two-layer classifier as a tree of eigenvectors.
 
     logit_c = sum_k outer_values[c, k] y_ck^2, and y_ck = sum_j inner_values[c, k, j] (inner_vectors[c, k, :, j] . z)^2:
     y_ck = v_ck . z_1 with the eigenvectors v of the second layer's forms, itself a quadratic form of the first layer's z.
@@ -181,25 +191,28 @@ class NestedDecomposition:
     inner_vectors: Float[Tensor, "c k z j"]
 
 
-@typed
-def decompose_two_layers(model: BilinearImageClassifier, rank: int) -> NestedDecomposition:
-    """Return the `rank` largest outer eigenvectors of each class, with all of their inner ones.
+Order = Callable[[Float[Tensor, "c k"]], Int[Tensor, "c k"]]
+
+
+def decompose_two_layers(
+    model: BilinearImageClassifier, rank: int, order: Order = order_by_magnitude
+) -> NestedDecomposition:
+    """Return the first `rank` outer eigenvectors of each class in `order`, with all of their inner ones in `order`.
 
     ValueError if the network has another number of layers than 2.
     """
     if len(model.blocks) != 2:
         raise ValueError(f"expected a network of 2 bilinear layers, got {len(model.blocks)}")
-    outer, v = _largest(layer_forms(model, 1, model.output_weight), rank)
-    trees = [_largest(layer_forms(model, 0, vectors.T), len(vectors)) for vectors in v]
+
+    def ordered(forms: Float[Tensor, "c z z"], rank: int) -> tuple[Float[Tensor, "c k"], Float[Tensor, "c z k"]]:
+        values, vectors = torch.linalg.eigh(symmetrize_bilinear_tensor(forms))
+        first = order(values)[:, :rank]
+        return values.gather(1, first), vectors.gather(2, first[:, None].expand(-1, vectors.shape[1], -1))
+
+    outer, v = ordered(layer_forms(model, 1, model.output_weight), rank)
+    trees = [ordered(layer_forms(model, 0, vectors.T), len(vectors)) for vectors in v]
     inner, w = (torch.stack(parts) for parts in zip(*trees, strict=True))
     return NestedDecomposition(outer, inner, w)
-
-
-def _largest(forms: Float[Tensor, "c z z"], rank: int) -> tuple[Float[Tensor, "c k"], Float[Tensor, "c z k"]]:
-    """Return the `rank` (at most z) largest |eigenvalues| of each form in falling order, and their eigenvectors."""
-    values, vectors = torch.linalg.eigh(symmetrize_bilinear_tensor(forms))
-    order = order_by_magnitude(values)[:, :rank]
-    return values.gather(1, order), vectors.gather(2, order[:, None].expand(-1, vectors.shape[1], -1))
 
 
 @typed

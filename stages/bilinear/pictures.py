@@ -21,7 +21,8 @@ COLOURS = {"hidden": "tab:blue", "input": "tab:orange", "data": "tab:green"}
 def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], data: ImageSet) -> None:
     """Draw, for each class, the most positive and the most negative eigenvectors of each network, eigenvalues above."""
     classes = data.classes[:MAX_CLASSES]
-    columns = [*range(-1, -1 - EACH_SIGN, -1), *range(EACH_SIGN)]  # eigenvalues ascend
+    each = min(EACH_SIGN, *(artifacts.eigenvalues.shape[1] for artifacts in decompositions.values()))
+    columns = [*range(-1, -1 - each, -1), *range(each)]  # eigenvalues ascend
     width = len(columns) + 1  # a network's block, with a gap behind it
     figure, axes = image_grid(len(classes), width * len(decompositions) - 1)
     for block, (name, artifacts) in enumerate(decompositions.items()):
@@ -31,7 +32,7 @@ def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], 
                 ax = axes[c, block * width + i]
                 show_signed(ax, vectors[c, k])
                 ax.set_title(f"{artifacts.eigenvalues[c, k]:+.2f}", fontsize=6, pad=1)
-        label = f"{name}: {EACH_SIGN} most positive, {EACH_SIGN} most negative"
+        label = f"{name}: {each} most positive, {each} most negative"
         axes[0, block * width].annotate(label, (0, 1.35), xycoords="axes fraction", fontsize=9)
     for ax, name in zip(axes[:, 0], classes, strict=True):
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
@@ -82,12 +83,15 @@ def draw_masks(
     masks: Float[Tensor, "c d"],
     permuted: Float[Tensor, "c d"],
 ) -> None:
-    """Draw, for each class, its mask, an image with and without it, and with the permuted mask, with what is predicted."""
+    """Draw, for each class, its mask, an image without it, with it, and with a permuted one, and what is predicted of each.
+
+    The network sees pixels beyond 0 to 1, which the picture cuts.
+    """
     classes = data.classes[:MAX_CLASSES]
     figure, axes = image_grid(4, len(classes))
     shape = data.images.shape[1:]
     for c in range(len(classes)):
-        image = data.subset(slice(c, c + 1)).pixels()[0]
+        image = data.subset((data.labels == c).nonzero()[0]).pixels()[0]
         show_signed(axes[0, c], masks[c].view(shape).cpu().numpy())
         for row, mask in enumerate((torch.zeros_like(masks[c]), masks[c], permuted[c]), start=1):
             masked = image + mask.view(shape)

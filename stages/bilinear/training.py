@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.common.artifacts import atomic_path, producer, require, save_csv, save_json
+from stages.common.artifacts import atomic_path, remedy, require, save_csv, save_json
 from stages.common.command import InputError, one_line
 from stages.common.images import Batches, load_images, split_validation
 from stages.common.runtime import autocast, pick_device, resolve_device, set_seed
@@ -128,19 +128,21 @@ def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object
         "best_checkpoint_path": run_dir / "best.pt",
         "latest_checkpoint_path": run_dir / "latest.pt",
     }
-    save_checkpoint(paths["best_checkpoint_path"], best)
-    save_checkpoint(paths["latest_checkpoint_path"], latest)
+    save_torch(paths["best_checkpoint_path"], best)
+    save_torch(paths["latest_checkpoint_path"], latest)
     save_csv(paths["metrics_path"], history)
     save_json(paths["summary_path"], {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
     return paths
 
 
 def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """Return step -> factor of the learning rate: linear from 0 to 1, then half a cosine down to 0 at `steps`."""
-    warmup = warmup_fraction * steps
+    """Return step -> factor of the learning rate: linear up to 1, then half a cosine down to 0 at `steps`."""
+    warmup = math.ceil(warmup_fraction * steps)
 
     def factor(step: int) -> float:
-        return step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        if step < warmup:
+            return (step + 1) / (warmup + 1)  # not 0: the first step should move, too
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return factor
 
@@ -166,10 +168,10 @@ def evaluate(
     return loss / n, correct / n
 
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint: model_state_dict, config, epoch, metrics."""
+def save_torch(path: Path, value: dict[str, Any]) -> None:
+    """Write a dictionary of tensors and plain values as torch does; torch.load reads it with weights_only=True."""
     buffer = io.BytesIO()  # not the file: torch would store its name inside, and fail obscurely on a full disk
-    torch.save(checkpoint, buffer)
+    torch.save(value, buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
@@ -184,7 +186,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
         raise InputError(
-            f"{path} is no checkpoint or is damaged ({one_line(error)[:200]}): run 'dvc repro -f {producer(path)}'"
+            f"{path} is no checkpoint or is damaged ({one_line(error)[:200]}){remedy(path, '-f ')}"
         ) from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
         got = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__

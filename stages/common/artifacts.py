@@ -79,22 +79,26 @@ def load_metadata(path: Path) -> dict[str, Any]:
         with safe_open(require(path), framework="numpy") as file:
             return json.loads(file.metadata()["json"])
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}): run 'dvc repro -f {producer(path)}'") from None
+        raise InputError(f"{path} is damaged ({one_line(error)}){remedy(path, '-f ')}") from None
 
 
 def require(path: Path) -> Path:
     """Return `path` if it exists; else InputError that says which stage makes it."""
     if not path.is_file():
-        raise InputError(f"{path} is missing: run 'dvc repro {producer(path)}'")
+        raise InputError(f"{path} is missing{remedy(path)}")
     return path
 
 
-def producer(path: Path) -> str:
-    """Name the stage that writes `path`, which its location tells: data/<item>.*, models/<stage>/<item>/*, reports/<stage>/<item>/*."""
+def remedy(path: Path, flags: str = "") -> str:
+    """Return what to run to get `path`, whose place names its producer; nothing if it lies elsewhere.
+
+    data/<item>.*, models/<stage>/<item>/* and reports/<stage>/<item>/* come from <stage>@<item>.
+    """
     match path.parts:
         case ("data", name):
-            return f"fetch_data@{Path(name).stem}"
-        case ("models" | "reports", stage, item, _, *_):
-            return f"{stage}@{item}"
+            stage = f"fetch_data@{Path(name).stem}"
+        case ("models" | "reports", name, item, _, *_):
+            stage = f"{name}@{item}"
         case _:
             return ""
+    return f": run 'dvc repro {flags}{stage}'"

@@ -1,8 +1,10 @@
 """What every stage's command line shares: arguments, and errors that fit on one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(Exception):
@@ -23,10 +25,17 @@ def parse_arguments(doc: str | None, **items: str) -> argparse.Namespace:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; show a user's mistake or a full disk as one line instead of a traceback."""
+    """Call `main`; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback."""
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _leave(f"error: {error}", 1)
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was left half-written; run the same command again")
+        _leave("interrupted: nothing is left half-written; run the same command again", 130)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: sys.exit would wait for the threads that still train

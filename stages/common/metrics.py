@@ -13,13 +13,15 @@ def accuracy(logits: Float[Tensor, "*r n c"], labels: Int[Tensor, " n"]) -> Floa
     return (logits.argmax(-1) == labels).to(torch.float64).mean(-1)
 
 
+def majority_accuracy(train_labels: Int[Tensor, " n"], test_labels: Int[Tensor, " m"]) -> float:
+    """Return the accuracy of always answering the most frequent class."""
+    return (test_labels == train_labels.mode().values).double().mean().item()
+
+
 def mean_std(values: list[float]) -> dict[str, float]:
-    """Return mean, sample standard deviation (0 for one value) and number of `values`, as a rule one for each seed."""
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "n": len(values),
-    }
+    """Return mean, sample standard deviation (none of one value) and number of `values`, as a rule one for each seed."""
+    spread = {"std": statistics.stdev(values)} if len(values) > 1 else {}
+    return {"mean": statistics.fmean(values), **spread, "n": len(values)}
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:

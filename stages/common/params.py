@@ -1,5 +1,6 @@
 """Stage parameters: params.yaml is the only source of values, and every mistake in it is reported at once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,33 +33,34 @@ class StageParams(BaseModel):
 
     @classmethod
     def load(cls, section: str, dataset: str | None = None, variant: str | None = None) -> Self:
-        """Read `section` of params.yaml, for one item of its matrix if it has one."""
-        values = lookup(section)
+        """Read `section` of params.yaml, for one item of its matrix if it has one; InputError names every problem."""
+        values, overrides = lookup(section), {}
         if dataset is not None:
             overrides = lookup(f"{section}.overrides.{dataset}")
-            values = _merge({k: v for k, v in values.items() if k not in ("datasets", "overrides")}, overrides)
+            values = {key: value for key, value in values.items() if key not in ("datasets", "overrides")}
+            values = _merge(values, overrides, f"{section}.overrides.{dataset}")
         if variant is not None:
-            values["variant"] = values.pop("variants", {}).get(variant)
-        return cls.parse(values, section)
+            lookup(f"{section}.variants.{variant}")  # names the variants there are if this is none of them
+            values["variant"] = values.pop("variants")[variant]
+
+        def where(path: list[str]) -> str:
+            """Return the full key of a value: in the section, or in the overrides if it comes from there."""
+            path = ["variants", str(variant), *path[1:]] if path[0] == "variant" else path
+            node: Any = overrides
+            for part in path:
+                node = node.get(part) if isinstance(node, dict) else None
+            return ".".join([section, *(["overrides", str(dataset)] if node is not None else []), *path])
+
+        return cls.parse(values, where)
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str) -> Self:
-        """Validate `values`; InputError names every problem by its full key, one line each."""
+    def parse(cls, values: dict[str, Any], where: Callable[[list[str]], str]) -> Self:
+        """Validate `values`; InputError has a line for each problem, with the key that `where` gives for its path."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [f"{PARAMS}: {'.'.join([where, *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
+            lines = [f"{PARAMS}: {where([str(part) for part in e['loc']])}: {e['msg']}" for e in error.errors()]
             raise InputError("\n".join(lines)) from None
-
-    @classmethod
-    def dvc_keys(cls, section: str, dataset: str | None = None, variant: str | None = None) -> set[str]:
-        """The keys that `load` reads, as dvc.yaml lists them under `params`."""
-        keys = set(cls.model_fields) - {"variant"}
-        if dataset is not None:
-            keys.add(f"overrides.{dataset}")
-        if variant is not None:
-            keys.add(f"variants.{variant}")
-        return {f"{section}.{key}" for key in keys}
 
 
 def lookup(key: str) -> dict[str, Any]:
@@ -81,10 +83,14 @@ def lookup(key: str) -> dict[str, Any]:
     return node
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` laid over it, mapping by mapping."""
+def _merge(base: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `base` with `changes` laid over it, mapping by mapping; InputError on a change to what `base` lacks."""
+    if unknown := sorted(set(changes) - set(base)):
+        raise InputError(f"{PARAMS}: {where}.{unknown[0]} changes nothing (there: {', '.join(base)})")
     both = {
-        k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
-        for k, v in changes.items()
+        key: _merge(base[key], value, f"{where}.{key}")
+        if isinstance(base[key], dict) and isinstance(value, dict)
+        else value
+        for key, value in changes.items()
     }
     return base | both

@@ -28,11 +28,15 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def pick_device() -> torch.device:
-    """Return the device of WEIGHTLENS_DEVICE, by default the best there is.
+    """Return the device of WEIGHTLENS_DEVICE, by default CUDA's where there is one, else the processor.
 
-    It is no parameter: moving to another machine must not make DVC recompute what it has.
+    It is no parameter: moving to another machine must not make DVC recompute what it has. Apple's GPU is refused: it has no
+    float64, in which accuracies and decompositions are computed.
     """
-    return resolve_device(os.environ.get("WEIGHTLENS_DEVICE", "auto"))
+    device = resolve_device(os.environ.get("WEIGHTLENS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "mps":
+        raise InputError("WEIGHTLENS_DEVICE=mps has no float64: use cpu or cuda")
+    return device
 
 
 def pin_threads() -> None:
@@ -56,7 +60,7 @@ def parallel_map(
         results = pool.map(function, items)
         return list(tqdm(results, progress, len(items), disable=None if progress else True))
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:

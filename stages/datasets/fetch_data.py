@@ -8,6 +8,7 @@ Writes  data/<dataset>.safetensors: uint8 train_images [n, c, h, w], int64 train
         metadata {"classes": [name of label 0, name of label 1, ...]}
 """
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,13 @@ from stages.datasets.image_folder import read_image_folder
 DATA = Path("data")
 DOWNLOADS = Path(".work/fetch_data")
 SECTION = "fetch_data.sources"
+
+MNIST_SHA256 = {  # of the unpacked files
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
 
 Split = tuple[np.ndarray, np.ndarray]  # uint8 images [n, c, h, w], int64 labels [n]
 Dataset = tuple[Split, Split, list[str]]  # train, test, class names
@@ -61,7 +69,7 @@ def load_source(dataset: str) -> Digits | Torchvision | ImageFolder:
     kinds = {"digits": Digits, "torchvision": Torchvision, "imagefolder": ImageFolder}
     if values.get("kind") not in kinds:
         raise InputError(f"params.yaml: {where}.kind: expected {', '.join(kinds)}, got {values.get('kind')!r}")
-    return kinds[values["kind"]].parse(values, where)
+    return kinds[values["kind"]].parse(values, lambda path: ".".join([where, *path]))
 
 
 def fetch_digits(source: Digits) -> Dataset:
@@ -89,12 +97,14 @@ def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
         return _as_split(train.data, train.targets), _as_split(test.data, test.targets), list(train.classes)
 
     if mirror is not None:
-        try:
-            return splits(mirror, download=False)
-        except (RuntimeError, ValueError, AssertionError, EOFError) as error:
-            if "not found" not in str(error):  # there, but damaged: say so rather than quietly download another copy
-                raise InputError(f"{source.name} in WEIGHTLENS_MIRROR={mirror} is damaged: {one_line(error)}") from None
-            print(f"{source.name} is not in WEIGHTLENS_MIRROR={mirror}: downloading it")
+        place = mirror / getattr(dataset, "base_folder", f"{source.name}/raw")
+        if place.is_dir():  # there: if it is damaged, say so rather than quietly download another copy
+            try:
+                check_mirrored_mnist(place)
+                return splits(mirror, download=False)
+            except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
+                raise InputError(f"{source.name} in {place} is damaged or incomplete: {one_line(error)}") from None
+        print(f"{source.name} is not in WEIGHTLENS_MIRROR={mirror}: downloading it")
     folder = DOWNLOADS / source.name
     shutil.rmtree(folder, ignore_errors=True)  # what a killed download left
     try:
@@ -106,6 +116,17 @@ def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_mirrored_mnist(folder: Path) -> None:
+    """ValueError if a file of MNIST is not the original; torchvision checks the files it downloads, and CIFAR's, but not these."""
+    if folder.parts[-2:] != ("MNIST", "raw"):
+        return
+    for name, expected in MNIST_SHA256.items():
+        with (folder / name).open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != expected:
+            raise ValueError(f"{name}: sha256 expected {expected}, got {got}")
 
 
 def _as_split(images: object, labels: object) -> Split:

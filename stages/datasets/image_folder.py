@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from stages.common.command import InputError, one_line
@@ -46,8 +46,8 @@ def read_image_folder(
     classes = sorted(images["train"])
     if not classes or not images["test"]:
         raise InputError(f"{path}: no images in train/<class>/ or none in test/<class>/")
-    if unknown := sorted(set(images["test"]) - set(classes)):
-        raise InputError(f"{path}: classes in test/ that train/ lacks: {', '.join(unknown)}")
+    if odd := sorted(set(images["test"]) ^ set(classes)):
+        raise InputError(f"{path}: classes that are only in train/ or only in test/: {', '.join(odd)}")
     return _stack(images["train"], classes), _stack(images["test"], classes), classes
 
 
@@ -71,7 +71,7 @@ def archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
                     raise InputError(
                         f"{archive}: {member.name}: links, devices and paths that leave the archive are refused"
                     )
-                if member.isdir() or name.name.startswith("."):
+                if member.isdir() or any(part.startswith(".") for part in name.parts):
                     continue
                 if member.size > MAX_IMAGE_BYTES:
                     raise InputError(f"{archive}: {member.name}: {member.size} bytes are too many for an image")
@@ -81,9 +81,14 @@ def archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def decode(content: bytes, size: int, mode: str) -> np.ndarray:
-    """Return an encoded image as uint8 [1 or 3, size, size], resized (bilinear, antialiased) if it has another size."""
+    """Return an encoded image as uint8 [1 or 3, size, size]: upright, resized (bilinear, antialiased) if it has another size.
+
+    ValueError if it has more than 8 bits a channel, which would be cut to white.
+    """
     with Image.open(io.BytesIO(content)) as image:
-        image = image.convert(mode)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixel format {image.mode} has more than 8 bits a channel")
+        image = ImageOps.exif_transpose(image).convert(mode)
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)

@@ -15,18 +15,16 @@ from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
 
 REPORTS = Path("reports")
-TRAINED = REPORTS / "train_bilinear"
 DECOMPOSED = REPORTS / "decompose_bilinear"
 
-VARIANTS = ("regularised", "unregularised", "two_layer")
-SINGLE_LAYER = VARIANTS[:2]
-NOTE = "Means ± standard deviations over seeds."
+SINGLE_LAYER = ("regularised", "unregularised")
+NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds)."
 
 
 class Params(StageParams):
-    """What the report shows."""
+    """What the report shows of each system."""
 
-    bilinear: list[str]  # data sets
+    bilinear: str  # the data set
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,24 @@ class Section:
 
 
 def percent(number: dict[str, float]) -> str:
-    """Format a share with its standard deviation over seeds."""
-    return f"{number['mean']:.1%} ± {number['std']:.1%}"
+    """Format a share, with its standard deviation if there is one."""
+    return f"{number['mean']:.1%}" + (f" ± {number['std']:.1%}" if "std" in number else "")
 
 
 def decimal(number: dict[str, float]) -> str:
-    """Format a number in 0 to 1 with its standard deviation over seeds."""
-    return f"{number['mean']:.2f} ± {number['std']:.2f}"
+    """Format a number in 0 to 1, with its standard deviation if there is one."""
+    return f"{number['mean']:.2f}" + (f" ± {number['std']:.2f}" if "std" in number else "")
 
 
 def bilinear_section(dataset: str) -> Section:
     """Return the section of the bilinear classifiers of one data set."""
-    decomposed = load_json(DECOMPOSED / dataset / "summary.json")
+    summary = load_json(DECOMPOSED / dataset / "summary.json")
     rows = [
-        *accuracy_rows({variant: load_json(TRAINED / f"{dataset}-{variant}" / "summary.json") for variant in VARIANTS}),
-        *truncation_rows(decomposed),
-        *mask_rows(decomposed),
-        *attribution_rows(decomposed),
-        *similarity_rows(decomposed),
+        *accuracy_rows(summary),
+        *truncation_rows(summary),
+        *mask_rows(summary),
+        *attribution_rows(summary),
+        *similarity_rows(summary),
     ]
     captions = {
         "eigenvectors": "The most positive and most negative eigenvectors of each class, in pixel space; eigenvalue above.",
@@ -86,89 +84,92 @@ def bilinear_section(dataset: str) -> Section:
     return Section(
         title=f"Bilinear: {dataset}",
         question="What features did the network learn? The eigenvectors of its weights, and how much they explain.",
-        tables=[Table(["measure", "value", "baseline"], rows), two_layer_table(dataset, decomposed)],
+        tables=[Table(["measure", "value", "baseline"], rows), *two_layer_tables(dataset, summary)],
         pictures=[Picture(DECOMPOSED / dataset / f"{name}.png", caption) for name, caption in captions.items()],
     )
 
 
-def accuracy_rows(trained: dict[str, Any]) -> list[list[str]]:
-    """Test accuracy of every variant, beside a linear classifier's and the most frequent class's."""
+def accuracy_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Test accuracy of every variant, beside a linear classifier's, trained alike, and the largest class's."""
+    against = f"linear classifier {percent(summary['linear']['full_acc'])}, largest class {summary['majority_acc']:.1%}"
     return [
-        [
-            f"{variant}: test accuracy",
-            percent(summary["test_acc"]),
-            "linear classifier {linear:.1%}, majority {majority:.1%}".format(**summary["baseline_test_acc"]),
-        ]
-        for variant, summary in trained.items()
+        [f"{variant}: test accuracy", percent(summary[variant]["full_acc"]), against]
+        for variant in (*SINGLE_LAYER, "two_layer")
     ]
 
 
-def truncation_rows(decomposed: dict[str, Any]) -> list[list[str]]:
+def truncation_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Accuracy from a few eigenvectors, beside the whole network's and that of as many random eigenvectors."""
     return [
         [
             f"{variant}: from {k} positive and {k} negative eigenvectors a class, {basis} basis",
             percent(acc),
-            f"whole network {percent(decomposed[variant]['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}",
+            f"whole network {percent(summary[variant]['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}",
         ]
         for variant in SINGLE_LAYER
-        for basis, curves in decomposed[variant]["truncated_acc"].items()
+        for basis, curves in summary[variant]["truncated_acc"].items()
         for k, acc in curves["sign"].items()
     ]
 
 
-def mask_rows(decomposed: dict[str, Any]) -> list[list[str]]:
-    """Accuracy under masks made from the weights, beside the same masks with their pixels permuted."""
-    rows = []
-    for variant in SINGLE_LAYER:
-        masks = decomposed[variant]["mask_acc"]
-        against = f"pixels permuted {percent(masks['permuted'])}, no mask {percent(masks['clean'])}"
-        rows.append(
-            [f"{variant}: under the best mask, norm {decomposed['mask_norm']:g}", percent(masks["best_mask"]), against]
-        )
-        rows.append([f"{variant}: under a class's mask, mean over classes", percent(masks["mean_mask"]), against])
-    return rows
+def mask_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Accuracy under masks made from the weights, beside the same masks with their pixels permuted and chosen alike."""
+    labels = {"best": "the most harmful mask", "mean": "a class's mask, mean over classes"}
+    return [
+        [
+            f"{variant}: under {label}, norm {summary['mask_norm']:g}",
+            percent(masks["mask"][kind]),
+            f"pixels permuted {percent(masks['permuted'][kind])}, no mask {percent(summary[variant]['full_acc'])}",
+        ]
+        for variant, masks in ((variant, summary[variant]["mask_acc"]) for variant in SINGLE_LAYER)
+        for kind, label in labels.items()
+    ]
 
 
-def attribution_rows(decomposed: dict[str, Any]) -> list[list[str]]:
-    """Predictions kept without the pixels that add most to them, beside those kept without random lit pixels."""
-    kept = decomposed["regularised"]["kept_prediction"]
+def attribution_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Predictions kept without the pixels that add most to them, beside those kept without the brightest or random ones."""
+    kept = summary["regularised"]["kept_prediction"]
     return [
         [
             f"regularised: predictions kept when the top {count} of the pixels by attribution are deleted",
             percent(share),
-            f"as many random lit pixels {percent(kept['random'][count])}",
+            f"the brightest {percent(kept['brightest'][count])}, random lit ones {percent(kept['random'][count])}",
         ]
         for count, share in kept["attributed"].items()
     ]
 
 
-def similarity_rows(decomposed: dict[str, Any]) -> list[list[str]]:
+def similarity_rows(summary: dict[str, Any]) -> list[list[str]]:
     """How alike the eigenvectors of two seeds are, beside those of untrained networks."""
     labels = {"eigenvectors": "matched eigenvectors", "subspace": "span of the top eigenvectors"}
     return [
         [
             f"{variant}: {label} alike between seeds, absolute cosine",
-            decimal(decomposed[variant]["similarity"][kind]),
-            f"untrained {decimal(decomposed['untrained']['similarity'][kind])}",
+            decimal(summary[variant]["similarity"][kind]),
+            f"untrained {decimal(summary['untrained']['similarity'][kind])}",
         ]
         for kind, label in labels.items()
         for variant in SINGLE_LAYER
     ]
 
 
-def two_layer_table(dataset: str, decomposed: dict[str, Any]) -> Table:
-    """Accuracy of the two-layer network from a few outer (rows) and inner (columns) eigenvectors."""
+def two_layer_tables(dataset: str, summary: dict[str, Any]) -> list[Table]:
+    """Accuracy of the two-layer network from a few outer (rows) and inner (columns) eigenvectors: the largest, and any."""
     cells = load_csv(DECOMPOSED / dataset / "two_layer.csv")
-    inner = list(dict.fromkeys(cell["inner"] for cell in cells))
-    rows: dict[str, list[str]] = {}
-    for cell in cells:
-        rows.setdefault(cell["outer"], [cell["outer"]]).append(
-            percent({"mean": float(cell["acc"]), "std": float(cell["std"])})
-        )
-    whole = percent(decomposed["two_layer"]["full_acc"])
-    caption = f"two_layer: accuracy from so many outer (rows) and inner (columns) eigenvectors a class; whole network {whole}."
-    return Table(["outer \\ inner", *inner], list(rows.values()), caption)
+    whole = percent(summary["two_layer"]["full_acc"])
+    captions = {
+        "magnitude": f"two_layer: accuracy from the largest outer (rows) and inner (columns) eigenvectors a class; whole network {whole}.",
+        "random": "two_layer: the same from random eigenvectors, the baseline.",
+    }
+    tables = []
+    for ranking, caption in captions.items():
+        rows: dict[str, dict[str, str]] = {}
+        for cell in (cell for cell in cells if cell["ranking"] == ranking):
+            number = percent({"mean": float(cell["acc"]), "std": float(cell["std"])})
+            rows.setdefault(cell["outer"], {})[cell["inner"]] = number
+        inner = list(next(iter(rows.values())))
+        tables.append(Table(["outer", *inner], [[outer, *row.values()] for outer, row in rows.items()], caption))
+    return tables
 
 
 def render_markdown(sections: list[Section]) -> str:
@@ -218,7 +219,7 @@ def render_html(sections: list[Section]) -> str:
 def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("build_report")
-    sections = [bilinear_section(dataset) for dataset in params.bilinear]
+    sections = [bilinear_section(params.bilinear)]
     save_text(REPORTS / "report.md", render_markdown(sections))
     save_text(REPORTS / "index.html", render_html(sections))
     print(f"open {REPORTS / 'index.html'}, or read {REPORTS / 'report.md'}")
