@@ -16,6 +16,7 @@ from reproduction import ROOT, scale_overrides
 
 from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.common.params import StageParams
+from stages.forecast import evaluate_forecaster, train_forecaster, train_lenet
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -173,6 +174,13 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     fetched, trained = changed["fetch_data"]["datasets"], changed["train_bilinear"]["datasets"]
     assert set(trained) <= set(fetched) <= set(changed["fetch_data"]["sources"])
     assert changed["build_report"]["bilinear"] in trained
+    assert changed["build_report"]["forecast"] in changed["train_lenet"]["datasets"]
+    for dataset in changed["train_lenet"]["datasets"]:
+        assert dataset in fetched
+        train_lenet.Params.load("train_lenet", dataset)
+        evaluated = evaluate_forecaster.Params.load("evaluate_forecaster", dataset)
+        for variant in changed["train_forecaster"]["variants"]:
+            assert evaluated.horizons == train_forecaster.Params.load("train_forecaster", dataset, variant).horizons
     for dataset in trained:
         decompose_bilinear.Params.load("decompose_bilinear", dataset)
         for variant in changed["train_bilinear"]["variants"]:
@@ -183,6 +191,8 @@ def test_variants_are_the_same_everywhere():
     """They are listed where DVC, the values and the analysis need them."""
     matrix = DVC_YAML["train_bilinear"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
+    matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
+    assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
 

@@ -1,6 +1,6 @@
 """Every stage's main(), in the order of the pipeline, at the smallest scale."""
 
-import importlib
+import csv
 import json
 import math
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from reproduction import ROOT
+from dvc.utils.hydra import apply_overrides
+from reproduction import ROOT, scale_overrides
 
 from stages.bilinear.training import load_model
 
@@ -23,6 +24,12 @@ PIPELINE = [
     ("stages.bilinear.train_bilinear", {"dataset": "digits", "variant": "two_layer"}),
     ("stages.bilinear.train_bilinear", {"dataset": "digits", "variant": "linear"}),
     ("stages.bilinear.decompose_bilinear", {"dataset": "digits"}),
+    ("stages.forecast.train_lenet", {"dataset": "digits"}),
+    *(
+        ("stages.forecast.train_forecaster", {"dataset": "digits", "variant": variant})
+        for variant in ("transformer", "weights_only", "mlp", "ridge", "pca_transformer")
+    ),
+    ("stages.forecast.evaluate_forecaster", {"dataset": "digits"}),
     ("stages.report.build_report", {}),
 ]
 
@@ -35,12 +42,6 @@ for module, items in json.loads(sys.argv.pop()):
 """
 
 
-def run_stage(monkeypatch: pytest.MonkeyPatch, module: str, items: dict[str, str]) -> None:
-    flags = [word for name, value in items.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr("sys.argv", [module, *flags])
-    importlib.import_module(module).main()
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -51,40 +52,59 @@ def leaves(value: object) -> list[object]:
     return [value]
 
 
-def test_the_pipeline_runs_and_runs_again_to_the_same_bytes(project, monkeypatch, capsys):
-    for module, items in PIPELINE:
-        run_stage(monkeypatch, module, items)
-    assert "open reports/index.html" in capsys.readouterr().out
-    first = files(project)
+def run_all(folder: Path, threads: str) -> str:
+    """Run the pipeline at smoke scale in an empty folder, in a process of its own, and return what it prints."""
+    shutil.copy(ROOT / "params.yaml", folder)
+    apply_overrides(folder / "params.yaml", scale_overrides("smoke"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "WEIGHTLENS_DEVICE": "cpu"}
+    words = [sys.executable, "-c", RUN_ALL, json.dumps(PIPELINE)]
+    return subprocess.run(words, cwd=folder, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
 
-    for name in (name for name in first if name.endswith("summary.json")):
-        numbers = leaves(json.loads(first[name]))
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every stage has run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_all(folder, threads="1").strip().endswith("open reports/index.html, or read reports/report.md")
+    return folder
+
+
+def test_every_metric_is_a_finite_number(finished):
+    summaries = list(finished.glob("reports/**/summary.json"))
+    assert len(summaries) == 7
+    for path in summaries:
+        numbers = leaves(json.loads(path.read_text()))
         assert numbers
-        assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers), name
+        assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers), path
 
-    decomposition = torch.load("models/decompose_bilinear/digits/decomposition.pt", weights_only=True)
-    model, _ = load_model("models/train_bilinear/digits-regularised/seed0/best.pt")
+
+def test_the_saved_decomposition_is_that_of_the_saved_network(finished):
+    decomposition = torch.load(finished / "models/decompose_bilinear/digits/decomposition.pt", weights_only=True)
+    model, _ = load_model(finished / "models/train_bilinear/digits-regularised/seed0/best.pt")
     x = torch.rand(20, 64)
     values, v = decomposition["eigenvalues"], decomposition["eigenvectors_input"]
     rebuilt = torch.einsum("ck,nck->nc", values, torch.einsum("ckd,nd->nck", v, x).square())
     torch.testing.assert_close(rebuilt, model(x), rtol=1e-4, atol=1e-4)
 
-    # once more from nothing, in processes of their own, of one thread and of two
-    everything = [sys.executable, "-c", RUN_ALL, json.dumps(PIPELINE)]
-    for threads in ("1", "2"):
-        for folder in ("data", "models", "reports"):
-            shutil.rmtree(project / folder)
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
-        subprocess.run(everything, check=True, env=environment, capture_output=True)
-        again = files(project)
-        assert again.keys() == first.keys()
-        assert [name for name in first if first[name] != again[name]] == []
+
+def test_two_threads_give_the_same_bytes_as_one(finished, tmp_path):
+    run_all(tmp_path, threads="2")
+    first, again = files(finished), files(tmp_path)
+    assert again.keys() == first.keys()
+    assert [name for name in first if first[name] != again[name]] == []
 
 
-def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline(project, monkeypatch):
-    for module, items in PIPELINE:
-        run_stage(monkeypatch, module, items)
-    page = (project / "reports/index.html").read_text()
+def test_no_cell_of_the_forecast_table_is_empty(finished):
+    with (finished / "reports/evaluate_forecaster/digits/errors.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    runs, origins, horizons, forecasters = 2, 3, 2, 12
+    assert len(rows) == runs * origins * horizons * forecasters
+    assert all(math.isfinite(float(row["error"])) for row in rows)
+    assert {row["error"] == "0" for row in rows} == {False}
+
+
+def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline(finished):
+    page = (finished / "reports/index.html").read_text()
     sources: list[str] = []
     tables: list[list[list[str]]] = []
 
@@ -105,20 +125,26 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
                 tables[-1][-1].append(data)
 
     Reader().feed(page)
-    assert len(sources) == 5
+    assert len(sources) == 7
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    (header, *rows), (two_header, *two_rows), (random_header, *_) = tables
+    (forecast, *losses), ((header, *rows), (two_header, *two_rows), (random_header, *_)) = tables[:3], tables[3:]
+    assert "persistence" in [row[0] for row in forecast]
+    assert all("persistence" in [row[0] for row in table] for table in losses)
     assert two_header == random_header
     assert header == ["measure", "value", "baseline"]
     assert len(rows) >= 15
-    assert all("±" in value and ("%" in baseline or "untrained" in baseline) for _, value, baseline in rows)
+    assert all("%" in baseline or "untrained" in baseline for _, _, baseline in rows)
+    assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
-    markdown = (project / "reports/report.md").read_text()
+    markdown = (finished / "reports/report.md").read_text()
     for link in (line.split("](")[1].rstrip(")") for line in markdown.splitlines() if line.startswith("![")):
-        assert (project / "reports" / link).is_file()
+        assert (finished / "reports" / link).is_file()
 
 
-@pytest.mark.parametrize(("module", "items"), PIPELINE[1:])
+NEEDS_INPUT = dict(PIPELINE[1:])  # one item of every stage
+
+
+@pytest.mark.parametrize(("module", "items"), NEEDS_INPUT.items())
 def test_a_missing_input_is_one_line_that_says_what_to_run(project, module, items):
     flags = [word for name, value in items.items() for word in (f"--{name}", value)]
     done = subprocess.run(

@@ -39,8 +39,9 @@ from stages.bilinear.decomposition import (
     truncated_logits,
 )
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.bilinear.training import load_model, save_torch
+from stages.bilinear.training import load_model
 from stages.common.artifacts import save_csv, save_json
+from stages.common.checkpoints import save_torch
 from stages.common.command import InputError, parse_arguments, run
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.metrics import accuracy, majority_accuracy, mean_std, over_seeds

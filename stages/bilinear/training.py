@@ -8,7 +8,6 @@ A run's `config` is a plain dictionary, kept in its checkpoints:
     run_dir     where the checkpoints and metrics go
 """
 
-import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.common.artifacts import atomic_path, remedy, require, save_csv, save_json
+from stages.common.artifacts import remedy, require, save_csv, save_json
+from stages.common.checkpoints import save_torch
 from stages.common.command import InputError, one_line
 from stages.common.images import Batches, load_images, split_validation
 from stages.common.runtime import autocast, pick_device, resolve_device, set_seed
@@ -166,14 +166,6 @@ def evaluate(
         n += len(labels)
     model.train(was_training)
     return loss / n, correct / n
-
-
-def save_torch(path: Path, value: dict[str, Any]) -> None:
-    """Write a dictionary of tensors and plain values as torch does; torch.load reads it with weights_only=True."""
-    buffer = io.BytesIO()  # not the file: torch would store its name inside, and fail obscurely on a full disk
-    torch.save(value, buffer)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

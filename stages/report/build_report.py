@@ -16,6 +16,7 @@ from stages.common.params import StageParams
 
 REPORTS = Path("reports")
 DECOMPOSED = REPORTS / "decompose_bilinear"
+FORECAST = REPORTS / "evaluate_forecaster"
 
 SINGLE_LAYER = ("regularised", "unregularised")
 NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds)."
@@ -25,6 +26,7 @@ class Params(StageParams):
     """What the report shows of each system."""
 
     bilinear: str  # the data set
+    forecast: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,47 @@ def percent(number: dict[str, float]) -> str:
 
 def decimal(number: dict[str, float]) -> str:
     """Format a number in 0 to 1, with its standard deviation if there is one."""
+    return f"{number['mean']:.2f}" + (f" ± {number['std']:.2f}" if "std" in number else "")
+
+
+def forecast_section(dataset: str) -> Section:
+    """Return the section of the forecasts of weights of one data set."""
+    summary = load_json(FORECAST / dataset / "summary.json")
+    errors, task = summary["weight_error"], summary["task"]
+    regimes, horizons = list(errors["persistence"]), list(task["persistence"]["late"])
+    tables = [
+        Table(
+            ["forecaster, late half", *(f"{regime}, h = {h}" for regime in regimes for h in horizons)],
+            [
+                [forecaster, *(ratio(by_regime[regime]["late"][h]) for regime in regimes for h in horizons)]
+                for forecaster, by_regime in errors.items()
+            ],
+            "Squared error of the weights h snapshots ahead, on runs that no forecaster has seen, over that of keeping the last weights.",
+        )
+    ]
+    for phase in ("early", "late"):
+        rows = [
+            [forecaster, *(f"{cells[phase][h]['test_loss']:.3g}, {cells[phase][h]['test_acc']:.1%}" for h in horizons)]
+            for forecaster, cells in task.items()
+        ]
+        caption = f"Test loss and accuracy of the forecast networks, {phase} half; persistence is the network as it is."
+        tables.append(Table(["forecaster", *(f"h = {h}" for h in horizons)], rows, caption))
+    captions = {
+        "horizons": "Error over that of keeping the last weights, by horizon; what is not in the picture is worse.",
+        "path": "A run that no forecaster has seen, in the plane of its two main directions, and the transformer's forecasts.",
+    }
+    return Section(
+        title=f"Forecast: {dataset}",
+        question="Where will training go next? Forecasts of a network's weights from its past.",
+        tables=tables,
+        pictures=[Picture(FORECAST / dataset / f"{name}.png", caption) for name, caption in captions.items()],
+    )
+
+
+def ratio(number: dict[str, float]) -> str:
+    """Format a ratio with its standard deviation if there is one; a large one by its order of magnitude."""
+    if number["mean"] >= 100:
+        return f"{number['mean']:.0e}"
     return f"{number['mean']:.2f}" + (f" ± {number['std']:.2f}" if "std" in number else "")
 
 
@@ -219,7 +262,7 @@ def render_html(sections: list[Section]) -> str:
 def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("build_report")
-    sections = [bilinear_section(params.bilinear)]
+    sections = [forecast_section(params.forecast), bilinear_section(params.bilinear)]
     save_text(REPORTS / "report.md", render_markdown(sections))
     save_text(REPORTS / "index.html", render_html(sections))
     print(f"open {REPORTS / 'index.html'}, or read {REPORTS / 'report.md'}")

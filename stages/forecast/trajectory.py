@@ -1,0 +1,173 @@
+"""The path of a network's weights while it trains, and what of it a forecaster may read.
+
+Everything at snapshot t is computed from snapshots up to t alone, in units of how far the weights of a layer moved
+lately, so that one forecaster serves all weights of all layers, runs and phases.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from beartype import beartype
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
+
+typed = jaxtyped(typechecker=beartype)
+
+WINDOW = 6  # deltas that a forecaster reads
+SCALE_WINDOW = 4  # deltas whose size is the unit
+AVERAGES = (4, 10, 20)  # snapshots before t whose means it reads
+CONTEXT_GAIN = 3.0  # means over a neuron are smaller than single weights
+ORIGIN_GAIN = 0.05  # distances from zero and from the start are larger
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network's parameters lie in one vector of p weights, in the order of its state_dict.
+
+    Of a weight with two or more axes, a row is one output unit (axis 0) and a column one input (the other axes): the
+    two neurons that a weight connects. Biases have neither.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies."""
+        ends, start = {}, 0
+        for name, shape in self.shapes.items():
+            ends[name] = slice(start, start + math.prod(shape))
+            start = ends[name].stop
+        return ends
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def layer_of(self) -> Int[Tensor, " p"]:
+        """The index of each weight's parameter tensor."""
+        return torch.cat([torch.full((math.prod(s),), i) for i, s in enumerate(self.shapes.values())])
+
+    @cached_property
+    def neurons_of(self) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+        """The index of each weight's row and of its column among all; 0 stands for none."""
+        rows, columns, n_rows, n_columns = [], [], 1, 1
+        for shape in self.shapes.values():
+            if len(shape) < 2:
+                rows.append(torch.zeros(math.prod(shape), dtype=torch.long))
+                columns.append(rows[-1])
+                continue
+            height, width = shape[0], math.prod(shape[1:])
+            rows.append((n_rows + torch.arange(height))[:, None].expand(height, width).flatten())
+            columns.append((n_columns + torch.arange(width))[None].expand(height, width).flatten())
+            n_rows, n_columns = n_rows + height, n_columns + width
+        return torch.cat(rows), torch.cat(columns)
+
+    @typed
+    def neuron_means(self, x: Float[Tensor, "t p"]) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
+        """Return the mean of `x` over every row and every column, behind a first entry of 0 for none."""
+        rows, columns = [x.new_zeros(len(x), 1)], [x.new_zeros(len(x), 1)]
+        for shape, where in zip(self.shapes.values(), self.slices.values(), strict=True):
+            if len(shape) > 1:
+                matrix = x[:, where].unflatten(1, (shape[0], -1))
+                rows.append(matrix.mean(2))
+                columns.append(matrix.mean(1))
+        return torch.cat(rows, 1), torch.cat(columns, 1)
+
+    def unflatten(self, weights: Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """Return a vector of weights as a state_dict."""
+        return {name: weights[where].view(self.shapes[name]) for name, where in self.slices.items()}
+
+    def flatten(self, state: dict[str, Tensor]) -> Float[Tensor, " p"]:
+        """Return a state_dict as a vector. ValueError if its names or shapes are others."""
+        got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if got != self.shapes:
+            raise ValueError(f"expected parameters {self.shapes}, got {got}")
+        return torch.cat([state[name].reshape(-1) for name in self.shapes])
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Snapshots of one run. state: the optimiser's step direction m / sqrt(v) at each, or None where it is not known."""
+
+    layout: Layout
+    weights: Float[Tensor, "t p"]
+    state: Float[Tensor, "t p"] | None
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @cached_property
+    def delta_means(self) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
+        """Mean movement of every neuron's weights between snapshot t - 1 and t; 0 at t = 0."""
+        return tuple(
+            torch.cat([torch.zeros_like(means[:1]), means.diff(dim=0)])
+            for means in self.layout.neuron_means(self.weights)
+        )
+
+    @cached_property
+    def state_means(self) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
+        """Mean step direction of every neuron's weights."""
+        return self.layout.neuron_means(self.state.float())
+
+    @cached_property
+    def scales(self) -> Float[Tensor, "t layers"]:
+        """Root mean square movement of each parameter tensor over the last SCALE_WINDOW snapshots, the unit at t; t >= 1."""
+        squares = self.weights.diff(dim=0).square()
+        by_layer = torch.stack([squares[:, where].mean(1) for where in self.layout.slices.values()], 1)
+        recent = [by_layer[max(0, t - SCALE_WINDOW) : t].mean(0) for t in range(1, len(self))]
+        return torch.cat([torch.full_like(by_layer[:1], torch.nan), torch.stack(recent).sqrt() + 1e-8])
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a forecaster reads of n weights at one snapshot."""
+
+    tokens: Float[Tensor, "n window f"]  # a token for each delta, latest first
+    static: Float[Tensor, "n g"]
+    layer: Int[Tensor, " n"]
+    scale: Float[Tensor, " n"]  # the unit, in which movements are predicted
+
+    @staticmethod
+    def cat(parts: "list[Features]") -> "Features":
+        """Return several as one."""
+        return Features(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Features)))
+
+    @property
+    def flat(self) -> Float[Tensor, "n d"]:
+        """All of them in one row for each weight."""
+        return torch.cat([self.tokens.flatten(1), self.static], 1)
+
+
+@typed
+def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state: bool, with_context: bool) -> Features:
+    """Return the features of the weights at `index` at snapshot t >= WINDOW, from snapshots up to t alone.
+
+    with_state: the optimiser's direction. with_context: means over the two neurons that a weight connects.
+    ValueError if t is too early, or the run has no optimiser's state.
+    """
+    if t < WINDOW:
+        raise ValueError(f"expected a snapshot of {WINDOW} or later, got {t}")
+    if with_state and run.state is None:
+        raise ValueError("this run has no optimiser's state: use a forecaster that reads weights only")
+    layer = run.layout.layer_of[index]
+    scale = run.scales[t, layer]
+    row, column = (neuron[index] for neuron in run.layout.neurons_of)
+    times = torch.arange(t, t - WINDOW, -1)
+    weights = run.weights[t - WINDOW : t + 1, index].flip(0)  # latest first
+    latest = weights[0]
+    parts = [(weights[:-1] - weights[1:]) / scale, (weights[1:] - latest) / scale / 2]
+    if with_context:
+        rows, columns = run.delta_means
+        parts += [CONTEXT_GAIN * rows[times][:, row] / scale, CONTEXT_GAIN * columns[times][:, column] / scale]
+    if with_state:
+        parts.append(run.state[t - WINDOW + 1 : t + 1, index].flip(0).float())
+        if with_context:
+            rows, columns = run.state_means
+            parts += [CONTEXT_GAIN * rows[times][:, row], CONTEXT_GAIN * columns[times][:, column]]
+    static = [(latest - run.weights[max(0, t - n) : t + 1, index].mean(0)) / scale for n in AVERAGES]
+    static += [ORIGIN_GAIN * latest / scale, ORIGIN_GAIN * (latest - run.weights[0, index]) / scale]
+    return Features(torch.stack(parts, 2).transpose(0, 1), torch.stack(static, 1), layer, scale)

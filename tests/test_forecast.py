@@ -1,0 +1,194 @@
+"""A forecast reads the past alone, treats relabelled neurons alike, and starts as no change."""
+
+import pytest
+import torch
+
+from stages.common.command import InputError
+from stages.forecast.evaluate_forecaster import origins
+from stages.forecast.forecasters import (
+    BASELINES,
+    MLPForecaster,
+    RidgeForecaster,
+    TransformerForecaster,
+    movement_target,
+    principal_components,
+    random_coordinates,
+)
+from stages.forecast.lenet import LeNet
+from stages.forecast.train_lenet import Params
+from stages.forecast.trajectory import WINDOW, Layout, Trajectory, read_features
+
+HORIZONS = (1, 5)
+SHAPES = {
+    "c1.weight": (4, 1, 3, 3),
+    "c1.bias": (4,),
+    "f1.weight": (6, 4 * 4),  # 4 channels of 4 pixels
+    "f1.bias": (6,),
+    "f2.weight": (3, 6),
+    "f2.bias": (3,),
+}
+
+
+def trajectory(length=20) -> Trajectory:
+    layout = Layout(SHAPES)
+    steps = 0.1 * torch.randn(length, layout.size)
+    return Trajectory(layout, steps.cumsum(0), torch.randn(length, layout.size).half())
+
+
+def trained(kind, with_state=True, with_context=True):
+    """A forecaster whose last layers are not zero any more."""
+    model = kind(HORIZONS, with_state, with_context, n_layers=len(SHAPES), d_model=8, seed=0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *(t for t in model.buffers() if t.is_floating_point())]:
+            tensor += 0.1 * torch.randn_like(tensor)
+    return model
+
+
+KINDS = [TransformerForecaster, MLPForecaster, RidgeForecaster]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forecast_is_bit_identical_when_the_future_changes(kind):
+    run, t = trajectory(), 12
+    weights, state = run.weights.clone(), run.state.clone()
+    weights[t + 1 :] = torch.randn_like(weights[t + 1 :])
+    state[t + 1 :] = 0
+    other = Trajectory(run.layout, weights, state)
+    model = trained(kind)
+    assert torch.equal(model.predict(run, t), model.predict(other, t))
+    assert not torch.equal(model.predict(run, t), model.predict(run, t - 1))
+    for baseline in BASELINES.values():
+        assert torch.equal(baseline(run, t, HORIZONS), baseline(other, t, HORIZONS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_relabelled_neurons_permute_the_forecast_and_change_nothing_else(kind):
+    run = trajectory()
+    channels, hidden = torch.randperm(4), torch.randperm(6)
+
+    def relabel(vectors: torch.Tensor) -> torch.Tensor:
+        out = []
+        for vector in vectors:
+            state = run.layout.unflatten(vector)
+            first = state["f1.weight"].view(6, 4, 4)[hidden][:, channels].reshape(6, 16)
+            relabelled = {
+                "c1.weight": state["c1.weight"][channels],
+                "c1.bias": state["c1.bias"][channels],
+                "f1.weight": first,
+                "f1.bias": state["f1.bias"][hidden],
+                "f2.weight": state["f2.weight"][:, hidden],
+                "f2.bias": state["f2.bias"],
+            }
+            out.append(run.layout.flatten(relabelled))
+        return torch.stack(out)
+
+    other = Trajectory(run.layout, relabel(run.weights), relabel(run.state))
+    model = trained(kind)
+    torch.testing.assert_close(model.predict(other, 12), relabel(model.predict(run, 12)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untrained_forecaster_says_no_change(kind):
+    run = trajectory()
+    model = kind(HORIZONS, True, True, n_layers=len(SHAPES), d_model=8, seed=0)
+    assert torch.equal(model.predict(run, 10), run.weights[10].expand(2, -1))
+
+
+def test_features_do_not_depend_on_the_size_of_the_movement():
+    """In units of the scale a run that moves ten times as far looks the same, but for where it is and its state."""
+    run = trajectory()
+    larger = Trajectory(run.layout, 10 * run.weights, run.state)
+    index = torch.arange(run.layout.size)
+    a, b = (read_features(r, 12, index, with_state=True, with_context=True).flat for r in (run, larger))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    targets = [movement_target(r, 12, index, HORIZONS) for r in (run, larger)]
+    torch.testing.assert_close(*targets, rtol=1e-3, atol=1e-4)
+
+
+def test_neuron_means_are_those_of_rows_and_columns():
+    run = trajectory()
+    rows, columns = run.layout.neuron_means(run.weights)
+    row_of, column_of = run.layout.neurons_of
+    matrix = run.layout.unflatten(run.weights[3])["f1.weight"]
+    where = run.layout.slices["f1.weight"]
+    torch.testing.assert_close(rows[3, row_of[where]].view(6, 16), matrix.mean(1, keepdim=True).expand(6, 16))
+    torch.testing.assert_close(columns[3, column_of[where]].view(6, 16), matrix.mean(0, keepdim=True).expand(6, 16))
+    assert (rows[:, row_of[run.layout.slices["f1.bias"]]] == 0).all()
+
+
+def test_ridge_finds_a_linear_rule():
+    run = trajectory(40)
+    model = RidgeForecaster((1,), with_state=False, with_context=False, n_layers=len(SHAPES))
+    rule = torch.randn(model.flat_size, 1)
+    random = torch.Generator().manual_seed(0)
+    for t in range(WINDOW, 38):
+        features = read_features(run, t, random_coordinates(run.layout, 400, random), **model.reads)
+        model.observe(features, features.flat @ rule)
+    model.solve(1e-9)
+    features = read_features(run, 38, torch.arange(run.layout.size), **model.reads)
+    torch.testing.assert_close(model(features), features.flat @ rule, rtol=1e-2, atol=1e-2)
+
+
+def test_baselines_are_exact_where_they_should_be():
+    layout = Layout({"w": (5, 7)})
+    t = torch.arange(40.0)[:, None]
+    start, slope, bend = torch.randn(3, 1, 35)
+    straight = Trajectory(layout, start + slope * t, None)
+    bent = Trajectory(layout, start + slope * t + 0.01 * bend * t**2, None)
+    for run, name in ((straight, "linear"), (straight, "quadratic"), (bent, "quadratic")):
+        truth = torch.stack([run.weights[20 + h] for h in HORIZONS])
+        torch.testing.assert_close(BASELINES[name](run, 20, HORIZONS), truth, rtol=1e-3, atol=1e-3)
+    turning = torch.cat([torch.cos(0.3 * t), torch.sin(0.3 * t)], 1) * 0.95**t  # a linear system
+    run = Trajectory(Layout({"w": (2, 1)}), turning, None)
+    ahead = BASELINES["dmd"](run, 35, (1,), rank=2, window=36)
+    assert (ahead[0] - turning[36]).norm() < 0.2 * (turning[35] - turning[36]).norm() + 0.02
+
+
+def test_principal_components_at_full_rank_reconstruct_exactly():
+    snapshots = torch.randn(12, 50)
+    mean, basis, variances = principal_components(snapshots, 500)
+    assert basis.shape == (11, 50)
+    torch.testing.assert_close(mean + (snapshots - mean) @ basis.T @ basis, snapshots, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(variances.sum(), (snapshots - mean).square().sum() / 12, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_are_disjoint_and_known():
+    values = {
+        "image_size": 16,
+        "validation_fraction": 0.1,
+        "split_seed": 0,
+        "steps": 1,
+        "batch_size": 1,
+        "snapshot_every": 1,
+        "evaluation_images": 1,
+        "regimes": {"adam": {"optimizer": "adam", "learning_rate": 0.1, "schedule": "constant"}},
+        "runs": {"train": ["adam-0"], "validation": ["adam-1"], "test": ["adam-0"]},
+    }
+    with pytest.raises(InputError, match="runs named twice: adam-0"):
+        Params.parse(values, ".".join)
+    values["runs"]["test"] = ["sgd-3"]
+    with pytest.raises(InputError, match="unknown regimes: sgd"):
+        Params.parse(values, ".".join)
+
+
+def test_origins_leave_every_horizon_known():
+    found = origins(81, [1, 20], 6)
+    assert min(found) == WINDOW + 1
+    assert max(found) + 20 < 81
+    assert {phase for t, phase in found.items() if t < 40} == {"early"}
+
+
+def test_lenet_has_the_weights_that_it_should():
+    assert sum(p.numel() for p in LeNet(28, 10, seed=0).parameters()) == 61_706
+    with pytest.raises(ValueError, match="16 pixels or more, got 8"):
+        LeNet(8, 10, seed=0)
+
+
+def test_too_early_and_missing_states_are_refused():
+    run = trajectory()
+    with pytest.raises(ValueError, match=f"snapshot of {WINDOW} or later"):
+        read_features(run, WINDOW - 1, torch.arange(3), with_state=False, with_context=False)
+    bare = Trajectory(run.layout, run.weights, None)
+    with pytest.raises(ValueError, match="no optimiser's state"):
+        read_features(bare, 12, torch.arange(3), with_state=True, with_context=False)
+    trained(TransformerForecaster, with_state=False).predict(bare, 12)
