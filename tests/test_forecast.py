@@ -7,9 +7,8 @@ from stages.common.command import InputError
 from stages.forecast.evaluate_forecaster import origins
 from stages.forecast.forecasters import (
     BASELINES,
-    MLPForecaster,
     RidgeForecaster,
-    TransformerForecaster,
+    build_forecaster,
     movement_target,
     principal_components,
     random_coordinates,
@@ -35,16 +34,21 @@ def trajectory(length=20) -> Trajectory:
     return Trajectory(layout, steps.cumsum(0), torch.randn(length, layout.size).half())
 
 
+def untrained(kind, with_state=True, with_context=True):
+    config = {"kind": kind, "horizons": HORIZONS, "with_state": with_state, "with_context": with_context}
+    return build_forecaster(config | {"n_layers": len(SHAPES), "d_model": 8, "seed": 0})
+
+
 def trained(kind, with_state=True, with_context=True):
     """A forecaster whose last layers are not zero any more."""
-    model = kind(HORIZONS, with_state, with_context, n_layers=len(SHAPES), d_model=8, seed=0)
+    model = untrained(kind, with_state, with_context)
     with torch.no_grad():
         for tensor in [*model.parameters(), *(t for t in model.buffers() if t.is_floating_point())]:
             tensor += 0.1 * torch.randn_like(tensor)
     return model
 
 
-KINDS = [TransformerForecaster, MLPForecaster, RidgeForecaster]
+KINDS = ["transformer", "mlp", "ridge"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +94,7 @@ def test_relabelled_neurons_permute_the_forecast_and_change_nothing_else(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_untrained_forecaster_says_no_change(kind):
     run = trajectory()
-    model = kind(HORIZONS, True, True, n_layers=len(SHAPES), d_model=8, seed=0)
+    model = untrained(kind)
     assert torch.equal(model.predict(run, 10), run.weights[10].expand(2, -1))
 
 
@@ -191,4 +195,4 @@ def test_too_early_and_missing_states_are_refused():
     bare = Trajectory(run.layout, run.weights, None)
     with pytest.raises(ValueError, match="no optimiser's state"):
         read_features(bare, 12, torch.arange(3), with_state=True, with_context=False)
-    trained(TransformerForecaster, with_state=False).predict(bare, 12)
+    trained("transformer", with_state=False).predict(bare, 12)

@@ -20,7 +20,11 @@ CHUNK = 16384  # weights forecast at a time
 
 
 class SharedForecaster(nn.Module):
-    """A predictor shared over weights: features [n] -> movement in units of the scale [n, h]. Subclasses say how."""
+    """A predictor shared over weights: features of n weights -> movements [n, h] in units of the scale. Subclasses say how.
+
+    horizons: snapshots ahead. with_state: reads the optimiser's direction. with_context: reads means over the two neurons
+    that a weight connects. Of subclasses, n_layers: parameter tensors of the networks to forecast; d_model: width.
+    """
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool) -> None:
         super().__init__()
@@ -47,8 +51,9 @@ class TransformerForecaster(SharedForecaster):
     over WINDOW + 1 keys costs an eighth of a full block.
     """
 
-    def __init__(self, horizons, with_state, with_context, n_layers: int, d_model: int, seed: int) -> None:
-        """n_layers: parameter tensors of the networks to forecast."""
+    def __init__(
+        self, horizons: Sequence[int], with_state: bool, with_context: bool, n_layers: int, d_model: int, seed: int
+    ) -> None:
         super().__init__(horizons, with_state, with_context)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -78,7 +83,9 @@ class TransformerForecaster(SharedForecaster):
 class MLPForecaster(SharedForecaster):
     """A multilayer perceptron on the same features: what the transformer's attention is worth."""
 
-    def __init__(self, horizons, with_state, with_context, n_layers: int, d_model: int, seed: int) -> None:
+    def __init__(
+        self, horizons: Sequence[int], with_state: bool, with_context: bool, n_layers: int, d_model: int, seed: int
+    ) -> None:
         super().__init__(horizons, with_state, with_context)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -95,9 +102,9 @@ class MLPForecaster(SharedForecaster):
 
 
 class RidgeForecaster(SharedForecaster):
-    """Ridge regression on the same features, for each parameter tensor: what is nonlinear is worth the rest."""
+    """Ridge regression on the same features, for each parameter tensor: what nonlinearity is worth is the rest."""
 
-    def __init__(self, horizons, with_state, with_context, n_layers: int, **_unused: int) -> None:
+    def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, n_layers: int) -> None:
         super().__init__(horizons, with_state, with_context)
         size = self.flat_size
         self.register_buffer("gram", torch.zeros(n_layers, size, size, dtype=torch.float64))
@@ -251,12 +258,20 @@ def build_forecaster(config: dict[str, Any], pca: dict[str, Tensor] | None = Non
 
     pca: mean [p] and basis [k, p], for kind `pca_transformer` alone.
     """
-    shared = {"transformer": TransformerForecaster, "mlp": MLPForecaster, "ridge": RidgeForecaster}
-    config = dict(config)
-    kind = config.pop("kind")
-    if kind in shared:
-        return shared[kind](**config)
-    return CoefficientForecaster(pca["mean"], pca["basis"], config["horizons"], config["d_model"], config["seed"])
+    reads = [config[key] for key in ("horizons", "with_state", "with_context", "n_layers")]
+    match config["kind"]:
+        case "transformer":
+            return TransformerForecaster(*reads, config["d_model"], config["seed"])
+        case "mlp":
+            return MLPForecaster(*reads, config["d_model"], config["seed"])
+        case "ridge":
+            return RidgeForecaster(*reads)
+        case "pca_transformer":
+            return CoefficientForecaster(
+                pca["mean"], pca["basis"], config["horizons"], config["d_model"], config["seed"]
+            )
+        case kind:
+            raise ValueError(f"expected transformer, mlp, ridge or pca_transformer, got {kind!r}")
 
 
 def load_forecaster(path: Path) -> nn.Module:
