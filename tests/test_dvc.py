@@ -57,7 +57,6 @@ def test_a_change_reaches_the_stages_that_read_it_and_no_other(computed):
 
     variants = ("regularised", "unregularised", "two_layer", "linear")
     train = {f"train_bilinear@digits-{variant}" for variant in variants}
-    assert after(lambda _: None) == set()
     assert after(lambda p: p["train_bilinear"]["overrides"]["mnist"].update(epochs=1)) == set()
     assert after(lambda p: p["train_bilinear"]["overrides"]["digits"].update(epochs=1)) == train
     assert after(lambda p: p["train_bilinear"].update(epochs=1)) == train
@@ -66,27 +65,18 @@ def test_a_change_reaches_the_stages_that_read_it_and_no_other(computed):
     assert after(lambda p: p["decompose_bilinear"].update(mask_norm=1.0)) == {"decompose_bilinear@digits"}
 
 
-@pytest.mark.parametrize(
-    ("stage", "moment"),
-    [
-        ("train_bilinear@digits-linear", "models/train_bilinear/digits-linear/*/*"),
-        ("decompose_bilinear@digits", "reports/decompose_bilinear/digits/*"),
-    ],
-)
-def test_a_stage_killed_while_it_writes_is_repeated_to_the_same_result(computed, tmp_path, stage, moment):
+def test_a_stage_killed_while_it_writes_is_repeated_to_the_same_result(computed, tmp_path):
     project = clone(computed, tmp_path / "killed")
     command(project, "dvc", "pull", "--quiet", "--with-deps", TARGET)
-    words = ["dvc", "repro", "--quiet", "--single-item", "--force", "--no-run-cache", stage]
+    written = project / "reports/decompose_bilinear/digits/spectra.png"  # neither the first file nor the last
+    words = ["dvc", "repro", "--quiet", "--single-item", "--force", "--no-run-cache", TARGET]
     process = subprocess.Popen(
         words, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    before = set(project.glob(moment))
-    while set(project.glob(moment)) == before:  # DVC removes what is there before the stage runs
-        assert process.poll() is None
-        time.sleep(0.005)
-    while not list(project.glob(moment)):
-        assert process.poll() is None
-        time.sleep(0.005)
+    for there in (False, True):  # DVC removes what is there before the stage runs
+        while written.exists() != there:
+            assert process.poll() is None
+            time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert "Running stage" in command(project, "dvc", "repro", TARGET)
