@@ -10,6 +10,7 @@ Writes  models/decompose_bilinear/<dataset>/decomposition.pt   DecompositionArti
 
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from stages.bilinear import pictures
 from stages.bilinear.decomposition import (
     DecompositionArtifacts,
+    NestedDecomposition,
     adversarial_masks,
     data_basis,
     decompose_bilinear_model,
@@ -40,7 +42,7 @@ from stages.bilinear.decomposition import (
 )
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
 from stages.bilinear.training import load_model
-from stages.common.artifacts import save_csv, save_json
+from stages.common.artifacts import remedy, save_csv, save_json
 from stages.common.checkpoints import save_torch
 from stages.common.command import InputError, parse_arguments, run
 from stages.common.images import ImageSet, load_images, split_validation
@@ -101,7 +103,7 @@ def load_networks(dataset: str, variant: str, depth: int) -> list[Network]:
     folder = RUNS / f"{dataset}-{variant}"
     networks = [Network(*load_model(path)) for path in folder.glob("*/best.pt")]
     if not networks:
-        raise InputError(f"{folder} holds no checkpoints: run 'dvc repro train_bilinear@{folder.name}'")
+        raise InputError(f"{folder} holds no checkpoints{remedy(folder / 'seed' / 'best.pt')}")
     if (got := len(networks[0].model.blocks)) != depth:
         raise InputError(
             f"params.yaml: train_bilinear.variants.{variant}.n_layer: expected {depth} to decompose, got {got}"
@@ -123,6 +125,12 @@ def reconstruction_error(model: Model, artifacts: DecompositionArtifacts, x: Flo
     return ((rebuilt - logits).abs().max() / logits.abs().max()).item()
 
 
+def mean_over_chunks(measure: Callable[[ImageSet], Float[Tensor, "*n"]], test: ImageSet) -> Float[Tensor, "*n"]:
+    """Return the mean over all images of what `measure` gives as the mean of some: intermediate tensors stay small."""
+    chunks = [test.subset(rows) for rows in torch.arange(len(test)).split(CHUNK)]
+    return sum(measure(chunk) * len(chunk) for chunk in chunks) / len(test)
+
+
 def truncation_accuracy(
     model: Model, artifacts: DecompositionArtifacts, test: ImageSet, ranks: list[int], seed: int
 ) -> dict[str, dict[int, float]]:
@@ -139,13 +147,13 @@ def truncation_accuracy(
         "sign": (order_by_sign(values), [min(2 * k, n) for k in ranks]),
         "random": (shuffled, [min(2 * k, n) for k in ranks]),
     }
-    correct = {name: torch.zeros(len(ranks), dtype=torch.double, device=values.device) for name in rankings}
-    for rows in torch.arange(len(test)).split(CHUNK):
-        chunk = test.subset(rows)
+
+    def measure(chunk: ImageSet) -> Float[Tensor, "rankings ranks"]:
         terms = eigen_terms(embed(model, chunk.pixels()), values, artifacts.eigenvectors_hidden)
-        for name, (order, counts) in rankings.items():
-            correct[name] += accuracy(truncated_logits(terms, order, counts), chunk.labels) * len(chunk)
-    return {name: dict(zip(ranks, (hits / len(test)).tolist(), strict=True)) for name, hits in correct.items()}
+        return torch.stack([accuracy(truncated_logits(terms, *ranking), chunk.labels) for ranking in rankings.values()])
+
+    curves = mean_over_chunks(measure, test).tolist()
+    return {name: dict(zip(ranks, curve, strict=True)) for name, curve in zip(rankings, curves, strict=True)}
 
 
 def choose_masks(
@@ -225,12 +233,11 @@ def analyse_two_layer(network: Network, test: ImageSet, params: Params) -> dict[
     nested = {}
     for ranking, order in {"magnitude": order_by_magnitude, "random": any_order}.items():
         tree = decompose_two_layers(model, max(ranks), order)
-        correct = torch.zeros(len(ranks), len(ranks), dtype=torch.double, device=test.labels.device)
-        for rows in torch.arange(len(test)).split(CHUNK):
-            chunk = test.subset(rows)
-            logits = nested_logits(tree, embed(model, chunk.pixels()), ranks, ranks)
-            correct += accuracy(logits, chunk.labels) * len(chunk)
-        table = (correct / len(test)).tolist()
+
+        def measure(chunk: ImageSet, tree: NestedDecomposition = tree) -> Float[Tensor, "outer inner"]:
+            return accuracy(nested_logits(tree, embed(model, chunk.pixels()), ranks, ranks), chunk.labels)
+
+        table = mean_over_chunks(measure, test).tolist()
         nested[ranking] = {k: dict(zip(ranks, row, strict=True)) for k, row in zip(ranks, table, strict=True)}
     return {"full_acc": accuracy(model(test.pixels()), test.labels).item(), "nested": nested}
 
@@ -257,12 +264,12 @@ def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -
     model, split, seed = network.model, network.config["dataset"], params.seed + network.seed
     rest, validation = split_validation(train, split["validation_fraction"], split["split_seed"])
     some = torch.randperm(len(validation), generator=generator(seed, "validation images"))[: params.validation_images]
-    bases = decompose_in_bases(model, rest.pixels())
+    bases, x = decompose_in_bases(model, rest.pixels()), test.pixels()
     mask_acc, masks, permuted = mask_accuracy(model, bases["input"], validation.subset(some), test, params, seed)
     ranks = {basis: clip_ranks(params.ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
     numbers = {
-        "full_acc": accuracy(model(test.pixels()), test.labels).item(),
-        "reconstruction_error": {basis: reconstruction_error(model, a, test.pixels()) for basis, a in bases.items()},
+        "full_acc": accuracy(model(x), test.labels).item(),
+        "reconstruction_error": {basis: reconstruction_error(model, a, x) for basis, a in bases.items()},
         "truncated_acc": {
             basis: truncation_accuracy(model, artifacts, test, ranks[basis], seed) for basis, artifacts in bases.items()
         },

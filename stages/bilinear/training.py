@@ -20,11 +20,12 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.common.artifacts import remedy, require, save_csv, save_json
-from stages.common.checkpoints import save_torch
-from stages.common.command import InputError, one_line
+from stages.common.artifacts import save_csv, save_json
+from stages.common.checkpoints import load_torch, save_torch
+from stages.common.command import InputError
 from stages.common.images import Batches, load_images, split_validation
 from stages.common.runtime import autocast, pick_device, resolve_device, set_seed
+from stages.common.schedules import warmup_cosine
 
 __all__ = [
     "DatasetBundle",
@@ -135,18 +136,6 @@ def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object
     return paths
 
 
-def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """Return step -> factor of the learning rate: linear up to 1, then half a cosine down to 0 at `steps`."""
-    warmup = math.ceil(warmup_fraction * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)  # not 0: the first step should move, too
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return factor
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -173,17 +162,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
     InputError if the file is missing, damaged, or no such checkpoint.
     """
-    path = require(Path(path))
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises anything from EOFError to UnpicklingError on a damaged file
-        raise InputError(
-            f"{path} is no checkpoint or is damaged ({one_line(error)[:200]}){remedy(path, '-f ')}"
-        ) from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
-        got = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise InputError(f"{path} is no checkpoint: expected {', '.join(sorted(CHECKPOINT_KEYS))}, got {got}")
-    return checkpoint
+    return load_torch(Path(path), CHECKPOINT_KEYS, map_location)
 
 
 def load_model(path: str | Path) -> tuple[BilinearImageClassifier, dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Numbers that stages report."""
 
+import math
 import statistics
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -22,6 +24,15 @@ def mean_std(values: list[float]) -> dict[str, float]:
     """Return mean, sample standard deviation (none of one value) and number of `values`, as a rule one for each seed."""
     spread = {"std": statistics.stdev(values)} if len(values) > 1 else {}
     return {"mean": statistics.fmean(values), **spread, "n": len(values)}
+
+
+def mean_interval(values: list[float]) -> dict[str, float]:
+    """Return the mean, number and 95 % confidence interval (Student's t; none of one value) of independent `values`."""
+    result = {"mean": statistics.fmean(values), "n": len(values)}
+    if len(values) > 1:
+        half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values))
+        result |= {"low": result["mean"] - half, "high": result["mean"] + half}
+    return result
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
