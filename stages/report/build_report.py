@@ -5,21 +5,16 @@ Writes  reports/report.md, reports/index.html (self-contained: pictures are insi
 """
 
 import base64
-from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any
 
-from stages.common.artifacts import load_csv, load_json, require, save_text
+from stages.common.artifacts import require, save_text
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
+from stages.report.bilinear import bilinear_section
+from stages.report.elements import REPORTS, Section
+from stages.report.forecast import forecast_section
 
-REPORTS = Path("reports")
-DECOMPOSED = REPORTS / "decompose_bilinear"
-FORECAST = REPORTS / "evaluate_forecaster"
-
-SINGLE_LAYER = ("regularised", "unregularised")
-NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds)."
+NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds), or [95 % confidence intervals]."
 
 
 class Params(StageParams):
@@ -27,192 +22,6 @@ class Params(StageParams):
 
     bilinear: str  # the data set
     forecast: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text; every row has as many cells as `header`."""
-
-    header: list[str]
-    rows: list[list[str]]
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture file and what it shows."""
-
-    path: Path
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """One system's part of the report for one data set; its first table is the one that counts."""
-
-    title: str
-    question: str
-    tables: list[Table]
-    pictures: list[Picture]
-
-
-def percent(number: dict[str, float]) -> str:
-    """Format a share, with its standard deviation if there is one."""
-    return f"{number['mean']:.1%}" + (f" ± {number['std']:.1%}" if "std" in number else "")
-
-
-def decimal(number: dict[str, float]) -> str:
-    """Format a number in 0 to 1, with its standard deviation if there is one."""
-    return f"{number['mean']:.2f}" + (f" ± {number['std']:.2f}" if "std" in number else "")
-
-
-def forecast_section(dataset: str) -> Section:
-    """Return the section of the forecasts of weights of one data set."""
-    summary = load_json(FORECAST / dataset / "summary.json")
-    errors, task = summary["weight_error"], summary["task"]
-    regimes, horizons = list(errors["persistence"]), list(task["persistence"]["late"])
-    tables = [
-        Table(
-            ["forecaster, late half", *(f"{regime}, h = {h}" for regime in regimes for h in horizons)],
-            [
-                [forecaster, *(ratio(by_regime[regime]["late"][h]) for regime in regimes for h in horizons)]
-                for forecaster, by_regime in errors.items()
-            ],
-            "Squared error of the weights h snapshots ahead, on runs that no forecaster has seen, over that of keeping the last weights.",
-        )
-    ]
-    for phase in ("early", "late"):
-        rows = [
-            [forecaster, *(f"{cells[phase][h]['test_loss']:.3g}, {cells[phase][h]['test_acc']:.1%}" for h in horizons)]
-            for forecaster, cells in task.items()
-        ]
-        caption = f"Test loss and accuracy of the forecast networks, {phase} half; persistence is the network as it is."
-        tables.append(Table(["forecaster", *(f"h = {h}" for h in horizons)], rows, caption))
-    captions = {
-        "horizons": "Error over that of keeping the last weights, by horizon; what is not in the picture is worse.",
-        "path": "A run that no forecaster has seen, in the plane of its two main directions, and the transformer's forecasts.",
-    }
-    return Section(
-        title=f"Forecast: {dataset}",
-        question="Where will training go next? Forecasts of a network's weights from its past.",
-        tables=tables,
-        pictures=[Picture(FORECAST / dataset / f"{name}.png", caption) for name, caption in captions.items()],
-    )
-
-
-def ratio(number: dict[str, float]) -> str:
-    """Format a ratio with its standard deviation if there is one; a large one by its order of magnitude."""
-    if number["mean"] >= 100:
-        return f"{number['mean']:.0e}"
-    return f"{number['mean']:.2f}" + (f" ± {number['std']:.2f}" if "std" in number else "")
-
-
-def bilinear_section(dataset: str) -> Section:
-    """Return the section of the bilinear classifiers of one data set."""
-    summary = load_json(DECOMPOSED / dataset / "summary.json")
-    rows = [
-        *accuracy_rows(summary),
-        *truncation_rows(summary),
-        *mask_rows(summary),
-        *attribution_rows(summary),
-        *similarity_rows(summary),
-    ]
-    captions = {
-        "eigenvectors": "The most positive and most negative eigenvectors of each class, in pixel space; eigenvalue above.",
-        "truncation": "Accuracy from the first eigenvectors of each class: by sign (as many of either), by magnitude, and at random.",
-        "spectra": "Eigenvalues of each class.",
-        "masks": "The mask of each class: computed from the weights, the most harmful of a few on validation images. Predictions above.",
-        "attributions": "What each pixel adds to the predicted logit: exact, the pixels of an image sum to it.",
-    }
-    return Section(
-        title=f"Bilinear: {dataset}",
-        question="What features did the network learn? The eigenvectors of its weights, and how much they explain.",
-        tables=[Table(["measure", "value", "baseline"], rows), *two_layer_tables(dataset, summary)],
-        pictures=[Picture(DECOMPOSED / dataset / f"{name}.png", caption) for name, caption in captions.items()],
-    )
-
-
-def accuracy_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Test accuracy of every variant, beside a linear classifier's, trained alike, and the largest class's."""
-    against = f"linear classifier {percent(summary['linear']['full_acc'])}, largest class {summary['majority_acc']:.1%}"
-    return [
-        [f"{variant}: test accuracy", percent(summary[variant]["full_acc"]), against]
-        for variant in (*SINGLE_LAYER, "two_layer")
-    ]
-
-
-def truncation_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Accuracy from a few eigenvectors, beside the whole network's and that of as many random eigenvectors."""
-    return [
-        [
-            f"{variant}: from {k} positive and {k} negative eigenvectors a class, {basis} basis",
-            percent(acc),
-            f"whole network {percent(summary[variant]['full_acc'])}, any {2 * int(k)} {percent(curves['random'][k])}",
-        ]
-        for variant in SINGLE_LAYER
-        for basis, curves in summary[variant]["truncated_acc"].items()
-        for k, acc in curves["sign"].items()
-    ]
-
-
-def mask_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Accuracy under masks made from the weights, beside the same masks with their pixels permuted and chosen alike."""
-    labels = {"best": "the most harmful mask", "mean": "a class's mask, mean over classes"}
-    return [
-        [
-            f"{variant}: under {label}, norm {summary['mask_norm']:g}",
-            percent(masks["mask"][kind]),
-            f"pixels permuted {percent(masks['permuted'][kind])}, no mask {percent(summary[variant]['full_acc'])}",
-        ]
-        for variant, masks in ((variant, summary[variant]["mask_acc"]) for variant in SINGLE_LAYER)
-        for kind, label in labels.items()
-    ]
-
-
-def attribution_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Predictions kept without the pixels that add most to them, beside those kept without the brightest or random ones."""
-    kept = summary["regularised"]["kept_prediction"]
-    return [
-        [
-            f"regularised: predictions kept when the top {count} of the pixels by attribution are deleted",
-            percent(share),
-            f"the brightest {percent(kept['brightest'][count])}, random lit ones {percent(kept['random'][count])}",
-        ]
-        for count, share in kept["attributed"].items()
-    ]
-
-
-def similarity_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """How alike the eigenvectors of two seeds are, beside those of untrained networks."""
-    labels = {"eigenvectors": "matched eigenvectors", "subspace": "span of the top eigenvectors"}
-    return [
-        [
-            f"{variant}: {label} alike between seeds, absolute cosine",
-            decimal(summary[variant]["similarity"][kind]),
-            f"untrained {decimal(summary['untrained']['similarity'][kind])}",
-        ]
-        for kind, label in labels.items()
-        for variant in SINGLE_LAYER
-    ]
-
-
-def two_layer_tables(dataset: str, summary: dict[str, Any]) -> list[Table]:
-    """Accuracy of the two-layer network from a few outer (rows) and inner (columns) eigenvectors: the largest, and any."""
-    cells = load_csv(DECOMPOSED / dataset / "two_layer.csv")
-    whole = percent(summary["two_layer"]["full_acc"])
-    captions = {
-        "magnitude": f"two_layer: accuracy from the largest outer (rows) and inner (columns) eigenvectors a class; whole network {whole}.",
-        "random": "two_layer: the same from random eigenvectors, the baseline.",
-    }
-    tables = []
-    for ranking, caption in captions.items():
-        rows: dict[str, dict[str, str]] = {}
-        for cell in (cell for cell in cells if cell["ranking"] == ranking):
-            number = percent({"mean": float(cell["acc"]), "std": float(cell["std"])})
-            rows.setdefault(cell["outer"], {})[cell["inner"]] = number
-        inner = list(next(iter(rows.values())))
-        tables.append(Table(["outer", *inner], [[outer, *row.values()] for outer, row in rows.items()], caption))
-    return tables
 
 
 def render_markdown(sections: list[Section]) -> str:
