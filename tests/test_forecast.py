@@ -1,21 +1,26 @@
 """A forecast reads the past alone, treats relabelled neurons alike, and starts as no change."""
 
+import pandas as pd
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from stages.common.command import InputError
-from stages.forecast.evaluate_forecaster import origins
+from stages.forecast.baselines import BASELINES
+from stages.forecast.compress_trajectory import explained_variance, shares_of_energy
+from stages.forecast.evaluate_forecaster import error_ratios
 from stages.forecast.forecasters import (
-    BASELINES,
+    DiffusionForecaster,
     RidgeForecaster,
     build_forecaster,
     movement_target,
-    principal_components,
     random_coordinates,
+    roll_out,
 )
 from stages.forecast.lenet import LeNet
+from stages.forecast.pca import principal_components
 from stages.forecast.train_lenet import Params
-from stages.forecast.trajectory import WINDOW, Layout, Trajectory, read_features
+from stages.forecast.trajectory import HISTORY, WINDOW, Layout, Trajectory, origins, read_features
 
 HORIZONS = (1, 5)
 SHAPES = {
@@ -48,10 +53,15 @@ def trained(kind, with_state=True, with_context=True):
     return model
 
 
-KINDS = ["transformer", "mlp", "ridge"]
+KINDS = ["transformer", "mlp", "ridge", "diffusion"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def forecast(model, run, t) -> torch.Tensor:
+    """What a forecaster of any kind says of a run."""
+    return model.propose(run, t)[None] if hasattr(model, "propose") else model.predict(run, t)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "jump"])
 def test_a_forecast_is_bit_identical_when_the_future_changes(kind):
     run, t = trajectory(), 12
     weights, state = run.weights.clone(), run.state.clone()
@@ -59,13 +69,13 @@ def test_a_forecast_is_bit_identical_when_the_future_changes(kind):
     state[t + 1 :] = 0
     other = Trajectory(run.layout, weights, state)
     model = trained(kind)
-    assert torch.equal(model.predict(run, t), model.predict(other, t))
-    assert not torch.equal(model.predict(run, t), model.predict(run, t - 1))
+    assert torch.equal(forecast(model, run, t), forecast(model, other, t))
+    assert not torch.equal(forecast(model, run, t), forecast(model, run, t - 1))
     for baseline in BASELINES.values():
         assert torch.equal(baseline(run, t, HORIZONS), baseline(other, t, HORIZONS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "jump"])
 def test_relabelled_neurons_permute_the_forecast_and_change_nothing_else(kind):
     run = trajectory()
     channels, hidden = torch.randperm(4), torch.randperm(6)
@@ -88,7 +98,7 @@ def test_relabelled_neurons_permute_the_forecast_and_change_nothing_else(kind):
 
     other = Trajectory(run.layout, relabel(run.weights), relabel(run.state))
     model = trained(kind)
-    torch.testing.assert_close(model.predict(other, 12), relabel(model.predict(run, 12)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forecast(model, other, 12), relabel(forecast(model, run, 12)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,6 +106,66 @@ def test_an_untrained_forecaster_says_no_change(kind):
     run = trajectory()
     model = untrained(kind)
     assert torch.equal(model.predict(run, 10), run.weights[10].expand(2, -1))
+
+
+def test_an_untrained_jump_is_the_mean_of_the_last_snapshots():
+    run = trajectory()
+    mean = run.weights[12 - WINDOW : 13].mean(0)
+    torch.testing.assert_close(untrained("jump").propose(run, 12), mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "jump"])
+def test_the_history_that_is_kept_forecasts_like_the_whole_run(kind):
+    run, t = trajectory(HISTORY + 20), HISTORY + 10
+    kept = run.until(t)
+    assert len(kept) == HISTORY + 1
+    model = trained(kind)
+    assert torch.equal(forecast(model, kept, len(kept) - 1), forecast(model, run, t))
+
+
+def test_rolling_out_repeats_the_first_horizon():
+    run, t = trajectory(), 12
+    model = trained("transformer", with_state=False)
+    path = roll_out(model, run, t, 3)
+    assert torch.equal(path[0], model.predict(run, t)[0])
+    longer = Trajectory(run.layout, torch.cat([run.weights[: t + 1], path[:1]]), None)
+    torch.testing.assert_close(path[1], model.predict(longer, t + 1)[0])
+    assert torch.equal(roll_out(untrained("mlp"), run, t, 2), run.weights[t].expand(2, -1))
+
+
+def test_attention_without_keys_and_values_is_attention():
+    """The block's short cut equals scaled dot-product attention of the summary's query over all tokens."""
+    model, run = trained("transformer"), trajectory()
+    features = read_features(run, 12, torch.arange(run.layout.size), **model.reads)
+    tokens = torch.cat([model.token(features.tokens), model.static(features.static)[:, None]], 1) + model.position
+    normed = model.norm(tokens)
+    attended = scaled_dot_product_attention(model.query(normed[:, -1:]), normed, model.value(normed))[:, 0]
+    summary = tokens[:, -1] + attended
+    torch.testing.assert_close(model.summarise(features), summary + model.feed_forward(summary), rtol=1e-4, atol=1e-4)
+
+
+def test_a_denoiser_leaves_what_has_no_noise():
+    model, run = trained("diffusion"), trajectory()
+    assert isinstance(model, DiffusionForecaster)
+    features = read_features(run, 12, torch.arange(50), **model.reads)
+    z = torch.randn(50, 2)
+    clean = model.denoise(z, torch.full((50, 1), 1e-6), model.read(features))
+    torch.testing.assert_close(clean, z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_diffusion_model_finds_the_mean_of_what_it_learns():
+    """Movements that are 2 +- 0.5 whatever the features: the mean of its samples comes near 2, not 0."""
+    model, run = untrained("diffusion"), trajectory()
+    optimizer, random = torch.optim.Adam(model.parameters(), 1e-2), torch.Generator().manual_seed(0)
+    features = read_features(run, 12, torch.arange(run.layout.size), **model.reads)
+    for _ in range(150):
+        target = (2 + 0.5 * torch.randn(run.layout.size, 2, generator=random)) * model.units
+        loss = model.denoising_loss(features, target, random)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert ((model(features) / model.units).mean(0) - 2).abs().max() < 0.4
 
 
 def test_features_do_not_depend_on_the_size_of_the_movement():
@@ -156,6 +226,44 @@ def test_principal_components_at_full_rank_reconstruct_exactly():
     torch.testing.assert_close(variances.sum(), (snapshots - mean).square().sum() / 12, rtol=1e-4, atol=1e-5)
 
 
+def test_shares_of_energy_are_those_of_projections():
+    basis = torch.linalg.qr(torch.randn(30, 5)).Q.T
+    inside, outside = torch.randn(1, 5) @ basis, torch.randn(1, 30)
+    outside -= outside @ basis.T @ basis
+    shares = shares_of_energy(torch.cat([inside, outside, inside + outside]), basis, [5, 99])
+    expected = (inside.square().sum() / (inside + outside).square().sum()).item()
+    torch.testing.assert_close(shares[:, 0], torch.tensor([1.0, 0.0, expected]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(shares[:, 0], shares[:, 1])
+
+
+def test_all_components_explain_all_variance_between_and_within_runs():
+    runs = [Trajectory(Layout({"w": (6, 5)}), torch.randn(8, 30) + 3 * torch.randn(1, 30), None) for _ in range(3)]
+    mean, basis, _ = principal_components(torch.cat([r.weights for r in runs]), 500)
+    shares = explained_variance(runs, mean, basis, [1, 500])
+    assert shares["between"][1] == pytest.approx(1, abs=1e-4)
+    assert shares["within"][1] == pytest.approx(1, abs=1e-4)
+    assert shares["within"][0] < shares["between"][0] < 1  # the first component lies between runs
+
+
+def test_ratios_are_of_sums_over_origins_and_intervals_over_runs():
+    rows = [
+        {"forecaster": f, "run": run, "regime": "adam", "phase": "late", "t": t, "h": 1, "error": error}
+        for f, run, t, error in [
+            ("persistence", "a", 1, 1.0),
+            ("persistence", "a", 2, 3.0),
+            ("persistence", "b", 1, 2.0),
+            ("mine", "a", 1, 2.0),
+            ("mine", "a", 2, 0.0),
+            ("mine", "b", 1, 2.0),
+        ]
+    ]
+    table = error_ratios(pd.DataFrame(rows), ["forecaster", "regime", "phase", "h"])
+    assert table.loc[("persistence", "adam", "late", 1), ["mean", "low", "high"]].tolist() == [1, 1, 1]
+    mine = table.loc[("mine", "adam", "late", 1)]
+    assert (mine["mean"], mine["n"]) == (0.75, 2)
+    assert mine["high"] - mine["mean"] == pytest.approx(12.706 * 0.3536 / 2**0.5, rel=1e-3)  # of Student's t, 1 degree
+
+
 def test_runs_are_disjoint_and_known():
     values = {
         "image_size": 16,
@@ -176,7 +284,7 @@ def test_runs_are_disjoint_and_known():
 
 
 def test_origins_leave_every_horizon_known():
-    found = origins(81, [1, 20], 6)
+    found = origins(81, 20, 6)
     assert min(found) == WINDOW + 1
     assert max(found) + 20 < 81
     assert {phase for t, phase in found.items() if t < 40} == {"early"}

@@ -16,7 +16,14 @@ from reproduction import ROOT, scale_overrides
 
 from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.common.params import StageParams
-from stages.forecast import evaluate_forecaster, train_forecaster, train_lenet
+from stages.forecast import (
+    compress_trajectory,
+    evaluate_forecaster,
+    nowcast_training,
+    train_forecaster,
+    train_lenet,
+    tune_jump,
+)
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -178,9 +185,10 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for dataset in changed["train_lenet"]["datasets"]:
         assert dataset in fetched
         train_lenet.Params.load("train_lenet", dataset)
-        evaluated = evaluate_forecaster.Params.load("evaluate_forecaster", dataset)
+        for stage in (compress_trajectory, tune_jump, evaluate_forecaster, nowcast_training):
+            stage.Params.load(stage.__name__.rpartition(".")[2], dataset)
         for variant in changed["train_forecaster"]["variants"]:
-            assert evaluated.horizons == train_forecaster.Params.load("train_forecaster", dataset, variant).horizons
+            train_forecaster.Params.load("train_forecaster", dataset, variant)
     for dataset in trained:
         decompose_bilinear.Params.load("decompose_bilinear", dataset)
         for variant in changed["train_bilinear"]["variants"]:

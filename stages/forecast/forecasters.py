@@ -1,10 +1,10 @@
 """Forecast the weights of a network from its past: w(t + h) = w(t) + scale(t) y_h, for several horizons h at once.
 
-The learned forecasters share one predictor over all weights and start as "no change" (their last layers are zero), so that
-what they learn is the movement. The others are the baselines that they have to beat.
+One predictor is shared over all weights, so it serves networks of any shape. It starts as "no change" (its last layers are
+zero), so what it learns is the movement.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stages.common.artifacts import require
-from stages.forecast.trajectory import WINDOW, Features, Layout, Trajectory, read_features
+from stages.common.checkpoints import load_torch
+from stages.common.command import InputError
+from stages.forecast.pca import CoefficientForecaster
+from stages.forecast.trajectory import (
+    DISTANCE_GAIN,
+    STATIC,
+    WINDOW,
+    Features,
+    Forecast,
+    Layout,
+    Trajectory,
+    read_features,
+)
 
-Forecast = Float[Tensor, "h p"]
-CHUNK = 16384  # weights forecast at a time
+CHUNK = 4096  # weights forecast at a time: what the processor's cache holds
 
 
 class SharedForecaster(nn.Module):
     """A predictor shared over weights: features of n weights -> movements [n, h] in units of the scale. Subclasses say how.
 
     horizons: snapshots ahead. with_state: reads the optimiser's direction. with_context: reads means over the two neurons
-    that a weight connects. Of subclasses, n_layers: parameter tensors of the networks to forecast; d_model: width.
+    that a weight connects. Of subclasses, d_model: width; seed: of initial weights.
     """
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool) -> None:
@@ -31,85 +41,178 @@ class SharedForecaster(nn.Module):
         self.horizons = tuple(horizons)
         self.reads = {"with_state": with_state, "with_context": with_context}
         self.token_size = 2 + with_state + with_context * (2 + 2 * with_state)
-        self.static_size = 5
-        self.flat_size = WINDOW * self.token_size + self.static_size
+        self.flat_size = WINDOW * self.token_size + STATIC
 
     @torch.no_grad()
     def predict(self, run: Trajectory, t: int) -> Forecast:
         """Return the weights of a run at t + h for every horizon, from its snapshots up to t."""
-        movement = []
-        for index in torch.arange(run.layout.size).split(CHUNK):
-            features = read_features(run, t, index, **self.reads)
-            movement.append((features.scale[:, None] * self(features)).T)
-        return run.weights[t] + torch.cat(movement, 1)
+        return run.weights[t] + move(run, t, self.reads, self).T
+
+
+def move(run: Trajectory, t: int, reads: dict[str, bool], predictor: nn.Module) -> Float[Tensor, "p h"]:
+    """Return `predictor`'s movements of all weights of a run from t on, in units of weights."""
+    chunks = [read_features(run, t, index, **reads) for index in torch.arange(run.layout.size).split(CHUNK)]
+    return torch.cat([features.scale[:, None] * predictor(features) for features in chunks])
 
 
 class TransformerForecaster(SharedForecaster):
-    """A transformer over time: a token for each of the last WINDOW deltas, and one that sums up the static features and the layer.
+    """A transformer over time: a token for each of the last WINDOW deltas, and one that sums up the static features.
 
-    One pre-norm block, of which only the summary's output is computed, since only that is read: attention of one query
-    over WINDOW + 1 keys costs an eighth of a full block.
+    One pre-norm block with a single head, of which only the summary's output is computed, since only that is read. With one
+    query q, keys and values need not be formed for every token: q . (K x) = (K^T q) . x, whose matrix `query` holds, and
+    sum_t a_t V x_t = V sum_t a_t x_t.
     """
 
-    def __init__(
-        self, horizons: Sequence[int], with_state: bool, with_context: bool, n_layers: int, d_model: int, seed: int
-    ) -> None:
+    def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.token = nn.Linear(self.token_size, d_model)
-            self.static = nn.Linear(self.static_size, d_model)
-            self.layer = nn.Embedding(n_layers, d_model)
+            self.static = nn.Linear(STATIC, d_model)
             self.position = nn.Parameter(0.02 * torch.randn(WINDOW + 1, d_model))
             self.norm = nn.LayerNorm(d_model)
             self.query = nn.Linear(d_model, d_model)
-            self.key_value = nn.Linear(d_model, 2 * d_model)
+            self.value = nn.Linear(d_model, d_model)
             self.feed_forward = nn.Sequential(
                 nn.LayerNorm(d_model), nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model)
             )
             self.head = zero_linear(d_model, len(self.horizons))
             self.skip = zero_linear(self.flat_size, len(self.horizons))
 
-    def forward(self, features: Features) -> Float[Tensor, "n h"]:
-        summary = self.static(features.static) + self.layer(features.layer)
-        tokens = torch.cat([self.token(features.tokens), summary[:, None]], 1) + self.position
+    def summarise(self, features: Features) -> Float[Tensor, "n d_model"]:
+        """Return what the block makes of each weight's past."""
+        tokens = torch.cat([self.token(features.tokens), self.static(features.static)[:, None]], 1) + self.position
         normed = self.norm(tokens)
-        query, (keys, values) = self.query(normed[:, -1]), self.key_value(normed).chunk(2, -1)
-        attention = (torch.einsum("nd,ntd->nt", query, keys) * query.shape[1] ** -0.5).softmax(1)
-        summary = tokens[:, -1] + torch.einsum("nt,ntd->nd", attention, values)
-        return self.head(summary + self.feed_forward(summary)) + self.skip(features.flat)
+        scores = (self.query(normed[:, -1])[:, None] * normed).sum(2) * normed.shape[2] ** -0.5
+        attended = self.value((scores.softmax(1)[:, :, None] * normed).sum(1))
+        summary = tokens[:, -1] + attended
+        return summary + self.feed_forward(summary)
+
+    def forward(self, features: Features) -> Float[Tensor, "n h"]:
+        return self.head(self.summarise(features)) + self.skip(features.flat)
+
+
+class JumpForecaster(nn.Module):
+    """Weights of a lower loss than the last ones, here and now: the flagship, tuned through the networks that it proposes.
+
+    It starts as the mean of the last WINDOW + 1 snapshots (latest weight averaging, Kaddour 2022, arXiv:2209.14981), and
+    learns where to go from there, linearly in the features and in what the flagship makes of them.
+    """
+
+    def __init__(self, body: TransformerForecaster) -> None:
+        super().__init__()
+        self.body, self.reads = body, body.reads
+        self.step = zero_linear(body.head.in_features + body.flat_size, 1)
+
+    @torch.no_grad()
+    def read(self, features: Features) -> Float[Tensor, "n d"]:
+        """Return what the learnt step is linear in. The flagship itself is not tuned: that is not better, and 15 times slower."""
+        return torch.cat([self.body.summarise(features), features.flat], 1)
+
+    def forward(self, features: Features) -> Float[Tensor, "n 1"]:
+        return recent_mean(features) + self.step(self.read(features))
+
+    @torch.no_grad()
+    def propose(self, run: Trajectory, t: int) -> Float[Tensor, " p"]:
+        """Return the weights to jump to at t, from snapshots up to t."""
+        return run.weights[t] + move(run, t, self.reads, self)[:, 0]
+
+
+def recent_mean(features: Features) -> Float[Tensor, "n 1"]:
+    """Return the way from the last weights to the mean of the last WINDOW + 1 snapshots, in units of the scale."""
+    distances = features.tokens[:, :, 1] / DISTANCE_GAIN  # of earlier snapshots from the last
+    return distances.sum(1, keepdim=True) / (WINDOW + 1)
 
 
 class MLPForecaster(SharedForecaster):
     """A multilayer perceptron on the same features: what the transformer's attention is worth."""
 
-    def __init__(
-        self, horizons: Sequence[int], with_state: bool, with_context: bool, n_layers: int, d_model: int, seed: int
-    ) -> None:
+    def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.layer = nn.Embedding(n_layers, 16)
             self.body = nn.Sequential(
-                nn.Linear(self.flat_size + 16, d_model), nn.GELU(), nn.Linear(d_model, d_model), nn.GELU()
+                nn.Linear(self.flat_size, d_model), nn.GELU(), nn.Linear(d_model, d_model), nn.GELU()
             )
             self.head = zero_linear(d_model, len(self.horizons))
             self.skip = zero_linear(self.flat_size, len(self.horizons))
 
     def forward(self, features: Features) -> Float[Tensor, "n h"]:
-        flat = features.flat
-        return self.head(self.body(torch.cat([flat, self.layer(features.layer)], 1))) + self.skip(flat)
+        return self.head(self.body(features.flat)) + self.skip(features.flat)
+
+
+class DiffusionForecaster(SharedForecaster):
+    """A conditional diffusion model of the movements z = y_h / sqrt(h), whose forecast is the mean of two samples.
+
+    The denoiser D(z; s) = z / (s^2 + 1) + s / sqrt(s^2 + 1) F and its loss are those of Karras et al. 2022, "Elucidating the
+    design space of diffusion-based generative models", table 1, with data of unit variance. Samples follow the
+    probability-flow equation from two starting points, the same for every weight (so relabelling neurons permutes the forecast) and of
+    opposite sign (so an untrained model says "no change").
+    """
+
+    levels = (10.0, 3.0, 1.0, 0.3, 0.0)  # of noise, while sampling
+    limit = 7.0  # of |z|: a few weights move far and would drown the rest
+
+    def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
+        super().__init__(horizons, with_state, with_context)
+        d = len(self.horizons)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.condition = nn.Sequential(nn.Linear(self.flat_size, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+            self.noisy = nn.Linear(d + 1, d_model)
+            self.body = nn.Sequential(nn.ReLU(), nn.Linear(d_model, d_model), nn.ReLU())
+            self.head = zero_linear(d_model, d)
+            self.skip = zero_linear(self.flat_size, d)
+            start = torch.randn(1, 1, d)
+        self.register_buffer("starts", torch.cat([start, -start]))
+        self.register_buffer("units", torch.tensor(self.horizons).float().sqrt())
+
+    def denoise(
+        self, z: Float[Tensor, "*s n d"], level: Float[Tensor, "*n 1"], known: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "*s n d"]:
+        """Return D(z; level); known: what `read` made of the features."""
+        condition, skip = known
+        variance = level.square() + 1
+        inlet = torch.cat([z / variance.sqrt(), (level.log() / 4).expand(*z.shape[:-1], 1)], -1)
+        return z / variance + level / variance.sqrt() * (self.head(self.body(condition + self.noisy(inlet))) + skip)
+
+    def read(self, features: Features) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d"]]:
+        """Return what every denoising step needs of the features."""
+        return self.condition(features.flat), self.skip(features.flat)
+
+    def denoising_loss(self, features: Features, target: Float[Tensor, "n h"], random: torch.Generator) -> Tensor:
+        """Return the mean over noise levels of the weighted squared error of D."""
+        z = (target / self.units).clamp(-self.limit, self.limit)
+        level = (1.5 * torch.randn(len(z), 1, generator=random)).exp()
+        noisy = z + level * torch.randn(z.shape, generator=random)
+        squares = (self.denoise(noisy, level, self.read(features)) - z).square()
+        return (squares * (1 + level.square()) / level.square()).mean()
+
+    def sample(self, features: Features) -> Float[Tensor, "s n h"]:
+        """Return a sample of the movements of n weights from every starting point, in units of the scale."""
+        known = self.read(features)
+        z = self.levels[0] * self.starts.expand(-1, len(features.scale), -1)
+        for level, following in zip(self.levels[:-1], self.levels[1:], strict=True):
+            clean = self.denoise(z, torch.full((1, 1), level), known)
+            z = clean + following / level * (z - clean)  # a step of Euler's method
+        return z * self.units
+
+    def forward(self, features: Features) -> Float[Tensor, "n h"]:
+        return self.sample(features).mean(0)
 
 
 class RidgeForecaster(SharedForecaster):
-    """Ridge regression on the same features, for each parameter tensor: what nonlinearity is worth is the rest."""
+    """Ridge regression on the same features, for each parameter tensor: what nonlinearity is worth is the rest.
+
+    n_layers: parameter tensors of the networks that it is fitted on, the only ones that it can forecast.
+    """
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, n_layers: int) -> None:
         super().__init__(horizons, with_state, with_context)
-        size = self.flat_size
-        self.register_buffer("gram", torch.zeros(n_layers, size, size, dtype=torch.float64))
-        self.register_buffer("moment", torch.zeros(n_layers, size, len(self.horizons), dtype=torch.float64))
-        self.register_buffer("weight", torch.zeros(n_layers, size, len(self.horizons)))
+        size, h = self.flat_size, len(self.horizons)
+        self.gram = torch.zeros(n_layers, size, size, dtype=torch.float64)
+        self.moment = torch.zeros(n_layers, size, h, dtype=torch.float64)
+        self.register_buffer("weight", torch.zeros(n_layers, size, h))
 
     def observe(self, features: Features, target: Float[Tensor, "n h"]) -> None:
         """Add examples."""
@@ -143,114 +246,20 @@ def movement_target(run: Trajectory, t: int, index: Int[Tensor, " n"], horizons:
     return torch.stack([(run.weights[t + h, index] - run.weights[t, index]) / scale for h in horizons], 1)
 
 
-# --- baselines: functions of a run, an origin t and horizons -------------------------------------------------------------
+@torch.no_grad()
+def roll_out(model: SharedForecaster, run: Trajectory, t: int, steps: int) -> Float[Tensor, "steps p"]:
+    """Return forecasts for t + 1, ..., t + steps, each from the ones before it, by the model's shortest horizon, which is 1.
 
-
-def persistence(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
-    """The last weights: w(t)."""
-    return run.weights[t].expand(len(horizons), -1)
-
-
-def linear(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
-    """w(t) + h d(t), with the last delta d."""
-    h = torch.tensor(horizons)[:, None]
-    return run.weights[t] + h * (run.weights[t] - run.weights[t - 1])
-
-
-def quadratic(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
-    """w(t) + h d(t) + h (h + 1) / 2 (d(t) - d(t - 1)): the parabola through the last three snapshots."""
-    h = torch.tensor(horizons)[:, None]
-    delta, before = run.weights[t] - run.weights[t - 1], run.weights[t - 1] - run.weights[t - 2]
-    return run.weights[t] + h * delta + h * (h + 1) / 2 * (delta - before)
-
-
-def average(n: int) -> Callable[[Trajectory, int, Sequence[int]], Forecast]:
-    """The mean of the last n snapshots (latest weight averaging, Kaddour 2022, arXiv:2209.14981)."""
-
-    def latest_average(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
-        return run.weights[t - n + 1 : t + 1].mean(0).expand(len(horizons), -1)
-
-    return latest_average
-
-
-def dynamic_modes(run: Trajectory, t: int, horizons: Sequence[int], rank: int = 8, window: int = 30) -> Forecast:
-    """Dynamic mode decomposition of the last `window` snapshots (Schmid 2010), with the part outside its modes kept as it is."""
-    past = run.weights[max(0, t - window + 1) : t + 1].double()
-    mean, centred = past.mean(0), past - past.mean(0)
-    values, vectors = torch.linalg.eigh(centred @ centred.T)
-    basis = centred.T @ vectors[:, -rank:] / values[-rank:].clamp(min=1e-12).sqrt()  # [p, rank]
-    coefficients = centred @ basis
-    step = torch.linalg.lstsq(coefficients[:-1], coefficients[1:]).solution
-    outside = past[-1] - mean - basis @ coefficients[-1]
-    ahead = [coefficients[-1] @ torch.linalg.matrix_power(step, h) for h in horizons]
-    return torch.stack([mean + basis @ c + outside for c in ahead]).float()
-
-
-BASELINES = {
-    "persistence": persistence,
-    "linear": linear,
-    "quadratic": quadratic,
-    "dmd": dynamic_modes,
-    "average_3": average(3),
-    "average_5": average(5),
-    "average_7": average(7),
-}
-
-
-# --- the plain design: a transformer over PCA coefficients ----------------------------------------------------------------
-
-
-class CoefficientForecaster(nn.Module):
-    """The design this system started from: PCA of whole weight vectors, a transformer from the coefficients of the last 3
-    snapshots to the next ones, unnormalised, applied again and again for longer horizons.
+    The optimiser's state is not forecast: it stays as it was at t.
     """
-
-    sequence = 3
-
-    def __init__(
-        self, mean: Float[Tensor, " p"], basis: Float[Tensor, "k p"], horizons: Sequence[int], d_model: int, seed: int
-    ):
-        super().__init__()
-        self.horizons = tuple(horizons)
-        self.register_buffer("mean", mean)
-        self.register_buffer("basis", basis)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.inlet = nn.Linear(len(basis), d_model)
-            self.position = nn.Parameter(torch.zeros(self.sequence, d_model))
-            block = nn.TransformerEncoderLayer(d_model, 4, 2 * d_model, dropout=0.0, batch_first=True, norm_first=True)
-            self.encoder = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
-            self.outlet = nn.Linear(d_model, len(basis))
-
-    def encode(self, weights: Float[Tensor, "t p"]) -> Float[Tensor, "t k"]:
-        """Return the PCA coefficients of snapshots."""
-        return (weights - self.mean) @ self.basis.T
-
-    def forward(self, coefficients: Float[Tensor, "b s k"]) -> Float[Tensor, "b k"]:
-        return self.outlet(self.encoder(self.inlet(coefficients) + self.position)[:, -1])
-
-    @torch.no_grad()
-    def predict(self, run: Trajectory, t: int) -> Forecast:
-        """Return the weights of a run at t + h for every horizon, rolled out from its last 3 snapshots."""
-        window = self.encode(run.weights[t - self.sequence + 1 : t + 1])
-        path = []
-        for _ in range(max(self.horizons)):
-            window = torch.cat([window[1:], self(window[None])])
-            path.append(window[-1])
-        return self.mean + torch.stack([path[h - 1] for h in self.horizons]) @ self.basis
-
-
-def principal_components(
-    snapshots: Float[Tensor, "n p"], k: int
-) -> tuple[Float[Tensor, " p"], Float[Tensor, "k p"], Float[Tensor, " n"]]:
-    """Return the mean, the min(k, n - 1) principal axes and all n variances, by the Gram matrix (n is much smaller than p)."""
-    mean = snapshots.mean(0)
-    centred = (snapshots - mean).double()
-    values, vectors = torch.linalg.eigh(centred @ centred.T)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    k = min(k, len(snapshots) - 1)
-    basis = (vectors[:, :k].T @ centred) / values[:k, None].sqrt().clamp(min=1e-12)
-    return mean, basis.float(), (values / len(snapshots)).float()
+    if model.horizons[0] != 1:
+        raise ValueError(f"expected a forecaster whose first horizon is 1, got {model.horizons[0]}")
+    past = run.until(t)
+    for _ in range(steps):
+        ahead = model.predict(past, len(past) - 1)[:1]
+        state = None if past.state is None else torch.cat([past.state, past.state[-1:]])
+        past = Trajectory(past.layout, torch.cat([past.weights, ahead]), state)
+    return past.weights[-steps:]
 
 
 def build_forecaster(config: dict[str, Any], pca: dict[str, Tensor] | None = None) -> nn.Module:
@@ -258,29 +267,35 @@ def build_forecaster(config: dict[str, Any], pca: dict[str, Tensor] | None = Non
 
     pca: mean [p] and basis [k, p], for kind `pca_transformer` alone.
     """
-    reads = [config[key] for key in ("horizons", "with_state", "with_context", "n_layers")]
+    reads = [config[key] for key in ("horizons", "with_state", "with_context")]
     match config["kind"]:
         case "transformer":
             return TransformerForecaster(*reads, config["d_model"], config["seed"])
+        case "jump":
+            return JumpForecaster(TransformerForecaster(*reads, config["d_model"], config["seed"]))
         case "mlp":
             return MLPForecaster(*reads, config["d_model"], config["seed"])
+        case "diffusion":
+            return DiffusionForecaster(*reads, config["d_model"], config["seed"])
         case "ridge":
-            return RidgeForecaster(*reads)
+            return RidgeForecaster(*reads, config["n_layers"])
         case "pca_transformer":
             return CoefficientForecaster(
                 pca["mean"], pca["basis"], config["horizons"], config["d_model"], config["seed"]
             )
         case kind:
-            raise ValueError(f"expected transformer, mlp, ridge or pca_transformer, got {kind!r}")
+            raise ValueError(f"expected a known kind of forecaster, got {kind!r}")
 
 
-def load_forecaster(path: Path) -> nn.Module:
-    """Return a trained forecaster; InputError if the file is missing."""
-    saved = torch.load(require(path), weights_only=True)
-    state = saved["state_dict"]
-    model = build_forecaster(saved["config"], state)
+def load_forecaster(path: Path, kind: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a trained forecaster and its config; InputError if the file is missing, damaged, or not of `kind`."""
+    saved = load_torch(path, {"config", "state_dict"})
+    config, state = saved["config"], saved["state_dict"]
+    if kind is not None and config["kind"] != kind:
+        raise InputError(f"{path}: expected a forecaster of kind {kind}, got {config['kind']}")
+    model = build_forecaster(config, state)
     model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), config
 
 
 def random_coordinates(layout: Layout, n: int, random: torch.Generator) -> Int[Tensor, " n"]:

@@ -5,39 +5,157 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.common.figures import save_figure
-from stages.forecast.forecasters import principal_components
+from stages.forecast.pca import principal_components
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 LIMITS = (0.2, 2.0)  # of ratios; what is worse lies above the picture
+LEARNT = ("transformer", "weights_only", "mlp", "ridge", "diffusion", "jump")
+COLOURS = {
+    "transformer": "tab:red",
+    "weights_only": "tab:orange",
+    "mlp": "tab:purple",
+    "ridge": "tab:pink",
+    "diffusion": "tab:brown",
+    "jump": "tab:green",
+    "persistence": "black",
+    "linear": "tab:blue",
+    "quadratic": "tab:cyan",
+    "dmd": "tab:olive",
+    "average_3": "lightgrey",
+    "average_5": "darkgrey",
+    "average_7": "grey",
+}
 
 
-def draw_horizons(path: Path, table: dict[str, Any]) -> None:
-    """Draw the error over persistence's against the horizon: a column for each regime, a row for each phase."""
-    regimes = list(table["persistence"])
-    phases = ("early", "late")
+def draw_horizons(path: Path, ratios: pd.DataFrame, value: str = "mean", ylabel: str = "squared error") -> None:
+    """Draw a ratio to persistence's against the horizon, with its interval: a column for each regime, a row for each phase."""
+    table = ratios.reset_index()
+    regimes, phases = list(table["regime"].unique()), ("early", "late")
     figure, axes = plt.subplots(
-        2, len(regimes), figsize=(3.2 * len(regimes), 5), squeeze=False, sharex=True, sharey=True, layout="constrained"
+        2,
+        len(regimes),
+        figsize=(2.6 * len(regimes) + 1.2, 5),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
+    low, high = ("low", "high") if value == "mean" else (f"{value}_low", f"{value}_high")
     for row, phase in zip(axes, phases, strict=True):
         for ax, regime in zip(row, regimes, strict=True):
-            for i, (forecaster, by_regime) in enumerate(table.items()):
-                points = by_regime[regime][phase]
-                horizons, means = [int(h) for h in points], [value["mean"] for value in points.values()]
-                learned = forecaster in ("transformer", "weights_only", "mlp", "ridge")
-                ax.plot(horizons, means, "o-" if learned else "--", color=f"C{i % 10}", label=forecaster, markersize=3)
+            for name, curve in table[(table.regime == regime) & (table.phase == phase)].groupby(
+                "forecaster", sort=False
+            ):
+                if name not in COLOURS:  # the plain design lies far above the picture
+                    continue
+                ax.errorbar(
+                    curve["h"],
+                    curve[value],
+                    [curve[value] - curve[low], curve[high] - curve[value]],
+                    fmt="o-" if name in LEARNT else "--",
+                    color=COLOURS[name],
+                    label=name,
+                    markersize=3,
+                    elinewidth=0.5,
+                )
             ax.set(ylim=LIMITS, title=f"{regime}, {phase} half")
-    axes[0, -1].legend(fontsize=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.supxlabel("horizon, snapshots")
-    figure.supylabel("squared error / that of keeping the last weights")
+    figure.supylabel(f"{ylabel} / that of keeping the last weights")
+    save_figure(path, figure)
+
+
+def draw_times(path: Path, errors: pd.DataFrame, regime: str, horizons: tuple[int, ...]) -> None:
+    """Draw the error over persistence's against the origin, summed over the runs of a regime: an axis for each horizon."""
+    sums = (
+        errors[errors.regime == regime]
+        .groupby(["forecaster", "h", "t"], sort=False)["error"]
+        .sum()
+        .unstack("forecaster")
+    )
+    ratios = sums.div(sums["persistence"], axis=0)
+    figure, axes = plt.subplots(
+        1, len(horizons), figsize=(2.6 * len(horizons) + 1.2, 2.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for ax, h in zip(axes[0], horizons, strict=True):
+        for name, colour in COLOURS.items():
+            if name in ratios:
+                ax.plot(
+                    ratios.loc[h].index,
+                    ratios.loc[h, name],
+                    "o-" if name in LEARNT else "--",
+                    color=colour,
+                    label=name,
+                    markersize=3,
+                )
+        ax.set(ylim=LIMITS, title=f"{regime}, h = {h}", xlabel="origin, snapshots")
+    axes[0, 0].set_ylabel("squared error / that of\nkeeping the last weights")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    save_figure(path, figure)
+
+
+def draw_accumulation(path: Path, accumulation: pd.DataFrame) -> None:
+    """Draw how the error of forecasts grows when each is made from the one before, beside direct ones, by regime and phase."""
+    table = accumulation.reset_index()
+    regimes, phases = list(table["regime"].unique()), ("early", "late")
+    figure, axes = plt.subplots(1, len(phases), figsize=(7, 2.8), sharey=True, layout="constrained")
+    for ax, phase in zip(axes, phases, strict=True):
+        for i, regime in enumerate(regimes):
+            for name, style in (("rolled_out", "-"), ("direct", "o")):
+                curve = table[(table.regime == regime) & (table.phase == phase) & (table.forecaster == name)]
+                ax.plot(
+                    curve["h"],
+                    curve["mean"],
+                    style,
+                    color=f"C{i}",
+                    markersize=4,
+                    label=f"{regime}, {name.replace('_', ' ')}",
+                )
+        ax.axhline(1, color="black", linestyle="--", linewidth=0.8)
+        ax.set(ylim=LIMITS, title=f"{phase} half", xlabel="steps rolled out, snapshots")
+    axes[0].set_ylabel("squared error / that of\nkeeping the last weights")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    save_figure(path, figure)
+
+
+def draw_accuracies(path: Path, losses: pd.DataFrame, regime: str) -> None:
+    """Draw the accuracy that forecast networks gain over the last one, with its interval: an axis for each phase."""
+    table = losses.reset_index()
+    table = table[(table.regime == regime) & table.forecaster.isin(COLOURS)]
+    phases = ("early", "late")
+    figure, axes = plt.subplots(1, len(phases), figsize=(8, 2.8), layout="constrained")
+    for ax, phase in zip(axes, phases, strict=True):
+        for name, curve in table[table.phase == phase].groupby("forecaster", sort=False):
+            mean = curve["acc_points"]
+            bars = [mean - curve["acc_points_low"], curve["acc_points_high"] - mean]
+            ax.errorbar(
+                curve["h"],
+                mean,
+                bars,
+                fmt="o-" if name in LEARNT else "--",
+                color=COLOURS[name],
+                label=name,
+                markersize=3,
+                elinewidth=0.5,
+            )
+        shown = table[(table.phase == phase) & table.forecaster.isin((*LEARNT, "average_3"))]["acc_points"]
+        ax.set(
+            ylim=(shown.min() - 1, max(shown.max(), 0) + 1),
+            title=f"{regime}, {phase} half",
+            xlabel="horizon, snapshots",
+        )
+    axes[0].set_ylabel("test accuracy minus that of\nthe last weights, points")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     save_figure(path, figure)
 
 
 def draw_path(
-    path: Path, run: Trajectory, forecast: Callable[[Trajectory, int], Float[Tensor, "h p"]], horizons: list[int]
+    path: Path, run: Trajectory, forecast: Callable[[Trajectory, int], Float[Tensor, "h p"]], horizons: tuple[int, ...]
 ) -> None:
     """Draw a run's path in the plane of its two main directions, and the forecasts from some points of it."""
     mean, basis, _ = principal_components(run.weights, 2)
@@ -54,4 +172,45 @@ def draw_path(
     )
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
     ax.legend()
+    save_figure(path, figure)
+
+
+def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, Any], random: dict[str, float]) -> None:
+    """Draw what k components hold: variance between and within runs, and the next movement, beside a random subspace."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
+    table = pd.DataFrame(curves)
+    for which, style in (("training", "-"), ("unseen", "--")):
+        rows = table[table.runs == which]
+        left.plot(
+            rows["k"], rows["between"], "o" + style, color="tab:blue", markersize=3, label=f"between {which} runs"
+        )
+        left.plot(
+            rows["k"], rows["within"], "o" + style, color="tab:orange", markersize=3, label=f"within {which} runs"
+        )
+    left.set(xscale="log", title="variance explained", xlabel="components of the training runs", ylabel="share")
+    left.legend(fontsize=7)
+    for span, colour in (("runs", "tab:blue"), ("past", "tab:red")):
+        for h, style in zip(spans[span], ("-", "--", "-.", ":"), strict=False):
+            cells = spans[span][h]
+            label = f"of {'training runs' if span == 'runs' else 'its own past'}, h = {h}"
+            right.plot([int(k) for k in cells], [c["mean"] for c in cells.values()], style, color=colour, label=label)
+    right.plot([int(k) for k in random], list(random.values()), color="grey", label="random subspace")
+    right.set(xscale="log", title="share of an unseen run's movement in the span", xlabel="components")
+    right.legend(fontsize=7)
+    save_figure(path, figure)
+
+
+def draw_nowcasts(path: Path, history: pd.DataFrame) -> None:
+    """Draw test loss against cost, in steps and with what nowcasting spends: the mean over seeds of every method."""
+    figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    for name, rows in history.groupby("method", sort=False):
+        mean = rows.groupby("step")[["cost", "loss"]].mean()
+        base, _, proposals = name.partition("_")
+        colour = {"adam": "tab:blue", "tuned": "tab:orange", "cosine": "tab:green"}[base]
+        style = {"": "-", "average": ":", "nowcast": "--"}[proposals]
+        ax.plot(mean["cost"], mean["loss"], style, color=colour, linewidth=1, label=name.replace("_", ", "))
+    ax.set(
+        yscale="log", xlabel="steps, with the cost of forecasts and their choice", ylabel="test loss, mean over seeds"
+    )
+    ax.legend(fontsize=7)
     save_figure(path, figure)

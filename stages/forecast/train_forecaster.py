@@ -5,7 +5,10 @@ Writes  models/train_forecaster/<dataset>-<variant>/forecaster.pt   {"config", "
         reports/train_forecaster/<dataset>-<variant>/history.csv    training and validation loss
 """
 
-import math
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,33 +23,36 @@ from stages.common.checkpoints import save_torch
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
 from stages.common.runtime import generator, pin_threads
+from stages.common.schedules import warmup_cosine
 from stages.forecast.forecasters import (
-    CoefficientForecaster,
+    DiffusionForecaster,
     RidgeForecaster,
     SharedForecaster,
     build_forecaster,
     movement_target,
-    principal_components,
     random_coordinates,
 )
+from stages.forecast.optimizers import set_learning_rate
+from stages.forecast.pca import CoefficientForecaster, principal_components
 from stages.forecast.runs import load_runs
 from stages.forecast.trajectory import WINDOW, Features, Trajectory, read_features
 
 MODELS = Path("models/train_forecaster")
 REPORTS = Path("reports/train_forecaster")
 
-LOSS_CEILING = (
-    50.0  # of one squared error in units of scale² x horizon: a few weights move far and would drown the rest
-)
+LOSS_CEILING = 50.0  # of a squared error in units of scale² x horizon: a few weights move far and would drown the rest
+WARMUP_FRACTION = 0.05  # of the steps
 CHECK_EVERY = 50  # steps between validations
+HELD_OUT = 16  # batches of a validation
 
 Rows = list[dict[str, Any]]
+Batch = tuple[Features, torch.Tensor]
 
 
 class Variant(StageParams):
     """A kind of forecaster and what it reads."""
 
-    kind: Literal["transformer", "mlp", "ridge", "pca_transformer"]
+    kind: Literal["transformer", "mlp", "ridge", "diffusion", "pca_transformer"]
     with_state: bool  # the optimiser's direction
     with_context: bool  # means over the two neurons that a weight connects
     d_model: PositiveInt
@@ -67,9 +73,7 @@ class Params(StageParams):
     variant: Variant
 
 
-def draw_batch(
-    runs: list[Trajectory], reads: dict[str, bool], params: Params, random: torch.Generator
-) -> tuple[Features, torch.Tensor]:
+def draw_batch(runs: list[Trajectory], reads: dict[str, bool], params: Params, random: torch.Generator) -> Batch:
     """Return the features and the true movements [n, h] of random weights at random origins of random runs."""
     features, targets = [], []
     for _ in range(params.pairs):
@@ -81,35 +85,61 @@ def draw_batch(
     return Features.cat(features), torch.cat(targets)
 
 
-def movement_loss(predicted: torch.Tensor, target: torch.Tensor, horizons: tuple[int, ...]) -> torch.Tensor:
+def prefetch(draw: Callable[[], Batch], n: int) -> Iterator[Batch]:
+    """Yield draw() n times; the next is made in another thread while the caller works on this one."""
+    with ThreadPoolExecutor(1, initializer=pin_threads) as pool:
+        coming = pool.submit(draw)
+        for _ in range(n - 1):
+            batch, coming = coming.result(), pool.submit(draw)
+            yield batch
+        yield coming.result()
+
+
+def movement_loss(
+    model: SharedForecaster, features: Features, target: torch.Tensor, random: torch.Generator
+) -> torch.Tensor:
     """Mean squared error of movements in units of the scale, each horizon divided by its length, cut at LOSS_CEILING."""
-    squares = (predicted - target).square() / torch.tensor(horizons)
+    if isinstance(model, DiffusionForecaster):
+        return model.denoising_loss(features, target, random)
+    squares = (model(features) - target).square() / torch.tensor(model.horizons)
     return squares.clamp(max=LOSS_CEILING).mean()
+
+
+def draw_held_out(model: SharedForecaster, validation: list[Trajectory], params: Params) -> list[Batch]:
+    """Return the batches of validation runs on which all forecasters are compared."""
+    random = generator(params.seed, "held out")
+    return [draw_batch(validation, model.reads, params, random) for _ in range(HELD_OUT)]
+
+
+@torch.no_grad()
+def validation_loss(model: SharedForecaster, held_out: list[Batch], params: Params) -> float:
+    """Return the mean loss on held-out batches; a diffusion model's noise is the same each time."""
+    random = generator(params.seed, "held out noise")
+    return statistics.fmean(movement_loss(model, *batch, random).item() for batch in held_out)
 
 
 def train_shared(
     model: SharedForecaster, train: list[Trajectory], validation: list[Trajectory], params: Params
 ) -> tuple[dict[str, Any], Rows]:
     """Return the state of the best checkpoint on validation runs, and a history row for each check."""
-    random = generator(params.seed, "forecaster batches")
-    held_out = [draw_batch(validation, model.reads, params, generator(params.seed, f"held out {i}")) for i in range(16)]
-    optimizer = torch.optim.AdamW(model.parameters(), params.variant.learning_rate, weight_decay=params.weight_decay)
+    random, noise = generator(params.seed, "forecaster batches"), generator(params.seed, "diffusion noise")
+    held_out = draw_held_out(model, validation, params)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=params.weight_decay, fused=True)
     steps, history, best = params.variant.steps, [], None
-    for step in tqdm(range(1, steps + 1), desc="train forecaster", unit=" steps", disable=None):
-        warm_up, cosine = min(1.0, step / 30), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = params.variant.learning_rate * warm_up * cosine
-        features, target = draw_batch(train, model.reads, params, random)
-        loss = movement_loss(model(features), target, model.horizons)
+    factor = warmup_cosine(steps, WARMUP_FRACTION)
+    batches = prefetch(partial(draw_batch, train, model.reads, params, random), steps)
+    for step, batch in enumerate(tqdm(batches, "train forecaster", steps, unit=" steps", disable=None), 1):
+        set_learning_rate(optimizer, params.variant.learning_rate * factor(step - 1))
+        loss = movement_loss(model, *batch, noise)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % CHECK_EVERY == 0 or step == steps:
-            with torch.no_grad():
-                losses = [movement_loss(model(f), y, model.horizons).item() for f, y in held_out]
-            history.append({"step": step, "train_loss": loss.item(), "val_loss": sum(losses) / len(losses)})
-            if best is None or history[-1]["val_loss"] < min(row["val_loss"] for row in history[:-1]):
+            val_loss = validation_loss(model, held_out, params)
+            if best is None or val_loss < min(row["val_loss"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
     return best, history
 
 
@@ -121,8 +151,7 @@ def fit_ridge(
     for _ in tqdm(range(params.variant.steps), desc="observe", unit=" batches", disable=None):
         model.observe(*draw_batch(train, model.reads, params, random))
     model.solve(params.ridge)
-    features, target = draw_batch(validation, model.reads, params, generator(params.seed, "held out 0"))
-    val_loss = movement_loss(model(features), target, model.horizons).item()
+    val_loss = validation_loss(model, draw_held_out(model, validation, params), params)
     return model.state_dict(), [{"step": params.variant.steps, "train_loss": "", "val_loss": val_loss}]
 
 

@@ -3,42 +3,34 @@
 Reads   data/<dataset>.safetensors
 Writes  models/train_lenet/<dataset>/<run>.safetensors   weights float32 [t, p], state float16 [t, p] (m / sqrt(v) of Adam,
                                                          the momentum of SGD); metadata: layout, run, snapshot_every
-        models/train_lenet/<dataset>/split.json          names of the runs to train, validate and test forecasters
+        models/train_lenet/<dataset>/runs.json           the recipe, and which runs are to train, validate and test forecasters
         reports/train_lenet/<dataset>/history.csv        a row for each run and snapshot
         reports/train_lenet/<dataset>/summary.json       test accuracy at the end, by regime
 """
 
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
 from stages.common.artifacts import save_arrays, save_csv, save_json
 from stages.common.command import parse_arguments, run
-from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.metrics import accuracy, mean_std
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.forecast.lenet import LeNet, to_lenet_input
+from stages.forecast.lenet import LeNet, lenet_logits
+from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction, set_learning_rate
+from stages.forecast.runs import LeNetData, load_lenet_data, regime_of
 
 MODELS = Path("models/train_lenet")
 REPORTS = Path("reports/train_lenet")
 
 RunName = Annotated[str, Field(pattern=r"^\w+-\d+$")]  # <regime>-<seed>
-
-
-class Regime(StageParams):
-    """How a run is optimised."""
-
-    optimizer: Literal["adam", "sgd"]  # SGD with momentum 0.9
-    learning_rate: PositiveFloat
-    schedule: Literal["constant", "cosine"]
 
 
 class Runs(StageParams):
@@ -72,43 +64,20 @@ class Params(StageParams):
     @model_validator(mode="after")
     def known_regimes(self) -> Self:
         names = [*self.runs.train, *self.runs.validation, *self.runs.test]
-        if unknown := sorted({name.split("-")[0] for name in names} - set(self.regimes)):
+        if unknown := sorted({regime_of(name) for name in names} - set(self.regimes)):
             raise ValueError(f"runs of unknown regimes: {', '.join(unknown)}")
         return self
 
 
-def build_optimizer(model: LeNet, regime: Regime) -> torch.optim.Optimizer:
-    """Return the regime's optimiser."""
-    if regime.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=regime.learning_rate, fused=True)
-    return torch.optim.SGD(model.parameters(), lr=regime.learning_rate, momentum=0.9, fused=True)
-
-
-def optimizer_direction(optimizer: torch.optim.Optimizer) -> Float[Tensor, " p"]:
-    """Return the direction of the next step before its learning rate: m / sqrt(v) of Adam, the momentum of SGD; 0 at first."""
-    directions = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if "exp_avg" in state:
-                beta1, beta2 = group["betas"]
-                mean = state["exp_avg"] / (1 - beta1 ** state["step"])
-                square = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
-                directions.append((mean / (square.sqrt() + group["eps"])).flatten())
-            else:
-                momentum = state.get("momentum_buffer")
-                directions.append(torch.zeros_like(parameter).flatten() if momentum is None else momentum.flatten())
-    return torch.cat(directions).detach()
-
-
 def train_lenet(
-    images: Float[Tensor, "n 1 s s"], data: ImageSet, test: tuple[Tensor, Tensor], name: str, params: Params
+    data: LeNetData, name: str, params: Params
 ) -> tuple[LeNet, Float[Tensor, "t p"], Float[Tensor, "t p"], list[dict[str, Any]]]:
     """Return the trained network, the snapshots of weights and state, and a history row for each; `name` is <regime>-<seed>."""
-    regime_name, seed = name.split("-")
+    (images, labels), (test_images, test_labels) = data.train, data.test
+    regime_name, _, seed = name.rpartition("-")
     regime = params.regimes[regime_name]
     model = LeNet(params.image_size, len(data.classes), int(seed)).to(images.device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, regime)
+    optimizer, schedule = build_optimizer(model.parameters(), regime, params.steps)
     random = generator(int(seed), f"batches of {regime_name}", images.device)
     weights, states, history = [], [], []
     losses = torch.zeros((), device=images.device)
@@ -116,19 +85,19 @@ def train_lenet(
         if step % params.snapshot_every == 0:
             weights.append(parameters_to_vector(p.contiguous() for p in model.parameters()).detach().cpu())
             states.append(optimizer_direction(optimizer).half().cpu())
-            with torch.no_grad():
-                logits = model(test[0])
+            logits = lenet_logits(model, test_images)
             row = {"run": name, "step": step, "train_loss": losses.item() / params.snapshot_every}
-            row |= {"test_loss": cross_entropy(logits, test[1]).item(), "test_acc": accuracy(logits, test[1]).item()}
+            row |= {
+                "test_loss": cross_entropy(logits, test_labels).item(),
+                "test_acc": accuracy(logits, test_labels).item(),
+            }
             history.append(row)
             losses.zero_()
         if step == params.steps:
             break
-        if regime.schedule == "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * step / params.steps))
-            optimizer.param_groups[0]["lr"] = regime.learning_rate * factor
-        batch = torch.randint(len(data), (params.batch_size,), generator=random, device=images.device)
-        loss = cross_entropy(model(images[batch]), data.labels[batch])
+        set_learning_rate(optimizer, regime.learning_rate * schedule(step))
+        batch = torch.randint(len(images), (params.batch_size,), generator=random, device=images.device)
+        loss = cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -141,14 +110,10 @@ def main() -> None:
     params = Params.load("train_lenet", dataset)
     pin_threads()
     device = pick_device()
-    train, test = load_images(dataset, device)
-    train, _ = split_validation(train, params.validation_fraction, params.split_seed)
-    test = test.subset(slice(params.evaluation_images))
-    images = to_lenet_input(train.pixels(), params.image_size)
-    evaluation = to_lenet_input(test.pixels(), params.image_size), test.labels
+    data = load_lenet_data(dataset, params.model_dump(), device, params.evaluation_images)
 
     def train_run(name: str) -> list[dict[str, Any]]:
-        model, weights, states, history = train_lenet(images, train, evaluation, name, params)
+        model, weights, states, history = train_lenet(data, name, params)
         layout = [
             [key, list(parameter.shape)] for key, parameter in model.named_parameters()
         ]  # JSON would sort a mapping
@@ -159,13 +124,12 @@ def main() -> None:
 
     names = [*params.runs.train, *params.runs.validation, *params.runs.test]
     histories = parallel_map(train_run, names, device, f"train LeNet on {dataset}")
-    save_json(MODELS / dataset / "split.json", params.runs.model_dump())
+    save_json(MODELS / dataset / "runs.json", params.model_dump(exclude={"evaluation_images", "regimes"}))
     save_csv(REPORTS / dataset / "history.csv", [row for history in histories for row in history])
-    final = {
-        regime: mean_std([h[-1]["test_acc"] for h in histories if h[-1]["run"].split("-")[0] == regime])
-        for regime in params.regimes
-        if any(name.startswith(f"{regime}-") for name in names)
-    }
+    final: dict[str, list[float]] = {}
+    for name, history in zip(names, histories, strict=True):
+        final.setdefault(regime_of(name), []).append(history[-1]["test_acc"])
+    final = {regime: mean_std(values) for regime, values in final.items()}
     save_json(REPORTS / dataset / "summary.json", {"final_test_acc": final})
     print(f"{dataset}: {len(names)} runs, " + ", ".join(f"{k} {v['mean']:.1%}" for k, v in final.items()))
 

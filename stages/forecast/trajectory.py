@@ -17,9 +17,14 @@ typed = jaxtyped(typechecker=beartype)
 
 WINDOW = 6  # deltas that a forecaster reads
 SCALE_WINDOW = 4  # deltas whose size is the unit
-AVERAGES = (4, 10, 20)  # snapshots before t whose means it reads
+AVERAGES = (4, 10, 20)  # snapshots before t whose means it reads, with that at t
+HISTORY = max(AVERAGES) + 1  # snapshots up to t that it reads at all, beside the first of the run
+STATIC = len(AVERAGES) + 2 + 5  # features that are no sequence: distances to means, to zero, to the start; the layer
+DISTANCE_GAIN = 0.5  # of the distances of earlier snapshots from the last
 CONTEXT_GAIN = 3.0  # means over a neuron are smaller than single weights
 ORIGIN_GAIN = 0.05  # distances from zero and from the start are larger
+
+Forecast = Float[Tensor, "h p"]  # weights at several horizons
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,25 @@ class Layout:
     def layer_of(self) -> Int[Tensor, " p"]:
         """The index of each weight's parameter tensor."""
         return torch.cat([torch.full((math.prod(s),), i) for i, s in enumerate(self.shapes.values())])
+
+    @cached_property
+    def descriptors(self) -> Float[Tensor, "layers 5"]:
+        """What is known of each parameter tensor in any network, each in 0 to 1 or little more.
+
+        Whether it has one axis, whether it is a kernel, its logarithmic height and width (1 stands for 1,000 units), and
+        its place in the network.
+        """
+        rows = [
+            [
+                len(shape) < 2,
+                len(shape) > 2,
+                math.log10(max(1, shape[0] if shape else 1)) / 3,
+                math.log10(math.prod(shape[1:])) / 3,
+                i / len(self.shapes),
+            ]
+            for i, shape in enumerate(self.shapes.values())
+        ]
+        return torch.tensor(rows, dtype=torch.float32)
 
     @cached_property
     def neurons_of(self) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
@@ -99,6 +123,11 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def until(self, t: int) -> "Trajectory":
+        """Return what a forecaster may read at t: the first snapshot and the last HISTORY ones, which forecast alike."""
+        kept = [0, *range(max(1, t - HISTORY + 1), t + 1)]
+        return Trajectory(self.layout, self.weights[kept], None if self.state is None else self.state[kept])
 
     @cached_property
     def delta_means(self) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
@@ -159,7 +188,7 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
     times = torch.arange(t, t - WINDOW, -1)
     weights = run.weights[t - WINDOW : t + 1, index].flip(0)  # latest first
     latest = weights[0]
-    parts = [(weights[:-1] - weights[1:]) / scale, (weights[1:] - latest) / scale / 2]
+    parts = [(weights[:-1] - weights[1:]) / scale, DISTANCE_GAIN * (weights[1:] - latest) / scale]
     if with_context:
         rows, columns = run.delta_means
         parts += [CONTEXT_GAIN * rows[times][:, row] / scale, CONTEXT_GAIN * columns[times][:, column] / scale]
@@ -170,4 +199,10 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
             parts += [CONTEXT_GAIN * rows[times][:, row], CONTEXT_GAIN * columns[times][:, column]]
     static = [(latest - run.weights[max(0, t - n) : t + 1, index].mean(0)) / scale for n in AVERAGES]
     static += [ORIGIN_GAIN * latest / scale, ORIGIN_GAIN * (latest - run.weights[0, index]) / scale]
+    static += run.layout.descriptors[layer].T
     return Features(torch.stack(parts, 2).transpose(0, 1), torch.stack(static, 1), layer, scale)
+
+
+def origins(length: int, furthest: int, every: int) -> dict[int, str]:
+    """Return the origins of a run of `length` snapshots whose `furthest` horizon is known, and their phase: early or late half."""
+    return {t: "early" if t < length // 2 else "late" for t in range(WINDOW + 1, length - furthest, every)}

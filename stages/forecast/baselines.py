@@ -1,0 +1,58 @@
+"""What every forecaster has to beat: forecasts of w(t + h) that are not learnt."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stages.forecast.trajectory import Forecast, Trajectory
+
+
+def persistence(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
+    """The last weights: w(t)."""
+    return run.weights[t].expand(len(horizons), -1)
+
+
+def linear(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
+    """w(t) + h d(t), with the last delta d."""
+    h = torch.tensor(horizons)[:, None]
+    return run.weights[t] + h * (run.weights[t] - run.weights[t - 1])
+
+
+def quadratic(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
+    """w(t) + h d(t) + h (h + 1) / 2 (d(t) - d(t - 1)): the parabola through the last three snapshots."""
+    h = torch.tensor(horizons)[:, None]
+    delta, before = run.weights[t] - run.weights[t - 1], run.weights[t - 1] - run.weights[t - 2]
+    return run.weights[t] + h * delta + h * (h + 1) / 2 * (delta - before)
+
+
+def average(n: int) -> Callable[[Trajectory, int, Sequence[int]], Forecast]:
+    """The mean of the last n snapshots (latest weight averaging, Kaddour 2022, arXiv:2209.14981)."""
+
+    def latest_average(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
+        return run.weights[t - n + 1 : t + 1].mean(0).expand(len(horizons), -1)
+
+    return latest_average
+
+
+def dynamic_modes(run: Trajectory, t: int, horizons: Sequence[int], rank: int = 8, window: int = 30) -> Forecast:
+    """Dynamic mode decomposition of the last `window` snapshots (Schmid 2010), with the part outside its modes kept as it is."""
+    past = run.weights[max(0, t - window + 1) : t + 1].double()
+    mean, centred = past.mean(0), past - past.mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T)
+    basis = centred.T @ vectors[:, -rank:] / values[-rank:].clamp(min=1e-12).sqrt()  # [p, rank]
+    coefficients = centred @ basis
+    step = torch.linalg.lstsq(coefficients[:-1], coefficients[1:]).solution
+    outside = past[-1] - mean - basis @ coefficients[-1]
+    ahead = [coefficients[-1] @ torch.linalg.matrix_power(step, h) for h in horizons]
+    return torch.stack([mean + basis @ c + outside for c in ahead]).float()
+
+
+BASELINES = {
+    "persistence": persistence,
+    "linear": linear,
+    "quadratic": quadratic,
+    "dmd": dynamic_modes,
+    "average_3": average(3),
+    "average_5": average(5),
+    "average_7": average(7),
+}

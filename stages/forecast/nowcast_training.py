@@ -1,0 +1,264 @@
+"""Train unseen networks with and without nowcasting, against a tuned learning rate and a cosine schedule.
+
+Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/tune_jump/<dataset>/forecaster.pt
+Writes  reports/nowcast_training/<dataset>/history.csv    test loss by method, seed and step
+        reports/nowcast_training/<dataset>/grid.csv       validation loss of every learning rate
+        reports/nowcast_training/<dataset>/summary.json   loss over training and cost to a target beside bare Adam's, seed by seed
+        reports/nowcast_training/<dataset>/losses.png
+"""
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.common.artifacts import save_csv, save_json
+from stages.common.command import InputError, parse_arguments, run
+from stages.common.metrics import accuracy, mean_interval
+from stages.common.params import StageParams
+from stages.common.runtime import generator, parallel_map, pin_threads
+from stages.forecast import pictures
+from stages.forecast.forecasters import JumpForecaster, load_forecaster
+from stages.forecast.lenet import LeNet, lenet_logits
+from stages.forecast.nowcast import PROPOSALS, NowcastOptimizer
+from stages.forecast.optimizers import Regime, build_optimizer, set_learning_rate
+from stages.forecast.runs import load_lenet_data, load_runs
+from stages.forecast.trajectory import WINDOW, Trajectory
+
+JUMP = Path("models/tune_jump")
+REPORTS = Path("reports/nowcast_training")
+
+Images = tuple[Tensor, Tensor]
+Rows = list[dict[str, Any]]
+
+
+class Params(StageParams):
+    """Parameters of one data set's comparison."""
+
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=2)]  # of networks that no forecaster has seen
+    tuning_seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]  # of networks on which learning rates are chosen
+    learning_rate: PositiveFloat  # of the untuned runs
+    grid: Annotated[list[PositiveFloat], Field(min_length=3)]  # learning rates to choose from
+    choice_images: PositiveInt  # held-out images on which a move is chosen
+    tuning_images: PositiveInt  # further held-out images on which a learning rate is chosen
+    evaluation_images: PositiveInt  # test images
+    patience: PositiveInt  # proposals in a row that stay, before nowcasting is switched off
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to train: a regime, and what is proposed besides staying. proposals: "", "average" or "average and jump"."""
+
+    regime: Regime
+    proposals: str = ""
+
+
+def flops(function: Any, *arguments: Any) -> int:
+    """Return the floating-point operations of matrix products and convolutions in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+def costs(jump: JumpForecaster, example: Trajectory, network: LeNet, x: Tensor, batch_size: int) -> dict[str, float]:
+    """Return what an evaluation of `x` and a forecast cost, in training steps, by their floating-point operations."""
+    step = flops(lambda: network(x[:1]).sum().backward()) * batch_size
+    return {
+        "evaluation_cost": flops(lenet_logits, network, x) / step,
+        "forecast_cost": flops(jump.propose, example, WINDOW) / step,
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share. choice: held-out images on which a move is chosen; cost: of `costs`."""
+
+    recipe: dict[str, Any]
+    train: Images
+    choice: Images
+    classes: int
+    jump: JumpForecaster
+    cost: dict[str, float]
+    patience: int
+
+
+def train(method: Method, seed: int, evaluation: Images, setting: Setting) -> tuple[Rows, list[str]]:
+    """Return a history row for each snapshot, with the loss on the evaluation images, and what was chosen."""
+    recipe, (images, labels), (x, y) = setting.recipe, setting.train, setting.choice
+    steps, every = recipe["steps"], recipe["snapshot_every"]
+    model = LeNet(recipe["image_size"], setting.classes, seed).to(memory_format=torch.channels_last)
+    bare, schedule = build_optimizer(model.parameters(), method.regime, steps)
+    optimizer: NowcastOptimizer | torch.optim.Optimizer = bare
+    if method.proposals:
+        forecaster = setting.jump if method.proposals == "average and jump" else None
+        optimizer = NowcastOptimizer(
+            bare,
+            forecaster,
+            lambda: cross_entropy(lenet_logits(model, x), y).item(),
+            every,
+            setting.patience,
+            **setting.cost,
+        )
+    random, history = generator(seed, "batches of nowcast_training"), []
+    for step in range(1, steps + 1):
+        set_learning_rate(bare, method.regime.learning_rate * schedule(step - 1))
+        batch = torch.randint(len(images), (recipe["batch_size"],), generator=random)
+        loss = cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % every == 0:
+            logits = lenet_logits(model, evaluation[0])
+            spent = optimizer.charged_steps if optimizer is not bare else 0.0
+            row = {"seed": seed, "step": step, "cost": step + spent}
+            row |= {"loss": cross_entropy(logits, evaluation[1]).item(), "acc": accuracy(logits, evaluation[1]).item()}
+            history.append(row)
+    return history, optimizer.chosen if optimizer is not bare else []
+
+
+def loss_at_costs(history: Rows, budgets: np.ndarray) -> np.ndarray:
+    """Return the latest loss that was reached for each of the increasing `budgets`, in steps: charged ones count."""
+    spent = np.array([row["cost"] for row in history])
+    return np.array([row["loss"] for row in history])[(np.searchsorted(spent, budgets, "right") - 1).clip(min=0)]
+
+
+def cost_to(history: Rows, target: float) -> float | None:
+    """Return the steps, charged ones included, until the loss was at most `target`; None if it never was."""
+    return next((row["cost"] for row in history if row["loss"] <= target), None)
+
+
+def choose_learning_rate(losses: dict[float, list[float]]) -> tuple[float, bool]:
+    """Return the learning rate of the lowest mean loss, and whether it is inside its grid, not at an edge."""
+    means = {rate: statistics.fmean(values) for rate, values in losses.items()}
+    best = min(means, key=means.__getitem__)
+    return best, min(means) < best < max(means)
+
+
+def compare(histories: dict[str, list[Rows]], steps: int) -> dict[str, Any]:
+    """Return by method, beside the first one (bare Adam), seed by seed: loss over training and steps to a target.
+
+    Losses are means over the same cost in steps. The target is the first method's mean loss over its last tenth.
+    """
+    baseline = next(iter(histories.values()))
+    budgets = np.arange(1, steps + 1)
+    target = statistics.fmean(row["loss"] for rows in baseline for row in rows[-max(1, len(rows) // 10) :])
+    means = {name: [loss_at_costs(rows, budgets).mean() for rows in runs] for name, runs in histories.items()}
+    reached = {name: [cost_to(rows, target) for rows in runs] for name, runs in histories.items()}
+    base_mean, base_reached = next(iter(means.values())), next(iter(reached.values()))
+
+    def ratios(values: list[Any], bases: list[Any]) -> list[float]:
+        return [float(v / b) for v, b in zip(values, bases, strict=True)]
+
+    return {
+        name: {
+            "mean_loss": mean_interval([float(v) for v in means[name]]),
+            "mean_loss_ratio": mean_interval(ratios(means[name], base_mean)),
+            "last_loss_ratio": mean_interval(
+                ratios([rows[-1]["loss"] for rows in runs], [rows[-1]["loss"] for rows in baseline])
+            ),
+            "reached_target": sum(cost is not None for cost in reached[name]) / len(runs),
+            # a run that never reaches the target counts as if it did at the end: an underestimate, so the share stands beside
+            "cost_to_target_ratio": mean_interval(
+                ratios([cost or steps for cost in reached[name]], [cost or steps for cost in base_reached])
+            ),
+            "charged_steps": statistics.fmean(rows[-1]["cost"] - rows[-1]["step"] for rows in runs),
+        }
+        for name, runs in histories.items()
+    }
+
+
+def main() -> None:
+    dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
+    params = Params.load("nowcast_training", dataset)
+    pin_threads()
+    cpu = torch.device("cpu")
+    runs = load_runs(dataset)
+    recipe, example = runs.recipe, next(iter(runs.train.values()))
+    data = load_lenet_data(dataset, recipe, cpu, params.evaluation_images)
+    n = params.choice_images
+    choice = tuple(part[:n] for part in data.held_out)
+    tuning = tuple(part[n : n + params.tuning_images] for part in data.held_out)
+    if not len(tuning[1]):
+        raise InputError(
+            f"params.yaml: nowcast_training.choice_images: none of {len(data.held_out[1])} is left for tuning"
+        )
+    jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
+    network = LeNet(recipe["image_size"], len(data.classes), seed=0)
+    cost = costs(jump, example, network, choice[0], recipe["batch_size"])
+    setting = Setting(recipe, data.train, choice, len(data.classes), jump, cost, params.patience)
+
+    def train_all(jobs: list[tuple[Method, int]], evaluation: Images, label: str) -> list[tuple[Rows, list[str]]]:
+        return parallel_map(lambda job: train(*job, evaluation, setting), jobs, cpu, label)
+
+    def adam(rate: float, schedule: str = "constant") -> Regime:
+        return Regime(optimizer="adam", learning_rate=rate, schedule=schedule)
+
+    settings = list(product(("constant", "cosine"), params.grid))
+    jobs = [(Method(adam(rate, schedule)), seed) for schedule, rate in settings for seed in params.tuning_seeds]
+    tuned: dict[str, dict[float, list[float]]] = {"constant": {}, "cosine": {}}
+    grid = []
+    for (method, seed), (history, _) in zip(jobs, train_all(jobs, tuning, "tune learning rates"), strict=True):
+        loss = statistics.fmean(row["loss"] for row in history)
+        tuned[method.regime.schedule].setdefault(method.regime.learning_rate, []).append(loss)
+        grid.append(
+            {
+                "schedule": method.regime.schedule,
+                "learning_rate": method.regime.learning_rate,
+                "seed": seed,
+                "mean_val_loss": loss,
+            }
+        )
+    (rate, rate_inside), (peak, peak_inside) = (choose_learning_rate(losses) for losses in tuned.values())
+
+    base = adam(params.learning_rate)
+    methods = {
+        "adam": Method(base),
+        "adam_average": Method(base, "average"),
+        "adam_nowcast": Method(base, "average and jump"),
+        "tuned": Method(adam(rate)),
+        "tuned_nowcast": Method(adam(rate), "average and jump"),
+        "cosine": Method(adam(peak, "cosine")),
+        "cosine_nowcast": Method(adam(peak, "cosine"), "average and jump"),
+    }
+    jobs = [(method, seed) for method in methods.values() for seed in params.seeds]
+    results = train_all(jobs, data.test, "train with and without nowcasting")
+    of_method = {name: results[i * len(params.seeds) :][: len(params.seeds)] for i, name in enumerate(methods)}
+    histories = {name: [history for history, _ in part] for name, part in of_method.items()}
+    chosen = {
+        name: {what: Counter(c for _, choices in part for c in choices)[what] for what in PROPOSALS}
+        for name, part in of_method.items()
+        if methods[name].proposals
+    }
+    folder = REPORTS / dataset
+    rows = [{"method": name, **row} for name, part in histories.items() for history in part for row in history]
+    summary = {
+        "methods": compare(histories, recipe["steps"]),
+        "chosen": chosen,
+        "tuned_learning_rate": rate,
+        "tuned_inside_grid": rate_inside,
+        "cosine_peak": peak,
+        "cosine_inside_grid": peak_inside,
+        **cost,
+    }
+    save_csv(folder / "history.csv", rows)
+    save_csv(folder / "grid.csv", grid)
+    save_json(folder / "summary.json", summary)
+    pictures.draw_nowcasts(folder / "losses.png", pd.DataFrame(rows))
+    print(
+        f"{dataset}: mean loss over training, over bare Adam's: "
+        + ", ".join(f"{name} {result['mean_loss_ratio']['mean']:.3f}" for name, result in summary["methods"].items())
+    )
+
+
+if __name__ == "__main__":
+    run(main)
