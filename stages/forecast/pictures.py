@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from stages.common.figures import save_figure
@@ -32,6 +33,23 @@ COLOURS = {
 }
 
 
+def draw_curve(ax: Axes, name: str, curve: pd.DataFrame, value: str, low: str, high: str) -> None:
+    """Draw one forecaster's values against the horizon, with their intervals where three runs or more give a useful one."""
+    bars = [curve[value] - curve[low], curve[high] - curve[value]] if curve["n"].min() >= 3 else None
+    shift = 0.08 * (list(COLOURS).index(name) - len(COLOURS) / 2)  # so that intervals do not hide each other
+    ax.errorbar(
+        curve["h"] + shift,
+        curve[value],
+        bars,
+        fmt="o-" if name in LEARNT else "--",
+        color=COLOURS[name],
+        label=name,
+        markersize=3,
+        linewidth=1,
+        elinewidth=0.5,
+    )
+
+
 def draw_horizons(path: Path, ratios: pd.DataFrame, value: str = "mean", ylabel: str = "squared error") -> None:
     """Draw a ratio to persistence's against the horizon, with its interval: a column for each regime, a row for each phase."""
     table = ratios.reset_index()
@@ -53,16 +71,7 @@ def draw_horizons(path: Path, ratios: pd.DataFrame, value: str = "mean", ylabel:
             ):
                 if name not in COLOURS:  # the plain design lies far above the picture
                     continue
-                ax.errorbar(
-                    curve["h"],
-                    curve[value],
-                    [curve[value] - curve[low], curve[high] - curve[value]],
-                    fmt="o-" if name in LEARNT else "--",
-                    color=COLOURS[name],
-                    label=name,
-                    markersize=3,
-                    elinewidth=0.5,
-                )
+                draw_curve(ax, name, curve, value, low, high)
             ax.set(ylim=LIMITS, title=f"{regime}, {phase} half")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.supxlabel("horizon, snapshots")
@@ -131,18 +140,7 @@ def draw_accuracies(path: Path, losses: pd.DataFrame, regime: str) -> None:
     figure, axes = plt.subplots(1, len(phases), figsize=(8, 2.8), layout="constrained")
     for ax, phase in zip(axes, phases, strict=True):
         for name, curve in table[table.phase == phase].groupby("forecaster", sort=False):
-            mean = curve["acc_points"]
-            bars = [mean - curve["acc_points_low"], curve["acc_points_high"] - mean]
-            ax.errorbar(
-                curve["h"],
-                mean,
-                bars,
-                fmt="o-" if name in LEARNT else "--",
-                color=COLOURS[name],
-                label=name,
-                markersize=3,
-                elinewidth=0.5,
-            )
+            draw_curve(ax, name, curve, "acc_points", "acc_points_low", "acc_points_high")
         shown = table[(table.phase == phase) & table.forecaster.isin((*LEARNT, "average_3"))]["acc_points"]
         ax.set(
             ylim=(shown.min() - 1, max(shown.max(), 0) + 1),
@@ -177,7 +175,7 @@ def draw_path(
 
 def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, Any], random: dict[str, float]) -> None:
     """Draw what k components hold: variance between and within runs, and the next movement, beside a random subspace."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.8), sharey=True, layout="constrained")
     table = pd.DataFrame(curves)
     for which, style in (("training", "-"), ("unseen", "--")):
         rows = table[table.runs == which]
@@ -188,7 +186,7 @@ def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, A
             rows["k"], rows["within"], "o" + style, color="tab:orange", markersize=3, label=f"within {which} runs"
         )
     left.set(xscale="log", title="variance explained", xlabel="components of the training runs", ylabel="share")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="center right")
     for span, colour in (("runs", "tab:blue"), ("past", "tab:red")):
         for h, style in zip(spans[span], ("-", "--", "-.", ":"), strict=False):
             cells = spans[span][h]
@@ -196,7 +194,7 @@ def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, A
             right.plot([int(k) for k in cells], [c["mean"] for c in cells.values()], style, color=colour, label=label)
     right.plot([int(k) for k in random], list(random.values()), color="grey", label="random subspace")
     right.set(xscale="log", title="share of an unseen run's movement in the span", xlabel="components")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(path, figure)
 
 
