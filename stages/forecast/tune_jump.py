@@ -48,7 +48,7 @@ class Params(StageParams):
     learning_rate: PositiveFloat
     images: PositiveInt  # training images in a step
     pull: NonNegativeFloat  # towards the mean of the last snapshots, in units of the scale²
-    origins: PositiveInt  # of each run, evenly spread over it; the features of all are kept in memory
+    origins: PositiveInt  # of each run; the features of all are kept in memory
     validation_images: PositiveInt  # of those that the runs did not see
     check_every: PositiveInt  # steps
 
@@ -69,8 +69,9 @@ class Origin:
 
 
 def read_origins(model: JumpForecaster, runs: list[Trajectory], n: int) -> list[Origin]:
-    """Return n origins of every run, evenly spread over it."""
-    places = [(r, t) for r in runs for t in torch.linspace(WINDOW, len(r) - 1, n).long().tolist()]
+    """Return n origins of every run, denser where it is young: there its path bends most."""
+    spread = torch.linspace(0, 1, n).square()
+    places = [(r, t) for r in runs for t in (WINDOW + spread * (len(r) - 1 - WINDOW)).long().tolist()]
     origins = []
     for r, t in tqdm(places, "read origins", disable=None):
         features = read_features(r, t, torch.arange(r.layout.size), **model.reads)
