@@ -32,6 +32,11 @@ PIPELINE = [
         for variant in ("transformer", "weights_only", "mlp", "ridge", "pca_transformer")
     ),
     ("stages.forecast.evaluate_forecaster", {"dataset": "digits"}),
+    ("stages.vit_memory.pretrain_backbone", {}),
+    *(
+        (f"stages.vit_memory.{stage}", {"dataset": "digits"})
+        for stage in ("extract_features", "train_few_shot", "train_continual", "diagnose_memory")
+    ),
     ("stages.report.build_report", {}),
 ]
 
@@ -73,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 7
+    assert len(summaries) == 11
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -127,9 +132,10 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
                 tables[-1][-1].append(data)
 
     Reader().feed(page)
-    assert len(sources) == 7
+    assert len(sources) == 14
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    (forecast, *losses), ((header, *rows), (two_header, *two_rows), (random_header, *_)) = tables[:3], tables[3:]
+    (forecast, *losses), ((header, *rows), (two_header, *two_rows), (random_header, *_)) = tables[:3], tables[3:6]
+    (_, *shots), (_, *tasks), (_, *errors) = tables[6:]
     assert "persistence" in [row[0] for row in forecast]
     assert all("persistence" in [row[0] for row in table] for table in losses)
     assert two_header == random_header
@@ -138,12 +144,18 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert all("%" in baseline or "untrained" in baseline for _, _, baseline in rows)
     assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
+    assert {"linear probe", "memory head", "pixels", "random vit"} <= {row[0] for row in shots}
+    assert sum("to" in row[2].split() for row in shots) == len(shots) - 1
+    assert [row[0] for row in tasks][-1] == "chance"
+    assert {"finetune", "joint", "memory"} <= {row[0] for row in tasks}
+    assert len(errors) == 2
     markdown = (finished / "reports/report.md").read_text()
     for link in (line.split("](")[1].rstrip(")") for line in markdown.splitlines() if line.startswith("![")):
         assert (finished / "reports" / link).is_file()
 
 
 NEEDS_INPUT = dict(PIPELINE[1:])  # one item of every stage
+del NEEDS_INPUT["stages.vit_memory.pretrain_backbone"]  # draws its own images
 
 
 def start(monkeypatch: pytest.MonkeyPatch, module: str, *flags: str) -> None:
