@@ -27,8 +27,7 @@ CONFIG = BackboneConfig("vit_tiny_patch16_224", False, 32, SHAPE)
 
 
 @pytest.mark.parametrize("epsilon", [1e-12, 1e-2])
-def test_a_vit_mae_computes_the_same_as_a_timm_vit(epsilon, tmp_path):
-    from safetensors.torch import load_file
+def test_a_vit_mae_computes_the_same_as_a_timm_vit(epsilon, tmp_path, monkeypatch):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     config = ViTMAEConfig(
@@ -47,8 +46,13 @@ def test_a_vit_mae_computes_the_same_as_a_timm_vit(epsilon, tmp_path):
         expected = reference.vit(x, noise=ascending).last_hidden_state
         torch.testing.assert_close(vit.forward_features(x), expected, rtol=1e-4, atol=1e-5)
     reference.save_pretrained(tmp_path)  # spells its names as the hub's files do
-    stored = mae_to_timm(load_file(tmp_path / "model.safetensors"))
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in vit.state_dict().items())
+    monkeypatch.setattr(backbone, "hf_hub_download", lambda _repository, file: tmp_path / file)
+    read = build_vit(BackboneConfig("somebody/vit-mae", True, 32, None)).eval()
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in vit.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(read(x), vit(x))  # the same epsilon
+    with pytest.raises(InputError, match="reads images of 32 pixels, not 224"):
+        build_vit(BackboneConfig("somebody/vit-mae", True, 224, None))
 
 
 def test_an_autoencoder_sees_only_what_is_not_hidden():

@@ -17,7 +17,7 @@ from reproduction import ROOT, scale_overrides
 from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.common.params import StageParams
 from stages.forecast import evaluate_forecaster, train_forecaster, train_lenet
-from stages.vit_memory import diagnose_memory, extract_features, train_continual, train_few_shot
+from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -189,6 +189,7 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
         for variant in changed["train_forecaster"]["variants"]:
             assert evaluated.horizons == train_forecaster.Params.load("train_forecaster", dataset, variant).horizons
     assert changed["build_report"]["vit_memory"] in changed["extract_features"]["datasets"]
+    pretrain_backbone.Params.load("pretrain_backbone")
     for dataset in changed["extract_features"]["datasets"]:
         assert dataset in fetched
         for stage in (extract_features, train_few_shot, train_continual, diagnose_memory):

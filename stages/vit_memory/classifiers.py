@@ -75,14 +75,16 @@ def memory_log_probabilities(
 class RanPAC:
     """Ridge regression on random features (McDonnell et al. 2023, arXiv:2307.02251): sums that any order of tasks makes alike."""
 
-    def __init__(self, dim: int, features: int, classes: int, random: torch.Generator) -> None:
-        self.projection = torch.randn(dim, features, generator=random) / dim**0.5
-        self.gram = torch.zeros(features, features, dtype=torch.float64)
-        self.targets = torch.zeros(features, classes, dtype=torch.float64)
+    def __init__(
+        self, dim: int, features: int, classes: int, random: torch.Generator, device: torch.device | str = "cpu"
+    ) -> None:
+        self.projection = (torch.randn(dim, features, generator=random) / dim**0.5).to(device)
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.targets = torch.zeros(features, classes, dtype=torch.float64, device=device)
 
     def expand(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n f"]:
         """Return the random features."""
-        return (x @ self.projection.to(x)).relu()
+        return (x @ self.projection).relu()
 
     def write(self, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
         """Add examples."""
@@ -92,6 +94,5 @@ class RanPAC:
 
     def scores(self, queries: Float[Tensor, "m d"], ridge: float) -> Float[Tensor, "m c"]:
         """Return the regression's outputs."""
-        identity = torch.eye(len(self.gram), dtype=self.gram.dtype)
-        weights = torch.linalg.solve(self.gram + ridge * identity, self.targets)
+        weights = torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram), self.targets)
         return self.expand(queries) @ weights.to(queries)

@@ -1,8 +1,9 @@
 """Run the frozen backbone once over a data set, and over glyphs of classes that it has never seen.
 
 Reads   data/<dataset>.safetensors, models/pretrain_backbone/backbone.safetensors
-Writes  models/extract_features/<dataset>/features.safetensors   float32 [n, 2, d]: class token, mean of patch tokens; of `train`,
-            `test`, `glyphs`, and of the first two by random weights (`random_train`, `random_test`); int64 `*_labels` [n]
+Writes  models/extract_features/<dataset>/features.safetensors   float32 [n, 2, d], class token and mean of patch tokens, of
+            `train`, `test`, `glyphs`, and by random weights of `random_train`, `random_test`; int64 `*_labels` [n] of the first
+            three; uint8 `glyphs_images`
 """
 
 import copy
@@ -76,7 +77,7 @@ def main() -> None:
     features = parallel_map(lambda job: job[0].features(job[1]), list(jobs.values()), device, f"features of {dataset}")
     arrays = {name: array.cpu().numpy() for name, array in zip(jobs, features, strict=True)}
     arrays |= {"train_labels": train.labels.cpu().numpy(), "test_labels": test.labels.cpu().numpy()}
-    arrays["glyphs_labels"] = labels.numpy()
+    arrays |= {"glyphs_labels": labels.numpy(), "glyphs_images": drawings.numpy()}
     metadata = {"classes": train.classes, "backbone": backbone.config.name, "sha256": backbone.sha256}
     save_arrays(MODELS / dataset / "features.safetensors", arrays, metadata)
     print(f"{dataset}: features of {len(train)} training and {len(test)} test images, and of {len(labels)} glyphs")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class FeatureSets:
     random_train: Labelled
     random_test: Labelled
     glyphs: Labelled
+    glyphs_images: UInt8[Tensor, "g 1 h w"]
     classes: list[str]
 
 
@@ -43,4 +44,4 @@ def load_features(dataset: str, device: torch.device) -> FeatureSets:
     tensors = load_file(path, device=str(device))
     sets = ("train", "test", "random_train", "random_test", "glyphs")
     parts = {name: Labelled(tensors[name], tensors[f"{name.removeprefix('random_')}_labels"]) for name in sets}
-    return FeatureSets(**parts, classes=classes)
+    return FeatureSets(**parts, glyphs_images=tensors["glyphs_images"], classes=classes)

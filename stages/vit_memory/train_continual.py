@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils import clip_grad_norm_
 
 from stages.common import resume
@@ -33,10 +33,10 @@ from stages.common.metrics import accuracy, over_seeds
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.vit_memory import classifiers, continual, hopfield, models, pictures
-from stages.vit_memory.classifiers import RanPAC, Whitening, centred_cosines
-from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, iCaRL
+from stages.vit_memory.classifiers import RanPAC, Whitening
+from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, herd, iCaRL
 from stages.vit_memory.features import load_features
-from stages.vit_memory.hopfield import ClassMemory, SlotMemory
+from stages.vit_memory.hopfield import ClassMemory, SlotMemory, unit
 from stages.vit_memory.models import HeadedViT
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
@@ -86,6 +86,11 @@ class Stream:
         own = self.labels // self.width == t
         return self.train[own], self.labels[own]
 
+    def up_to(self, t: int) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
+        """Return indices and labels of the training images of all tasks until t."""
+        own = self.labels // self.width <= t
+        return self.train[own], self.labels[own]
+
 
 def make_stream(
     labels: Int[Tensor, " n"], train: Tensor, test_labels: Int[Tensor, " m"], test: Tensor, seed: int, params: Params
@@ -122,58 +127,63 @@ def learn_network(
     stream: Stream,
     params: Params,
 ) -> Float[Tensor, "t m c"]:
-    """Train the whole ViT task by task; return its scores of the test images after each task. All methods take as many steps."""
+    """Train the whole ViT task by task; return its scores of the test images after each task.
+
+    All take as many steps, but `joint`, which sees all data so far in every task and takes more as they grow.
+    """
     classes, device = stream.tasks * stream.width, images.device
     with BUILDING:
         torch.manual_seed(stream.seed)
         model = HeadedViT(copy.deepcopy(backbone.vit), classes, freeze_backbone=False).to(device)
     random = generator(stream.seed, "batches of a stream")
-    x, x_test = backbone.prepare(images[stream.train]), backbone.prepare(tests[stream.test])
     ewc = lwf = None
     icarl, buffer = iCaRL(model, classes, params.buffer), ReplayBuffer(params.buffer, stream.seed)
     scores = []
     for t in range(stream.tasks):
         seen = (t + 1) * stream.width
-        new = (stream.labels // stream.width == t).nonzero()[:, 0]
-        pool, labels = x[new], stream.labels[new]
-        if method == "joint":
-            pool, labels = x[stream.labels < seen], stream.labels[stream.labels < seen]
-        if method == "icarl":
-            icarl.begin()
-            if t:
-                pool, labels = (torch.cat(pair) for pair in zip((pool, labels), icarl.replayed(), strict=True))
+        index, labels = stream.up_to(t) if method == "joint" else stream.task(t)
+        icarl.begin()
+        exemplars = icarl.replayed() if method == "icarl" and t else None
+        mixed = t > 0 and method in ("icarl", "replay")  # half of each batch is old
         optimizer = torch.optim.AdamW(model.parameters(), params.learning_rate, weight_decay=0.01)
         model.train()
-        for _ in range(params.steps):
-            count = params.batch_size // 2 if method == "replay" and t else params.batch_size
-            batch = torch.randint(len(pool), (count,), generator=random).to(device)
-            xb, yb = pool[batch], labels[batch]
-            if method == "replay" and t:
-                xb, yb = (torch.cat(pair) for pair in zip((xb, yb), buffer.sample(count), strict=True))
-            logits = model(xb)
-            loss = icarl.loss(xb, yb, logits) if method == "icarl" else cross_entropy(logits[:, :seen], yb)
+        for _ in range(params.steps * (t + 1 if method == "joint" else 1)):
+            count = params.batch_size // 2 if mixed else params.batch_size
+            batch = torch.randint(len(index), (count,), generator=random).to(device)
+            x, y = backbone.prepare(images[index[batch]]), labels[batch]
+            if exemplars:
+                old = torch.randint(len(exemplars[1]), (count,), generator=random).to(device)
+                x, y = torch.cat([x, exemplars[0][old]]), torch.cat([y, exemplars[1][old]])
+            elif mixed:
+                old_images, old_labels = buffer.sample(count)
+                x, y = torch.cat([x, backbone.prepare(old_images)]), torch.cat([y, old_labels])
+            logits = model(x)
+            loss = icarl.loss(x, y, logits) if method == "icarl" else cross_entropy(logits[:, :seen], y)
             if ewc is not None:
                 loss = loss + ewc.penalty()
             if lwf is not None:
-                loss = loss + lwf.penalty(xb, logits)
+                loss = loss + lwf.penalty(x, logits)
             optimizer.zero_grad()
             loss.backward()
             clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
         model.eval()
+        order = torch.randperm(len(index), generator=random).to(device)
         if method == "ewc":
-            some = pool[torch.randperm(len(pool), generator=random)[: params.fisher_images].to(device)]
-            ewc = EWC(model, [(part, None) for part in some.split(50)], strength, ewc, seen, stream.seed + t)
+            some = index[order[: params.fisher_images]]
+            batches = ((backbone.prepare(images[part]), None) for part in some.split(50))
+            ewc = EWC(model, batches, strength, ewc, seen, stream.seed + t)
         if method == "lwf":
             lwf = LwF(model, copy.deepcopy(model), strength, num_classes=seen)
         if method == "replay":
-            order = torch.randperm(len(pool), generator=random).to(device)
-            buffer.add(pool[order], labels[order])
+            buffer.add(images[index[order]], labels[order])
         if method == "icarl":
-            icarl.keep({c: x[stream.labels == c] for c in range(t * stream.width, seen)})
+            new = range(t * stream.width, seen)
+            icarl.keep({c: backbone.prepare(images[index[labels == c]]) for c in new})
         with torch.no_grad():
             predict = icarl.classify if method == "icarl" else model
-            scores.append(torch.cat([predict(part) for part in x_test.split(250)]))
+            parts = [predict(backbone.prepare(tests[part])) for part in stream.test.split(250)]
+            scores.append(torch.cat(parts))
     return torch.stack(scores)
 
 
@@ -189,32 +199,25 @@ def learn_frozen(
     classes, d = stream.tasks * stream.width, x.shape[1]
     queries = tests[stream.test]
     slots = SlotMemory(d, params.buffer, beta=strength).to(x.device)
-    memory = ClassMemory(d, classes, "metric", shrinkage=params.shrinkage).to(x.device)
-    ranpac = RanPAC(d, params.random_features, classes, generator(stream.seed, "RanPAC"))
+    mode = "metric" if method == "slda" else "class_prototype"
+    memory = ClassMemory(d, classes, mode, shrinkage=params.shrinkage).to(x.device)
+    ranpac = RanPAC(d, params.random_features, classes, generator(stream.seed, "RanPAC"), x.device)
     scores = []
     for t in range(stream.tasks):
         index, labels = stream.task(t)
         if method == "memory":
-            share = params.buffer // classes
             for c in range(t * stream.width, (t + 1) * stream.width):
                 own = index[labels == c]
-                kept = own[continual.herd(hopfield.unit(x[own]), share)]
+                kept = own[herd(unit(x[own]), params.buffer // classes)]
                 slots.write(x[kept], torch.full((len(kept),), c))
-            shares = slots.attend(queries)
-            member = torch.nn.functional.one_hot(slots.labels.clamp(min=0), classes).to(shares)
-            scores.append(shares @ (member * (slots.writes > 0)[:, None]))
+            member = one_hot(slots.labels.clamp(min=0), classes).to(x)  # nothing is retrieved from empty slots
+            scores.append(slots.attend(queries) @ member)
         elif method == "ranpac":
             ranpac.write(x[index], labels)
             scores.append(ranpac.scores(queries, strength))
         else:
             memory.write(x[index], labels)
-            if method == "slda":
-                scores.append(memory.logits(queries))
-            else:
-                filled = memory.counts > 0
-                cosines = torch.full((len(queries), classes), -torch.inf, device=x.device)
-                cosines[:, filled] = centred_cosines(memory.means()[filled].to(x), queries)
-                scores.append(cosines)
+            scores.append(memory.logits(queries))
     return torch.stack(scores)
 
 

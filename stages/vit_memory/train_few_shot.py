@@ -1,6 +1,7 @@
 """Learn from a few images of each class in many ways, in the same episodes, and compare them pair by pair.
 
-The strength of the memory head is chosen on episodes of glyphs, whose classes are none of the data set's.
+The strength of the memory head, and the learning rate of what trains through the backbone, are chosen on episodes of glyphs, whose
+classes are none of the data set's.
 
 Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/, models/pretrain_backbone/backbone.safetensors
 Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method in each episode
@@ -14,12 +15,12 @@ import shutil
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import torch
-from jaxtyping import Float, UInt8
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -84,7 +85,8 @@ class Params(StageParams):
     beta: PositiveFloat  # of the memory in a block
     steps: PositiveInt  # of those that train through the backbone
     batch_size: PositiveInt  # of theirs
-    learning_rate: PositiveFloat  # of prompts, gates and heads
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]  # of prompts, gates and heads, to choose from
+    trial_episodes: PositiveInt  # of glyphs, to choose it on
     plain_learning_rate: PositiveFloat  # of the plain linear probe
     plain_steps: PositiveInt
 
@@ -110,14 +112,19 @@ def memory_head(
     ]
 
 
+def glyph_episode(labels: Int[Tensor, " g"], params: Params, i: int) -> Episode:
+    """Return an episode among glyphs of as many shots as the real ones, or as many as leave a query of each class."""
+    n_shot = min(params.n_shot, len(labels) // int(labels.max() + 1) - 1)
+    return draw_episode(labels, labels, params.n_way, n_shot, params.queries, params.seed + i)
+
+
 def choose_strength(features: FeatureSets, whiten: Whitening, params: Params) -> tuple[float, float]:
     """Return the (beta, weight) of the memory head that is best on episodes of glyphs."""
     strengths = list(itertools.product(params.betas, params.weights))
     x, labels = features.glyphs.x[:, 0], features.glyphs.labels
-    n_shot = min(params.n_shot, len(labels) // int(labels.max() + 1) - 1)
     totals = torch.zeros(len(strengths), dtype=torch.float64)
     for i in range(params.base_episodes):
-        episode = draw_episode(labels, labels, params.n_way, n_shot, params.queries, params.seed + i)
+        episode = glyph_episode(labels, params, i)
         support, queries = x[episode.support], x[episode.queries]
         scores = memory_head(support, queries, episode, whiten, params.decay, strengths)
         totals += torch.stack([accuracy(s, episode.query_labels) for s in scores]).cpu()
@@ -125,9 +132,9 @@ def choose_strength(features: FeatureSets, whiten: Whitening, params: Params) ->
 
 
 def train_through(
-    kind: str, backbone: Backbone, x: Float[Tensor, "s 3 h w"], episode: Episode, params: Params
+    kind: str, backbone: Backbone, x: Float[Tensor, "s 3 h w"], episode: Episode, params: Params, rate: float
 ) -> HeadedViT:
-    """Return a ViT of one kind, what trains of it trained on the support images."""
+    """Return a ViT of one kind, what trains of it trained on the support images with the learning rate `rate`."""
     classes = len(episode.classes)
     with BUILDING:  # the global random numbers, from which modules draw, are nobody else's meanwhile
         torch.manual_seed(episode.seed)
@@ -141,7 +148,7 @@ def train_through(
     if isinstance(model, MemoryAugmentedViT):
         model.memorise(x, episode.support_labels)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, params.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.01)
     random = generator(episode.seed, "few-shot batches")
     for _ in range(params.steps):
         batch = torch.randperm(len(x), generator=random)[: params.batch_size].to(x.device)
@@ -222,7 +229,24 @@ def main() -> None:
     ]
     strength = choose_strength(features, whiten, params)
 
-    def scores_of(method: str, episode: Episode) -> Float[Tensor, "q w"]:
+    def trained_scores(
+        method: str, supports: Tensor, tests: Tensor, episode: Episode, rate: float
+    ) -> Float[Tensor, "q w"]:
+        x = backbone.prepare(supports[episode.support])
+        return predict(train_through(method, backbone, x, episode, params, rate), backbone, tests[episode.queries])
+
+    def choose_rate(method: str) -> float:
+        """Return the learning rate that is best on episodes of glyphs."""
+        glyphs, labels = features.glyphs_images, features.glyphs.labels
+        quality = dict.fromkeys(params.learning_rates, 0.0)
+        for i in range(params.trial_episodes):
+            episode = glyph_episode(labels, params, i)
+            for rate in quality:
+                scores = trained_scores(method, glyphs, glyphs, episode, rate)
+                quality[rate] += accuracy(scores, episode.query_labels).item()
+        return max(quality, key=quality.__getitem__)
+
+    def scores_of(method: str, episode: Episode, rate: float) -> Float[Tensor, "q w"]:
         classes, labels = len(episode.classes), episode.support_labels
         x, queries = features.train.x[episode.support, 0], features.test.x[episode.queries, 0]
         if method == "whitened_linear_probe":  # the memory head without its memory
@@ -234,12 +258,11 @@ def main() -> None:
         if method == "nearest_mean":
             return centred_cosines(class_means(x, labels, classes), queries)
         if method == "ranpac":
-            head = RanPAC(x.shape[1], params.random_features, classes, generator(episode.seed, "RanPAC"))
+            head = RanPAC(x.shape[1], params.random_features, classes, generator(episode.seed, "RanPAC"), x.device)
             head.write(x, labels)
             return head.scores(queries, params.ridge)
         if method in TRAINED:
-            model = train_through(method, backbone, backbone.prepare(train.images[episode.support]), episode, params)
-            return predict(model, backbone, test.images[episode.queries])
+            return trained_scores(method, train.images, test.images, episode, rate)
         if method == "random_vit":
             x, queries = features.random_train.x[episode.support, 0], features.random_test.x[episode.queries, 0]
         if method == "pixels":
@@ -251,19 +274,30 @@ def main() -> None:
     code = (sys.modules[__name__], classifiers, episodes, models)
     work = resume.work_folder(f"train_few_shot/{dataset}", {**params.model_dump(), "weights": backbone.sha256}, *code)
 
-    def run_method(method: str) -> list[float]:
-        def compute() -> list[float]:
-            return [accuracy(scores_of(method, episode), episode.query_labels).item() for episode in drawn]
+    def run_method(method: str) -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
+            rate = choose_rate(method) if method in TRAINED else params.plain_learning_rate
+            return {
+                "rate": rate,
+                "acc": [accuracy(scores_of(method, e, rate), e.query_labels).item() for e in drawn],
+            }
 
         return resume.remembered(work / f"{method}.json", compute)
 
     methods = [*TRAINED, *FROZEN]
-    results = dict(zip(methods, parallel_map(run_method, methods, device, f"few shots of {dataset}"), strict=True))
+    done = dict(zip(methods, parallel_map(run_method, methods, device, f"few shots of {dataset}"), strict=True))
+    results = {method: result["acc"] for method, result in done.items()}
     table = compare(results)
     folder = REPORTS / dataset
     rows = [{"episode": i, **{m: values[i] for m, values in results.items()}} for i in range(params.episodes)]
     save_csv(folder / "episodes.csv", rows)
-    summary = {"methods": table, "memory_beta": strength[0], "memory_weight": strength[1], "chance": 1 / params.n_way}
+    summary = {
+        "methods": table,
+        "memory_beta": strength[0],
+        "memory_weight": strength[1],
+        "learning_rate": {m: done[m]["rate"] for m in TRAINED},
+        "chance": 1 / params.n_way,
+    }
     save_json(folder / "summary.json", summary)
     draw_methods(folder / "methods.png", table, f"{dataset}: {params.n_way} classes, {params.n_shot} images of each")
     shutil.rmtree(work, ignore_errors=True)
