@@ -233,7 +233,7 @@ def save_backbone(path: Path, vit: VisionTransformer, config: BackboneConfig, de
 def load_backbone(path: Path, device: torch.device | str = "cpu") -> Backbone:
     """Read what `save_backbone` wrote; InputError if it is missing, damaged, or its published weights are others by now."""
     if not path.is_file():
-        raise InputError(f"{path} is missing: run 'dvc repro pretrain_backbone', or take it from git")
+        raise InputError(f"{path} is missing: run 'dvc repro pretrain_backbone'")
     metadata = load_metadata(path)
     values = metadata["config"]
     config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
