@@ -35,6 +35,11 @@ PIPELINE = [
     ("stages.forecast.tune_jump", {"dataset": "digits"}),
     ("stages.forecast.evaluate_forecaster", {"dataset": "digits"}),
     ("stages.forecast.nowcast_training", {"dataset": "digits"}),
+    ("stages.vit_memory.pretrain_backbone", {}),
+    *(
+        (f"stages.vit_memory.{stage}", {"dataset": "digits"})
+        for stage in ("extract_features", "train_few_shot", "train_continual", "diagnose_memory")
+    ),
     ("stages.report.build_report", {}),
 ]
 
@@ -76,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 9
+    assert len(summaries) == 13
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -112,42 +117,55 @@ def test_no_cell_of_the_forecast_tables_is_empty(finished):
 def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline(finished):
     page = (finished / "reports/index.html").read_text()
     sources: list[str] = []
-    tables: list[list[list[str]]] = []
+    sections: dict[str, list[list[list[str]]]] = {}  # tables by title
 
     class Reader(HTMLParser):
+        inside = ""
+
         def handle_starttag(self, tag, attributes):
             sources.extend(value for name, value in attributes if name in ("src", "href"))
             if tag == "table":
-                tables.append([])
+                self.tables.append([])
             elif tag == "tr":
-                tables[-1].append([])
-            self.inside = tag in ("td", "th")
+                self.tables[-1].append([])
+            self.inside = tag
 
         def handle_endtag(self, _tag):
-            self.inside = False
+            self.inside = ""
 
         def handle_data(self, data):
-            if self.inside:
-                tables[-1][-1].append(data)
+            if self.inside == "h2":
+                self.tables = sections.setdefault(data.partition(":")[0], [])
+            elif self.inside in ("td", "th"):
+                self.tables[-1][-1].append(data)
 
     Reader().feed(page)
-    assert len(sources) == 7
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    (forecast, *losses), ((header, *rows), (two_header, *two_rows), (random_header, *_)) = tables[:3], tables[3:]
-    assert "persistence" in [row[0] for row in forecast]
-    assert all("persistence" in [row[0] for row in table] for table in losses)
+    markdown = (finished / "reports/report.md").read_text()
+    assert len(sources) == markdown.count("![")
+    *forecasts, spans, nowcasts = sections["Forecast"]
+    assert all("persistence" in [row[0] for row in table] for table in forecasts)
+    assert spans[-1][0] == "any subspace of as many dimensions"
+    assert nowcasts[1][:3] == ["adam", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"]
+    (header, *rows), (two_header, *two_rows), (random_header, *_) = sections["Bilinear"]
     assert two_header == random_header
     assert header == ["measure", "value", "baseline"]
     assert len(rows) >= 15
     assert all("%" in baseline or "untrained" in baseline for _, _, baseline in rows)
     assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
-    markdown = (finished / "reports/report.md").read_text()
+    (_, *shots), (_, *tasks), (_, *errors) = sections["ViT memory"]
+    assert {"linear probe", "memory head", "pixels", "random vit"} <= {row[0] for row in shots}
+    assert sum("to" in row[2].split() for row in shots) == len(shots) - 1
+    assert [row[0] for row in tasks][-1] == "chance"
+    assert {"finetune", "joint", "memory"} <= {row[0] for row in tasks}
+    assert len(errors) == 2
     for link in (line.split("](")[1].rstrip(")") for line in markdown.splitlines() if line.startswith("![")):
         assert (finished / "reports" / link).is_file()
 
 
 NEEDS_INPUT = dict(PIPELINE[1:])  # one item of every stage
+del NEEDS_INPUT["stages.vit_memory.pretrain_backbone"]  # draws its own images
 
 
 def start(monkeypatch: pytest.MonkeyPatch, module: str, *flags: str) -> None:

@@ -13,6 +13,7 @@ from stages.common.params import StageParams
 from stages.report.bilinear import bilinear_section
 from stages.report.elements import REPORTS, Section
 from stages.report.forecast import forecast_section
+from stages.report.vit_memory import vit_memory_section
 
 NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds), or [95 % confidence intervals]."
 
@@ -22,6 +23,7 @@ class Params(StageParams):
 
     bilinear: str  # the data set
     forecast: str
+    vit_memory: str
 
 
 def render_markdown(sections: list[Section]) -> str:
@@ -71,7 +73,11 @@ def render_html(sections: list[Section]) -> str:
 def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("build_report")
-    sections = [forecast_section(params.forecast), bilinear_section(params.bilinear)]
+    sections = [
+        forecast_section(params.forecast),
+        bilinear_section(params.bilinear),
+        vit_memory_section(params.vit_memory),
+    ]
     save_text(REPORTS / "report.md", render_markdown(sections))
     save_text(REPORTS / "index.html", render_html(sections))
     print(f"open {REPORTS / 'index.html'}, or read {REPORTS / 'report.md'}")

@@ -1,0 +1,247 @@
+"""Vision transformers as backbones: timm's, trained here as masked autoencoders or read from published weights."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from jaxtyping import Bool, Float, UInt8
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from stages.common.artifacts import load_metadata, save_arrays
+from stages.common.command import InputError, one_line
+from stages.common.runtime import autocast
+
+T = TypeVar("T")
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What rebuilds a backbone. `name` is a timm model, or a Hugging Face repository of a ViT-MAE if it holds a slash."""
+
+    name: str
+    pretrained: bool  # published weights; else trained here, and stored beside this
+    image_size: int  # pixels; images of other sizes are resized
+    shape: dict[str, int] | None  # patch_size, embed_dim, depth, num_heads; None: the named model's own
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+
+
+def build_vit(config: BackboneConfig) -> VisionTransformer:
+    """Return the ViT without a head, with random or published weights; InputError if those cannot be had: never random instead."""
+    if "/" in config.name:
+        return read_vit_mae(config.name, config.image_size)
+    if config.name not in timm.list_models() and config.name not in timm.list_pretrained():
+        raise InputError(f"timm has no model {config.name!r}")
+    if config.pretrained and not timm.is_model_pretrained(config.name):
+        raise InputError(f"timm has no weights for {config.name!r}")
+    options = {"pretrained": config.pretrained, "img_size": config.image_size, "num_classes": 0}
+    create = partial(timm.create_model, config.name, **options, **(config.shape or {}))
+    vit = published(config.name, create) if config.pretrained else create()
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+        raise InputError(f"timm's {config.name!r} is no vision transformer with a class token")
+    return vit
+
+
+def published(name: str, read: Callable[[], T]) -> T:
+    """Return read(); InputError if it fails, as it does without a network."""
+    try:
+        return read()
+    except Exception as error:  # of timm, the hub, the network and the file alike: told whole, and nothing goes on
+        why = f"{type(error).__name__}: {one_line(error)[:300]}"
+        raise InputError(f"the published weights of {name!r} cannot be read ({why}): connect, or set HF_HOME") from None
+
+
+def published_config(name: str, image_size: int) -> BackboneConfig:
+    """Return the config of a published model, with the normalisation that its weights expect."""
+    imagenet = timm.data.constants.IMAGENET_DEFAULT_MEAN, timm.data.constants.IMAGENET_DEFAULT_STD
+    known = timm.get_pretrained_cfg(name) if "/" not in name else None
+    mean, std = (known.mean, known.std) if known else imagenet
+    return BackboneConfig(name, True, image_size, None, tuple(mean), tuple(std))
+
+
+def read_vit_mae(repository: str, image_size: int) -> VisionTransformer:
+    """Return the encoder of a Hugging Face ViT-MAE as a timm ViT; InputError if its files cannot be had."""
+    config, weights = (
+        published(repository, partial(hf_hub_download, repository, file))
+        for file in ("config.json", "model.safetensors")
+    )
+    config = json.loads(Path(config).read_text())
+    if config["image_size"] != image_size:
+        raise InputError(f"{repository!r} reads images of {config['image_size']} pixels, not {image_size}")
+    vit = vit_of_mae(config)
+    vit.load_state_dict(mae_to_timm(load_file(weights)))
+    return vit
+
+
+def vit_of_mae(config: dict[str, float]) -> VisionTransformer:
+    """Return the timm ViT that computes what a ViT-MAE encoder of this config.json does; its LayerNorm's epsilon matters."""
+    return VisionTransformer(
+        img_size=config["image_size"],
+        patch_size=config["patch_size"],
+        embed_dim=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        mlp_ratio=config["intermediate_size"] / config["hidden_size"],
+        norm_layer=partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
+        num_classes=0,
+    )
+
+
+def mae_to_timm(state: State) -> State:
+    """Return the encoder weights of Hugging Face's ViTMAE under timm's names.
+
+    Both of its spellings are known: of files (vit.encoder.layer.0.attention.attention.query) and of transformers 5 in memory
+    (vit.layers.0.attention.q_proj). The encoder shuffles its patches even at mask ratio 0, unless it is given `noise` that ascends.
+    """
+    spellings = {
+        r"^vit\.": "",
+        r"^encoder\.layer\.": "layers.",
+        r"attention\.attention\.(query|key|value)": lambda match: f"attention.{match[1][0]}_proj",
+        r"attention\.output\.dense": "attention.o_proj",
+        r"intermediate\.dense": "mlp.fc1",
+        r"(?<!attention\.)output\.dense": "mlp.fc2",
+        r"^embeddings\.cls_token": "cls_token",
+        r"^embeddings\.position_embeddings": "pos_embed",
+        r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+        r"^layernorm\.": "norm.",
+        r"^layers\.": "blocks.",
+        r"layernorm_before": "norm1",
+        r"layernorm_after": "norm2",
+        r"attention\.o_proj": "attn.proj",
+    }
+    named = {}
+    for name, tensor in state.items():
+        if not name.startswith("decoder"):
+            for pattern, spelling in spellings.items():
+                name = re.sub(pattern, spelling, name)
+            named[name] = tensor
+    for query in [name for name in named if "q_proj" in name]:
+        parts = [named.pop(query.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        named[query.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    return named
+
+
+class MaskedAutoencoder(nn.Module):
+    """A ViT that sees some patches, and one transformer block that fills in the others (He et al. 2021, arXiv:2111.06377).
+
+    `vit` is the encoder, taken over and not copied.
+    """
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit, d, patches = vit, vit.embed_dim, vit.patch_embed.num_patches
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.embed = nn.Linear(d, d)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.position = nn.Parameter(0.02 * torch.randn(1, patches + 1, d))
+        self.block = Block(d, vit.blocks[0].attn.num_heads)
+        self.norm = nn.LayerNorm(d)
+        self.predict = nn.Linear(d, 3 * self.patch_size**2)
+
+    def patchify(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p q"]:
+        """Return the pixels of each patch, patches row by row."""
+        s = self.patch_size
+        return x.unfold(2, s, s).unfold(3, s, s).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches: Float[Tensor, "n p q"]) -> Float[Tensor, "n 3 h w"]:
+        """Return the images of which these are the patches."""
+        s, side = self.patch_size, round(patches.shape[1] ** 0.5)
+        return patches.view(-1, side, side, 3, s, s).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, side * s, side * s)
+
+    def forward(
+        self, x: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n p"], mask_ratio: float
+    ) -> tuple[Float[Tensor, "n p q"], Bool[Tensor, "n p"]]:
+        """Return the predicted pixels of all patches, and which of them were hidden: those of the largest `noise`."""
+        vit, n = self.vit, len(x)
+        tokens = vit.patch_embed(x) + vit.pos_embed[:, 1:]
+        order = noise.argsort(1)
+        back, seen = order.argsort(1), round(order.shape[1] * (1 - mask_ratio))
+        visible = tokens.gather(1, order[:, :seen, None].expand(-1, -1, tokens.shape[2]))
+        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(n, -1, -1)
+        code = self.embed(vit.norm(vit.blocks(torch.cat([cls, visible], 1))))
+        filled = torch.cat([code[:, 1:], self.mask_token.expand(n, order.shape[1] - seen, -1)], 1)
+        filled = filled.gather(1, back[..., None].expand(-1, -1, filled.shape[2]))
+        decoded = self.block(torch.cat([code[:, :1], filled], 1) + self.position)
+        return self.predict(self.norm(decoded[:, 1:])), back >= seen
+
+    def loss(self, x: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n p"], mask_ratio: float) -> Float[Tensor, ""]:
+        """Return the mean squared error of the hidden patches' pixels."""
+        predicted, hidden = self(x, noise, mask_ratio)
+        return (predicted - self.patchify(x)).square().mean(2)[hidden].mean()
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ViT without a head, and what it needs to know of images. `decoder` is a masked autoencoder's, empty of published ones."""
+
+    vit: VisionTransformer
+    config: BackboneConfig
+    sha256: str  # of the weights
+    decoder: State
+
+    def prepare(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 3 s s"]:
+        """Return images as the ViT reads them: of its size, three channels, normalised."""
+        size = (self.config.image_size, self.config.image_size)
+        x = images.float() / 255
+        if x.shape[-2:] != size:
+            x = interpolate(x, size, mode="bilinear", antialias=x.shape[-1] > size[0], align_corners=False)
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        return (x.expand(-1, 3, -1, -1) - mean) / std
+
+    @torch.no_grad()
+    def features(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 250) -> Float[Tensor, "n 2 d"]:
+        """Return, in float32, the class token and the mean of the patch tokens after the last norm."""
+        self.vit.eval()
+        out = []
+        for batch in images.split(batch_size):
+            with autocast(images.device):
+                tokens = self.vit.forward_features(self.prepare(batch)).float()
+            out.append(torch.stack([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+        return torch.cat(out)
+
+
+def weights_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of tensors and their names, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_backbone(path: Path, vit: VisionTransformer, config: BackboneConfig, decoder: State) -> None:
+    """Write a backbone: weights trained here as float16; of published ones their name and SHA-256 alone."""
+    state = {} if config.pretrained else {name: tensor.half() for name, tensor in vit.state_dict().items()}
+    hashed = vit.state_dict() if config.pretrained else {name: tensor.float() for name, tensor in state.items()}
+    metadata = {"config": asdict(config), "sha256": weights_sha256(hashed.items())}
+    tensors = state | {f"decoder.{name}": tensor.half() for name, tensor in decoder.items()}
+    save_arrays(path, {name: tensor.cpu().numpy() for name, tensor in tensors.items()}, metadata)
+
+
+def load_backbone(path: Path, device: torch.device | str = "cpu") -> Backbone:
+    """Read what `save_backbone` wrote; InputError if it is missing, damaged, or its published weights are others by now."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run 'dvc repro pretrain_backbone'")
+    metadata = load_metadata(path)
+    values = metadata["config"]
+    config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+    decoder = {name.removeprefix("decoder."): state.pop(name) for name in list(state) if name.startswith("decoder.")}
+    vit = build_vit(config)
+    if not config.pretrained:
+        vit.load_state_dict(state)
+    if weights_sha256(vit.state_dict().items()) != metadata["sha256"]:
+        raise InputError(f"{path}: the weights of {config.name!r} are not those it was made with: dvc repro -f it")
+    return Backbone(vit.eval().to(device), config, metadata["sha256"], decoder)

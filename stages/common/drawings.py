@@ -1,0 +1,56 @@
+"""Images that the project draws itself: glyphs of Bézier strokes, in any number of classes, from no data set."""
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from stages.common.runtime import generator
+
+MAX_STROKES = 3
+POINTS = 16  # on a stroke
+
+
+class Glyphs:
+    """Classes of characters. A class is one to three cubic Bézier strokes; its images differ as handwriting does.
+
+    The same `seed` gives the same classes, and its first classes whatever `classes` is. Coordinates are -1 to 1 in the image.
+    """
+
+    def __init__(self, classes: int, seed: int = 0) -> None:
+        strokes, control, joined = [], [], []
+        for c in range(classes):
+            random = generator(seed, f"glyph {c}")
+            strokes.append(torch.randint(1, MAX_STROKES + 1, (), generator=random))
+            control.append(1.5 * torch.rand(MAX_STROKES, 4, 2, generator=random) - 0.75)
+            joined.append(torch.rand(MAX_STROKES, generator=random) < 0.6)
+        self.control: Float[Tensor, "c s 4 2"] = torch.stack(control)
+        self.drawn = torch.arange(MAX_STROKES) < torch.stack(strokes)[:, None]
+        for stroke in range(1, MAX_STROKES):  # many a stroke begins where the last one ended
+            at_end = torch.stack(joined)[:, stroke, None]
+            self.control[:, stroke, 0] = torch.where(at_end, self.control[:, stroke - 1, 3], self.control[:, stroke, 0])
+        t = torch.linspace(0, 1, POINTS)[:, None]
+        self.bernstein = torch.cat([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], 1)
+
+    def draw(self, labels: Int[Tensor, " n"], size: int, random: torch.Generator) -> UInt8[Tensor, "n 1 size size"]:
+        """Return an image of each label: its strokes moved, turned, sheared, scaled, and of varying width and sharpness."""
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(len(labels), *shape, generator=random)
+
+        control = self.control[labels]
+        control = control + 0.05 * torch.randn(control.shape, generator=random)
+        drawn = self.drawn[labels].repeat_interleave(POINTS, 1)[..., None]
+        points = (self.bernstein @ control).flatten(1, 2)
+        points = points - (points * drawn).sum(1, keepdim=True) / drawn.sum(1, keepdim=True)
+        turn, scale, shear = uniform(-0.25, 0.25), uniform(0.75, 1.15, 2), uniform(-0.2, 0.2)
+        rows = [turn.cos() * scale[:, 0], -turn.sin() * scale[:, 1] + shear, turn.sin() * scale[:, 0]]
+        transform = torch.stack([*rows, turn.cos() * scale[:, 1]], 1).view(-1, 2, 2)
+        points = points @ transform.mT + uniform(-0.125, 0.125, 1, 2)
+        points = points.masked_fill(~drawn, 1e3)  # far outside
+        axis = torch.linspace(-1, 1, size)
+        pixels = torch.cartesian_prod(axis, axis).flip(1)  # x, y of each pixel, row by row
+        squared = pixels.square().sum(1) + points.square().sum(2, keepdim=True) - 2 * points @ pixels.T
+        distance = squared.amin(1).clamp(min=0).sqrt()
+        width, softness = uniform(0.06, 0.14, 1), uniform(0.02, 0.05, 1)
+        ink = torch.sigmoid((width - distance) / softness)
+        return (255 * ink).byte().view(-1, 1, size, size)

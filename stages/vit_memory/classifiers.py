@@ -1,0 +1,98 @@
+"""Classifiers on frozen features."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from stages.vit_memory.hopfield import associate
+
+
+def linear_probe(
+    x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], queries: Float[Tensor, "m d"], classes: int, decay: float
+) -> Float[Tensor, "m c"]:
+    """Return the logits of softmax regression on standardised features, fitted to the end by L-BFGS: a strong baseline."""
+    mean, std = x.mean(0), x.std(0) + 1e-3
+    x, queries = (x - mean) / std, (queries - mean) / std
+    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(x @ weight.T + bias, labels) + decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (queries @ weight.T + bias).detach()
+
+
+def class_means(x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int) -> Float[Tensor, "c d"]:
+    """Return the mean of each class; 0 of an empty one."""
+    member = one_hot(labels, classes).T.to(x)
+    return member @ x / member.sum(1, keepdim=True).clamp(min=1)
+
+
+def centred_cosines(means: Float[Tensor, "c d"], queries: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
+    """Return the cosine of each query to each class mean, the mean of the means being the origin."""
+    centre = means.mean(0)
+    return normalize(queries - centre, dim=1) @ normalize(means - centre, dim=1).T
+
+
+class Whitening:
+    """Coordinates in which base classes, learnt from before, have unit covariance within: what varies in a class counts less.
+
+    `shrinkage` (0 to 1) mixes that covariance with a multiple of the identity that has its trace.
+    """
+
+    def __init__(self, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], shrinkage: float = 0.2) -> None:
+        means = class_means(x, labels, int(labels.max()) + 1)
+        within = (x - means[labels]).double()
+        covariance = within.T @ within / len(x)
+        d = len(covariance)
+        covariance = (1 - shrinkage) * covariance + shrinkage * covariance.trace() / d * torch.eye(d).to(covariance)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.mean, self.map = x.mean(0), (vectors * values.rsqrt() @ vectors.T).to(x.dtype)
+
+    def __call__(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        return (x - self.mean) @ self.map
+
+
+def memory_log_probabilities(
+    keys: Float[Tensor, "m d"],
+    labels: Int[Tensor, " m"],
+    queries: Float[Tensor, "n d"],
+    classes: int,
+    beta: float,
+) -> Float[Tensor, "n c"]:
+    """Return the log of the retrieved share of each class's patterns; keys and queries are centred and normalised."""
+    centre = keys.mean(0)
+    shares = associate(normalize(keys - centre, dim=1), normalize(queries - centre, dim=1), beta)
+    return (shares @ one_hot(labels, classes).to(shares)).clamp(min=1e-12).log()
+
+
+class RanPAC:
+    """Ridge regression on random features (McDonnell et al. 2023, arXiv:2307.02251): sums that any order of tasks makes alike."""
+
+    def __init__(
+        self, dim: int, features: int, classes: int, random: torch.Generator, device: torch.device | str = "cpu"
+    ) -> None:
+        self.projection = (torch.randn(dim, features, generator=random) / dim**0.5).to(device)
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.targets = torch.zeros(features, classes, dtype=torch.float64, device=device)
+
+    def expand(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n f"]:
+        """Return the random features."""
+        return (x @ self.projection).relu()
+
+    def write(self, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
+        """Add examples."""
+        h = self.expand(x)
+        self.gram += (h.T @ h).double()
+        self.targets += (h.T @ one_hot(labels, self.targets.shape[1]).to(h)).double()
+
+    def scores(self, queries: Float[Tensor, "m d"], ridge: float) -> Float[Tensor, "m c"]:
+        """Return the regression's outputs."""
+        weights = torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram), self.targets)
+        return self.expand(queries) @ weights.to(queries)
