@@ -17,6 +17,7 @@ from reproduction import ROOT, scale_overrides
 from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.common.params import StageParams
 from stages.forecast import evaluate_forecaster, train_forecaster, train_lenet
+from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -181,6 +182,14 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
         evaluated = evaluate_forecaster.Params.load("evaluate_forecaster", dataset)
         for variant in changed["train_forecaster"]["variants"]:
             assert evaluated.horizons == train_forecaster.Params.load("train_forecaster", dataset, variant).horizons
+    assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]
+    for dataset in changed["build_zoo"]["datasets"]:
+        assert dataset in fetched
+        for variant in changed["build_zoo"]["variants"]:
+            build_zoo.Params.load("build_zoo", dataset, variant)
+        for variant in changed["train_weightnet"]["variants"]:
+            train_weightnet.Params.load("train_weightnet", dataset, variant)
+        evaluate_weightnet.Params.load("evaluate_weightnet", dataset)
     for dataset in trained:
         decompose_bilinear.Params.load("decompose_bilinear", dataset)
         for variant in changed["train_bilinear"]["variants"]:
@@ -193,6 +202,10 @@ def test_variants_are_the_same_everywhere():
     assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
     matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
+    assert set(DVC_YAML["build_zoo"]["matrix"]["variant"]) == set(PARAMS["build_zoo"]["variants"])
+    assert set(PARAMS["build_zoo"]["variants"]) == set(evaluate_weightnet.ARCHITECTURES)
+    matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
+    assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
 

@@ -32,6 +32,15 @@ PIPELINE = [
         for variant in ("transformer", "weights_only", "mlp", "ridge", "pca_transformer")
     ),
     ("stages.forecast.evaluate_forecaster", {"dataset": "digits"}),
+    *(
+        ("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant})
+        for variant in ("cnn3", "flat", "residual")
+    ),
+    *(
+        ("stages.weightnet.train_weightnet", {"dataset": "digits", "variant": variant})
+        for variant in ("weightnet", "probe", "hybrid", "baselines", "ablations")
+    ),
+    ("stages.weightnet.evaluate_weightnet", {"dataset": "digits"}),
     ("stages.report.build_report", {}),
 ]
 
@@ -73,7 +82,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 7
+    assert len(summaries) == 11
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -127,9 +136,9 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
                 tables[-1][-1].append(data)
 
     Reader().feed(page)
-    assert len(sources) == 7
+    assert len(sources) == 10
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    (forecast, *losses), ((header, *rows), (two_header, *two_rows), (random_header, *_)) = tables[:3], tables[3:]
+    (forecast, *losses), ((header, *rows), (two_header, *two_rows), (random_header, *_)) = tables[:3], tables[3:6]
     assert "persistence" in [row[0] for row in forecast]
     assert all("persistence" in [row[0] for row in table] for table in losses)
     assert two_header == random_header
