@@ -1,20 +1,24 @@
 """Relabelled networks are the same networks; a stack trains like each alone; what the zoo's index says is what was measured."""
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from dvc.utils.hydra import apply_overrides
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from stages.common.checkpoints import save_torch
 from stages.common.command import InputError
 from stages.datasets import fetch_data
-from stages.weightnet import build_zoo, predictors
+from stages.weightnet import build_zoo, predict, predictors
 from stages.weightnet.build_zoo import MEASURED, plan_stacks, train_and_measure
 from stages.weightnet.convolution import convolve
 from stages.weightnet.evaluate_weightnet import one_sided, score
+from stages.weightnet.features import pooled_statistics
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Predictor
 from stages.weightnet.program import Weights, run_stack, trace
@@ -424,3 +428,64 @@ def test_measurements_are_those_of_the_run_s_own_row(project, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["snapshot"] for row in rows] == ["initial", "middle", "final"] * 16
     assert len({row["run"] for row in rows}) == len({row["config"] for row in rows}) == 16
+
+
+def keep_untrained(project, kind="weightnet") -> None:
+    """Write a predictor as train_weightnet keeps it, untrained."""
+    networks = zoo_networks("cnn3", 8)
+    inputs = pooled_statistics(networks).float()
+    model = Predictor(CONFIG | {"kind": kind}, networks, inputs.shape[1], seed=0)
+    scale = {
+        f"{what}_{k}": f(n)
+        for what, n in (("input", inputs.shape[1]), ("target", len(PROPERTIES)))
+        for k, f in (("mean", torch.zeros), ("std", torch.ones))
+    }
+    kept = {
+        "config": CONFIG | {"kind": kind},
+        "input_shape": [1, 8, 8],
+        "classes": 10,
+        "state_dict": model.state_dict(),
+    }
+    kept |= {"scale": scale, "errors": torch.rand(20, len(PROPERTIES)).sort(0).values, "inputs": inputs.clamp(-6, 6)}
+    save_torch(project / f"models/train_weightnet/digits-{kind}/predictors.pt", {kind: kept})
+
+
+def ask(monkeypatch, capsys, *words: str) -> dict:
+    monkeypatch.setattr("sys.argv", ["predict", *words, "--json"])
+    predict.predict()
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["weightnet", "hybrid"])
+def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, monkeypatch, capsys, kind):
+    keep_untrained(project, kind)
+    networks = zoo_networks("residual", 1)
+    for name, some in (("a", networks), ("b", relabelled(networks))):
+        save_file({k: v[0].float().contiguous() for k, v in some.weights.items()}, project / f"{name}.safetensors")
+    flags = ["--allow-probe"] if kind == "hybrid" else []
+    first, second = ask(monkeypatch, capsys, ".", "--arch", "residual", *flags).values()
+    assert set(first["properties"]) == set(PROPERTIES)
+    for name, found in first["properties"].items():
+        assert found["low"] < found["value"] < found["high"]
+        assert found["value"] == pytest.approx(second["properties"][name]["value"], rel=1e-4)
+    assert 0 <= first["unlike"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.safetensors", "--arch", "cnn4"], "of cnn4 is .* the file has"),
+        (["a.safetensors", "--arch", "alexnet"], "the zoo has cnn3"),
+        (["a.safetensors", "--arch", "os:getcwd"], "allow it by --allow-code"),
+        (["none.safetensors", "--arch", "cnn3"], "cannot be read as weights"),
+        (["evil.pt", "--arch", "cnn3"], "cannot be read as weights"),
+        (["a.safetensors", "--arch", "cnn3", "--dataset", "other"], "run 'dvc repro train_weightnet@other-weightnet'"),
+    ],
+)
+def test_mistakes_are_explained_and_pickles_are_not_run(project, monkeypatch, capsys, words, message):
+    keep_untrained(project)
+    networks = zoo_networks("cnn3", 1)
+    save_file({k: v[0].float().contiguous() for k, v in networks.weights.items()}, project / "a.safetensors")
+    torch.save({"state_dict": Dense()}, project / "evil.pt")
+    with pytest.raises(InputError, match=message):
+        ask(monkeypatch, capsys, *words)

@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, Exception) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise InputError(f"{path} cannot be read as weights ({one_line(error)[:120]})") from None
     return loaded.get("state_dict", loaded)
 

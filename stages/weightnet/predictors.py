@@ -26,6 +26,7 @@ Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
+LARGE = 512  # neurons, from which layers attend one by one
 SEEDING = Lock()  # torch's modules draw their first weights from the one global generator
 
 
@@ -102,7 +103,8 @@ class Round(nn.Module):
         super().__init__()
         self.cross, self.intra, self.heads = cross, intra, heads
         self.send = nn.Linear(d, 2 * d)
-        self.update = nn.Sequential(nn.LayerNorm(3 * d), nn.Linear(3 * d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+        self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
+        self.update = nn.Sequential(nn.Linear(3 * d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
         self.norm = nn.LayerNorm(d)
         self.query_key_value = nn.Linear(d, 3 * d)
         self.mix = nn.Linear(d, d)
@@ -113,19 +115,25 @@ class Round(nn.Module):
         tokens: Float[Tensor, "n t d"],
         edges: list[tuple[Edge, Float[Tensor, "n d out in"]]],
         sizes: dict[str, int],
-        same_layer: Tensor,
+        same_layer: Tensor | None,
     ) -> Float[Tensor, "n t d"]:
         if self.cross:
             forward, backward = (sent.mT.split(list(sizes.values()), 2) for sent in self.send(tokens).chunk(2, 2))
             forward, backward = dict(zip(sizes, forward, strict=True)), dict(zip(sizes, backward, strict=True))
             heard: Heard = {group: ([], []) for group in sizes}
             for edge, weight in edges:  # like the network's own sums, with learned functions of its weights
-                heard[edge.target][0].append((weight @ forward[edge.source][..., None])[..., 0] / weight.shape[3])
-                heard[edge.source][1].append((weight.mT @ backward[edge.target][..., None])[..., 0] / weight.shape[2])
-            tokens = tokens + self.update(torch.cat([tokens, *sums(heard, tokens)], 2))
+                d, c = weight.shape[2:]
+                heard[edge.target][0].append((weight * forward[edge.source][:, :, None]).sum(3) / c**0.5)
+                heard[edge.source][1].append((weight * backward[edge.target][..., None]).sum(2) / d**0.5)
+            normed = [norm(x) for norm, x in zip(self.norms, (tokens, *sums(heard, tokens)), strict=True)]
+            tokens = tokens + self.update(torch.cat(normed, 2))
         if self.intra:
             parts = self.query_key_value(self.norm(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            mixed = scaled_dot_product_attention(*parts, attn_mask=same_layer)
+            if same_layer is None:  # large layers: each by itself, so that memory is not the square of all neurons
+                by_layer = zip(*(part.split(list(sizes.values()), 2) for part in parts), strict=True)
+                mixed = torch.cat([scaled_dot_product_attention(*layer) for layer in by_layer], 2)
+            else:
+                mixed = scaled_dot_product_attention(*parts, attn_mask=same_layer)
             tokens = tokens + self.mix(mixed.transpose(1, 2).flatten(2))
         return tokens + self.feed_forward(tokens)
 
@@ -149,20 +157,16 @@ class WeightNet(nn.Module):
 
     def forward(self, networks: Networks) -> Features:
         symmetry, weights, n = networks.symmetry, networks.weights, len(networks)
-        ends, where = 0, {}
-        for group, size in symmetry.sizes.items():
-            where[group] = slice(ends, ends + size)
-            ends += size
         sizes = symmetry.sizes
-        edges = [(e, gelu(self.edge(read_edge(networks, e))).permute(0, 3, 1, 2).contiguous()) for e in symmetry.edges]
+        edges = [(e, self.edge(read_edge(networks, e)).permute(0, 3, 1, 2).contiguous()) for e in symmetry.edges]
         one = edges[0][1]
-        seen: Heard = {
-            group: ([], [], []) for group in sizes
-        }  # mean and maximum of incoming weights, mean of outgoing ones
+        # mean and maximum of what comes in, mean of what goes out
+        seen: Heard = {group: ([], [], []) for group in sizes}
         for edge, x in edges:
-            seen[edge.target][0].append(x.mean(3))
-            seen[edge.target][1].append(x.amax(3))
-            seen[edge.source][2].append(x.mean(2))
+            active = gelu(x)
+            seen[edge.target][0].append(active.mean(3))
+            seen[edge.target][1].append(active.amax(3))
+            seen[edge.source][2].append(active.mean(2))
         vectors: Heard = {group: ([one.new_zeros(n, self.d, size)],) for group, size in sizes.items()}
         for name, group in symmetry.vectors:
             role = name.rpartition(".")[2]
@@ -172,10 +176,12 @@ class WeightNet(nn.Module):
         tokens = self._places(networks, one)
         tokens = tokens + self.encode(torch.cat([*sums(seen, tokens), *sums(vectors, tokens)], 2))
         layer_of = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes.values())]).to(one.device)
+        same_layer = layer_of[:, None] == layer_of if len(layer_of) <= LARGE else None
         for round_ in self.rounds:
-            tokens = round_(tokens, edges, sizes, layer_of[:, None] == layer_of)
-        pooled = [torch.cat([x.mean(1), x.amax(1)], 1) for x in (tokens[:, where[group]] for group in symmetry.hidden)]
-        output = tokens[:, where[OUTPUT]]
+            tokens = round_(tokens, edges, sizes, same_layer)
+        layers = dict(zip(sizes, tokens.split(list(sizes.values()), 1), strict=True))
+        pooled = [torch.cat([x.mean(1), x.amax(1)], 1) for x in (layers[group] for group in symmetry.hidden)]
+        output = layers[OUTPUT]
         summary = [pooled[0], torch.stack(pooled).mean(0), pooled[-1], output.mean(1), output.amax(1)]
         return self.read(torch.cat(summary, 1))
 
@@ -191,7 +197,9 @@ class WeightNet(nn.Module):
         places = torch.cat(rows, 1)
         tanh = networks.tanh[:, None, None].to(like).expand(*places.shape[:2], 1)
         before = places.shape[1] - groups[OUTPUT]  # the output's neurons come last
-        classes = pad(self.of_class, (0, 0, before, 0))
+        known = len(self.of_class) == groups[OUTPUT]  # other classes than the zoo's are all alike
+        of_class = self.of_class if known else self.of_class.mean(0).expand(groups[OUTPUT], self.d)
+        classes = pad(of_class, (0, 0, before, 0))
         return self.place(torch.cat([places, tanh], 2)) + classes
 
 
@@ -280,10 +288,8 @@ class FlatMLP(nn.Module):
     def __init__(self, networks: Networks, sort: bool) -> None:
         super().__init__()
         self.sort = sort
-        self.body = nn.Sequential(
-            nn.LazyLinear(WIDTH), nn.GELU(), Dropout(0.2), nn.Linear(WIDTH, WIDTH), nn.GELU(), Dropout(0.2)
-        )
-        self.body(self.flatten(networks))
+        first = nn.Linear(networks.program.size, WIDTH)
+        self.body = nn.Sequential(first, nn.GELU(), Dropout(0.2), nn.Linear(WIDTH, WIDTH), nn.GELU(), Dropout(0.2))
 
     def flatten(self, networks: Networks) -> Float[Tensor, "n p"]:
         """Return the weights of each network in units of He's standard deviation, sorted if they are to be."""
