@@ -47,6 +47,7 @@ def draw_predictions(path: Path, predictions: dict[str, tuple[np.ndarray, np.nda
             ax.scatter(true[:, k], predicted[:, k], s=5, alpha=0.6, linewidths=0)
             if kind == "test_loss":
                 ax.set(xscale="log", yscale="log")
+                ax.minorticks_off()
             ax.set(title=LABELS[kind] if ax in axes[0] else "", xlabel="measured" if ax in axes[-1] else "")
         row[0].set_ylabel(f"{name}:\npredicted")
     save_figure(path, figure)
