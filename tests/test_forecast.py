@@ -169,9 +169,9 @@ def test_a_diffusion_model_finds_the_mean_of_what_it_learns():
 
 
 def test_features_do_not_depend_on_the_size_of_the_movement():
-    """In units of the scale a run that moves ten times as far looks the same, but for where it is and its state."""
+    """In its units a run that moves eight times as far, along directions eight times as large, looks the same."""
     run = trajectory()
-    larger = Trajectory(run.layout, 10 * run.weights, run.state)
+    larger = Trajectory(run.layout, 8 * run.weights, 8 * run.state)
     index = torch.arange(run.layout.size)
     a, b = (read_features(r, 12, index, with_state=True, with_context=True).flat for r in (run, larger))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -25,12 +25,14 @@ from stages.forecast import (
     tune_jump,
 )
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
+from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MODELS_IN_GIT = {
     "models/pretrain_backbone/backbone.safetensors"
 }  # small, and minutes of work that a clone need not repeat
+COMMANDS = {"forecast_snapshots", "predict"}  # for users' own files: no stages
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))
 
 
@@ -83,10 +85,8 @@ def keys_read(params: type[StageParams], section: str, items: dict[str, str]) ->
 
 
 def test_stage_script_and_params_section_share_one_name(stages):
-    scripts = {path.stem: path.read_text() for path in (ROOT / "stages").rglob("*.py")}
-    with_params = {name for name, text in scripts.items() if "class Params(StageParams)" in text}
-    assert set(DVC_YAML) == set(PARAMS) == with_params
-    assert with_params <= {name for name, text in scripts.items() if "def main()" in text}  # the others are commands
+    scripts = {path.stem for path in (ROOT / "stages").rglob("*.py") if "def main()" in path.read_text()}
+    assert set(DVC_YAML) == set(PARAMS) == scripts - COMMANDS
     for stage in stages:
         assert script(stage).stem == stage.name.split("@")[0]
 
@@ -204,6 +204,14 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
         assert dataset in fetched
         for stage in (extract_features, train_few_shot, train_continual, diagnose_memory):
             stage.Params.load(stage.__name__.split(".")[-1], dataset)
+    assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]
+    for dataset in changed["build_zoo"]["datasets"]:
+        assert dataset in fetched
+        for variant in changed["build_zoo"]["variants"]:
+            build_zoo.Params.load("build_zoo", dataset, variant)
+        for variant in changed["train_weightnet"]["variants"]:
+            train_weightnet.Params.load("train_weightnet", dataset, variant)
+        evaluate_weightnet.Params.load("evaluate_weightnet", dataset)
     for dataset in trained:
         decompose_bilinear.Params.load("decompose_bilinear", dataset)
         for variant in changed["train_bilinear"]["variants"]:
@@ -216,6 +224,10 @@ def test_variants_are_the_same_everywhere():
     assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
     matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
+    assert set(DVC_YAML["build_zoo"]["matrix"]["variant"]) == set(PARAMS["build_zoo"]["variants"])
+    assert set(PARAMS["build_zoo"]["variants"]) == set(evaluate_weightnet.ARCHITECTURES)
+    matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
+    assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
 

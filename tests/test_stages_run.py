@@ -40,6 +40,15 @@ PIPELINE = [
         (f"stages.vit_memory.{stage}", {"dataset": "digits"})
         for stage in ("extract_features", "train_few_shot", "train_continual", "diagnose_memory")
     ),
+    *(
+        ("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant})
+        for variant in ("cnn3", "flat", "residual")
+    ),
+    *(
+        ("stages.weightnet.train_weightnet", {"dataset": "digits", "variant": variant})
+        for variant in ("weightnet", "probe", "hybrid", "baselines", "ablations")
+    ),
+    ("stages.weightnet.evaluate_weightnet", {"dataset": "digits"}),
     ("stages.report.build_report", {}),
 ]
 
@@ -81,7 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 13
+    assert len(summaries) == 17
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -154,6 +163,9 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert all("%" in baseline or "untrained" in baseline for _, _, baseline in rows)
     assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
+    (_, *scores), _, (_, *moved) = sections["WeightNet"]
+    assert {"weightnet", "stats_gbm", "nearest", "hyperparameters_gbm"} <= {row[0] for row in scores}
+    assert all(float(row[2]) < 1e-6 for row in moved)  # relabelled neurons change nothing
     (_, *shots), (_, *tasks), (_, *errors) = sections["ViT memory"]
     assert {"linear probe", "memory head", "pixels", "random vit"} <= {row[0] for row in shots}
     assert sum("to" in row[2].split() for row in shots) == len(shots) - 1

@@ -21,6 +21,7 @@ AVERAGES = (4, 10, 20)  # snapshots before t whose means it reads, with that at 
 HISTORY = max(AVERAGES) + 1  # snapshots up to t that it reads at all, beside the first of the run
 STATIC = len(AVERAGES) + 2 + 5  # features that are no sequence: distances to means, to zero, to the start; the layer
 DISTANCE_GAIN = 0.5  # of the distances of earlier snapshots from the last
+STATE_GAIN = 0.5  # of the optimiser's direction
 CONTEXT_GAIN = 3.0  # means over a neuron are smaller than single weights
 ORIGIN_GAIN = 0.05  # distances from zero and from the start are larger
 
@@ -143,6 +144,17 @@ class Trajectory:
         return self.layout.neuron_means(self.state.float())
 
     @cached_property
+    def state_scales(self) -> Float[Tensor, "t layers"]:
+        """Root mean square of each parameter tensor's step direction over the last SCALE_WINDOW snapshots: its unit at t.
+
+        Adam's directions are near 1, SGD's as small as its gradients: in this unit one forecaster reads both.
+        """
+        squares = self.state.float().square()
+        by_layer = torch.stack([squares[:, where].mean(1) for where in self.layout.slices.values()], 1)
+        recent = [by_layer[max(0, t - SCALE_WINDOW + 1) : t + 1].mean(0) for t in range(len(self))]
+        return torch.stack(recent).sqrt() + 1e-8
+
+    @cached_property
     def scales(self) -> Float[Tensor, "t layers"]:
         """Root mean square movement of each parameter tensor over the last SCALE_WINDOW snapshots, the unit at t; t >= 1."""
         squares = self.weights.diff(dim=0).square()
@@ -193,10 +205,11 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
         rows, columns = run.delta_means
         parts += [CONTEXT_GAIN * rows[times][:, row] / scale, CONTEXT_GAIN * columns[times][:, column] / scale]
     if with_state:
-        parts.append(run.state[t - WINDOW + 1 : t + 1, index].flip(0).float())
+        unit = run.state_scales[t, layer] / STATE_GAIN
+        parts.append(run.state[t - WINDOW + 1 : t + 1, index].flip(0).float() / unit)
         if with_context:
             rows, columns = run.state_means
-            parts += [CONTEXT_GAIN * rows[times][:, row], CONTEXT_GAIN * columns[times][:, column]]
+            parts += [CONTEXT_GAIN * rows[times][:, row] / unit, CONTEXT_GAIN * columns[times][:, column] / unit]
     static = [(latest - run.weights[max(0, t - n) : t + 1, index].mean(0)) / scale for n in AVERAGES]
     static += [ORIGIN_GAIN * latest / scale, ORIGIN_GAIN * (latest - run.weights[0, index]) / scale]
     static += run.layout.descriptors[layer].T

@@ -14,6 +14,7 @@ from stages.report.bilinear import bilinear_section
 from stages.report.elements import REPORTS, Section
 from stages.report.forecast import forecast_section
 from stages.report.vit_memory import vit_memory_section
+from stages.report.weightnet import weightnet_section
 
 NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds), or [95 % confidence intervals]."
 
@@ -23,6 +24,7 @@ class Params(StageParams):
 
     bilinear: str  # the data set
     forecast: str
+    weightnet: str
     vit_memory: str
 
 
@@ -76,6 +78,7 @@ def main() -> None:
     sections = [
         forecast_section(params.forecast),
         bilinear_section(params.bilinear),
+        weightnet_section(params.weightnet),
         vit_memory_section(params.vit_memory),
     ]
     save_text(REPORTS / "report.md", render_markdown(sections))

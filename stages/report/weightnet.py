@@ -1,0 +1,64 @@
+"""The report's section on predicted properties of networks."""
+
+from stages.common.artifacts import load_json
+from stages.report.elements import REPORTS, Picture, Section, Table, decimal
+
+EVALUATED = REPORTS / "evaluate_weightnet"
+
+
+def weightnet_section(dataset: str) -> Section:
+    """Return the section of predicted properties of one data set's zoo."""
+    summary = load_json(EVALUATED / dataset / "summary.json")
+    (main, architectures), *transfers = summary["scores"].items()
+    (architecture, scores), *_ = architectures.items()
+    order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
+    rows = [
+        [
+            name,
+            decimal(scores["test_acc"][name]["r2"]) if name in scores["gap"] else "",
+            *(decimal(found[name]["tau"]) if name in found else "" for found in scores.values()),
+        ]
+        for name in order
+    ]
+    tables = [
+        Table(
+            ["predictor", "R² of test_acc", *scores],
+            rows,
+            f"Runs not seen ({main}: {architecture}): R² of the test accuracy, and Kendall's tau of every property.",
+        )
+    ]
+    held = {f"{task}: {name}": found for task, byarch in transfers for name, found in byarch.items()}
+    if held:
+        names = sorted({who for found in held.values() for who in found["test_acc"]})
+        cells = [
+            [who, *(decimal(f["test_acc"][who]["tau"]) if who in f["test_acc"] else "" for f in held.values())]
+            for who in names
+        ]
+        caption = "Architectures not seen: Kendall's tau of test accuracy, networks of other architectures learnt from."
+        tables.append(Table(["predictor", *held], cells, caption))
+    rows = [
+        [name, what, f"{moved['relabelled']:.0e}", f"{moved['one_sided']:.2g}"]
+        for name, found in summary["relabelling"].items()
+        for what, moved in found.items()
+    ]
+    caption = (
+        "What relabelling hidden neurons changes, in float64: outputs over their size, predictions over their spread; one layer's "
+        "rows alone, which is another network, for comparison."
+    )
+    tables.append(Table(["architecture", "of", "relabelled", "one layer's rows alone"], rows, caption))
+    captions = {
+        "scores": "Kendall's tau of test accuracy. Grey: what sees hyper-parameters or real images.",
+        "predictions": "Predicted against measured properties of runs not seen.",
+    }
+    return Section(
+        title=f"WeightNet: {dataset}",
+        question="How good is a network? Predicted from its weights, for runs and architectures not seen.",
+        tables=tables,
+        pictures=[
+            Picture(
+                REPORTS / "build_zoo" / f"{dataset}-{architecture}" / "zoo.png",
+                "What was measured of the zoo's networks.",
+            ),
+            *(Picture(EVALUATED / dataset / f"{name}.png", caption) for name, caption in captions.items()),
+        ],
+    )

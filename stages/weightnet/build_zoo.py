@@ -1,0 +1,182 @@
+"""Train a zoo of networks of one architecture, each with random hyper-parameters, and measure every one of them.
+
+Reads   data/<dataset>.safetensors
+Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m, p]; metadata: shapes by name, input
+        models/build_zoo/<dataset>-<variant>/index.csv               a row for each snapshot: run, seed, hash and values of its
+                                                                     hyper-parameters, what was measured, its shard
+        reports/build_zoo/<dataset>-<variant>/summary.json           how many, and how what was measured is spread
+        reports/build_zoo/<dataset>-<variant>/zoo.png
+A variant is an architecture. Finished stacks wait in .work/build_zoo/ so that a killed or a growing zoo trains only the rest.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors.numpy import load_file
+
+from stages.common.artifacts import save_arrays, save_csv, save_json
+from stages.common.command import parse_arguments, run
+from stages.common.params import StageParams
+from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.weightnet import convolution, networks, pictures, program, properties, training
+from stages.weightnet.networks import zoo_program
+from stages.weightnet.program import Program
+from stages.weightnet.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
+from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, train_stack, unflatten
+from stages.weightnet.zoo import ImageParams, Images, zoo_images
+
+MODELS = Path("models/build_zoo")
+REPORTS = Path("reports/build_zoo")
+WORK = Path(".work/build_zoo")
+
+MEASURED = ("train_acc", *PROPERTIES)
+COLUMNS = (*MEASURED, *REFERENCES)
+
+
+class Size(StageParams):
+    """How many networks of one architecture."""
+
+    runs: PositiveInt
+    stack: PositiveInt  # that train together: what fits into the processor's cache
+
+
+class Params(StageParams):
+    """Parameters of one zoo."""
+
+    seed: NonNegativeInt
+    images: ImageParams
+    recipe: Recipe
+    shard_runs: Annotated[int, Field(ge=1)]
+    noise: PositiveFloat  # standard deviation, in units of the images'
+    fgsm_images: PositiveInt
+    fgsm_step: NonNegativeFloat  # in the same units
+    variant: Size
+
+
+def plan_stacks(runs: list[Run], shard: int, stack: int) -> list[list[list[Run]]]:
+    """Return the stacks of every shard: runs of one activation and alike numbers of steps together."""
+    shards = [runs[start : start + shard] for start in range(0, len(runs), shard)]
+    ordered = [sorted(part, key=lambda run: (run.tanh, run.steps, run.name)) for part in shards]
+    return [[part[i : i + stack] for i in range(0, len(part), stack)] for part in ordered]
+
+
+def train_and_measure(runs: list[Run], traced: Program, images: Images, params: Params) -> dict[str, np.ndarray]:
+    """Return the weights [r, 3, p] of a stack of runs at their snapshots, and what was measured of them [r, 3]."""
+    snapshots = train_stack(traced, runs, *images.train)
+    tanh = torch.tensor([one.tanh for one in runs], device=snapshots.device)
+    random = generator(params.seed, "noise of test images")
+    pixels = images.test[0]
+    noisy = pixels + params.noise * torch.randn(pixels.shape, generator=random).to(pixels)
+    own = [own_images(draw_all(one, traced, images.train[1]), images, params) for one in runs]
+    results = []
+    for flat in snapshots.unbind(1):
+        weights = unflatten(flat, traced)
+        measured = measure(traced, weights, tanh, images.test, noisy, params.fgsm_images, params.fgsm_step)
+        measured["train_acc"] = train_accuracy(traced, weights, tanh, *map(list, zip(*own, strict=True)))
+        measured["gap"] = measured["train_acc"] - measured["test_acc"]
+        results.append(measured | measure_references(traced, weights, tanh, *images.validation))
+    arrays = {name: torch.stack([m[name] for m in results], 1).cpu().numpy() for name in COLUMNS}
+    return {"weights": snapshots.cpu().numpy(), **arrays}
+
+
+def own_images(draws: Draws, images: Images, params: Params) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images that a run was trained on, with the labels that it was shown; at most as many as test images."""
+    most = params.images.test_images
+    where = images.train[0].device
+    return images.train[0][draws.images[:most].to(where)], draws.labels[:most].to(where)
+
+
+def work_folder(dataset: str, params: Params) -> Path:
+    """Return where finished stacks wait: a folder for everything that they follow from, code and data included."""
+    key = hashlib.sha256(params.model_dump_json(exclude={"variant": {"runs"}}).encode())
+    for path in [*(module.__file__ for module in (convolution, networks, program, properties, training)), __file__]:
+        key.update(Path(path).read_bytes())
+    key.update(Path(f"data/{dataset}.safetensors").read_bytes())
+    return WORK / key.hexdigest()[:16]
+
+
+def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> dict[str, Any]:
+    """Return one network's row."""
+    return {
+        "run": one.name,
+        "snapshot": SNAPSHOTS[snapshot],
+        "seed": one.seed,
+        "config": one.config,
+        "activation": "tanh" if one.tanh else "relu",
+        "optimizer": "sgd" if one.sgd else "adam",
+        "learning_rate": one.learning_rate,
+        "weight_decay": one.weight_decay,
+        "init_scale": one.init_scale,
+        "train_fraction": one.train_fraction,
+        "label_noise": one.label_noise,
+        "dropout": one.dropout,
+        "steps": one.steps,
+        **values,
+        "shard": shard,
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        __doc__, dataset="of build_zoo.datasets", variant="an architecture of build_zoo.variants"
+    )
+    dataset, architecture = arguments.dataset, arguments.variant
+    name = f"{dataset}-{architecture}"
+    params = Params.load("build_zoo", dataset, architecture)
+    pin_threads()
+    device = pick_device()
+    images = zoo_images(dataset, params.images, device)
+    shape = (images.channels, images.classes, params.images.image_size)
+    traced, _ = zoo_program(architecture, *shape)
+    runs = [draw_run(f"{architecture}-{i}", params.seed, params.recipe) for i in range(params.variant.runs)]
+    shards = plan_stacks(runs, params.shard_runs, params.variant.stack)
+    work = work_folder(dataset, params)
+
+    def stack_path(stack: list[Run]) -> Path:
+        names = hashlib.sha256(" ".join(one.name for one in stack).encode()).hexdigest()[:16]
+        return work / f"{names}.safetensors"
+
+    def finish(stack: list[Run]) -> None:
+        arrays = train_and_measure(stack, traced, images, params)
+        save_arrays(stack_path(stack), arrays, {"runs": [one.name for one in stack]})
+
+    missing = [stack for shard in shards for stack in shard if not stack_path(stack).is_file()]
+    parallel_map(finish, missing, device, f"train {name}")
+
+    rows, dropped = [], 0
+    for number, shard in enumerate(shards):
+        file = f"shard-{number:03d}.safetensors"
+        weights = []
+        for stack in shard:
+            arrays = load_file(stack_path(stack))
+            for i, one in enumerate(stack):
+                if not np.isfinite(arrays["weights"][i]).all() or not np.isfinite(arrays["test_loss"][i]).all():
+                    dropped += 1  # a run that diverged has no final network
+                    continue
+                weights.append(arrays["weights"][i])
+                for j in range(len(SNAPSHOTS)):
+                    values = {key: float(arrays[key][i, j]) for key in COLUMNS}
+                    rows.append(index_row(one, j, values, file))
+        metadata = {"shapes": [[k, list(v)] for k, v in traced.shapes.items()], "input": list(shape)}
+        save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
+    save_csv(MODELS / name / "index.csv", rows)
+
+    final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}
+    spread = {
+        key: {"mean": float(v.mean()), "std": float(v.std()), "min": float(v.min()), "max": float(v.max())}
+        for key, v in final.items()
+    }
+    count = {"runs": len(final["gap"]), "diverged": dropped, "parameters": traced.size}
+    save_json(REPORTS / name / "summary.json", count | {"final": spread})
+    pictures.draw_zoo(REPORTS / name / "zoo.png", final)
+    print(
+        f"{name}: {count['runs']} runs, test accuracy {spread['test_acc']['mean']:.1%} ± {spread['test_acc']['std']:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

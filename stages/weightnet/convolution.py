@@ -1,0 +1,121 @@
+"""The convolutions of many networks at once, as one batch of matrix products.
+
+Small images make small convolutions, for which libraries are slow. Two ways to a matrix product are fast: a convolution of very
+few pixels is the dense matrix that it is (most of its entries are weights), and others multiply unfolded patches.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+Stack = Float[Tensor, "n b h w c"]  # images or channels of n networks, channels last
+DENSE = 2  # pixels over taps, up to which the dense matrix is faster
+
+
+def convolve(
+    x: Stack, weight: Float[Tensor, "n d c k k"], stride: tuple[int, int], padding: tuple[int, int], groups: int = 1
+) -> Stack:
+    """Return the convolutions of n networks with n kernels; x may have one network's images for all."""
+    (h, w), (k, q) = x.shape[2:4], weight.shape[3:]
+    if len(weight) == 1 or groups > 1:  # one network: the library's convolution is made for it
+        parts = [
+            conv2d(x[min(i, len(x) - 1)].permute(0, 3, 1, 2), one, stride=stride, padding=padding, groups=groups)
+            for i, one in enumerate(weight)
+        ]
+        return torch.stack(parts).permute(0, 1, 3, 4, 2)
+    kernel = weight.permute(0, 3, 4, 2, 1)  # [n, k, q, c, d]
+    if h * w <= DENSE * k * q:
+        return _dense(x, kernel, stride, padding)
+    return Unfolded.apply(x, kernel, stride, padding)
+
+
+def _outputs(size: int, taps: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - taps) // stride + 1
+
+
+def _dense(x: Stack, kernel: Float[Tensor, "n k q c d"], stride: tuple[int, int], padding: tuple[int, int]) -> Stack:
+    """Return the product with the matrix from all inputs to all outputs."""
+    _, b, h, w, c = x.shape
+    n, *taps, _, d = kernel.shape
+    o, p = _outputs(h, taps[0], stride[0], padding[0]), _outputs(w, taps[1], stride[1], padding[1])
+    matrix = DenseMatrix.apply(kernel, (h, w), (o, p), stride, padding)
+    y = torch.matmul(x.reshape(len(x), b, h * w * c), matrix.view(n, h * w * c, o * p * d))
+    return y.view(n, b, o, p, d)
+
+
+class DenseMatrix(torch.autograd.Function):
+    """kernel [n, k, q, c, d] -> matrix [n, h, w, c, o, p, d] whose entries are its taps, or zero."""
+
+    @staticmethod
+    def places(ctx: Any) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """Return which part of the matrix holds which part of the kernel, for every output pixel."""
+        (h, w), (o, p), stride, padding, (k, q) = ctx.geometry
+        found = []
+        for i in range(o):
+            for j in range(p):
+                top, left = i * stride[0] - padding[0], j * stride[1] - padding[1]
+                rows, columns = slice(max(top, 0), min(top + k, h)), slice(max(left, 0), min(left + q, w))
+                taps = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
+                found.append(((slice(None), rows, columns, slice(None), i, j), (slice(None), *taps)))
+        return found
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, size: Any, outputs: Any, stride: Any, padding: Any) -> Tensor:
+        n, k, q, c, d = kernel.shape
+        ctx.geometry = (size, outputs, stride, padding, (k, q))
+        matrix = kernel.new_zeros(n, *size, c, *outputs, d)
+        for place, taps in DenseMatrix.places(ctx):
+            matrix[place] = kernel[taps]
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        n, _, _, c, _, _, d = gradient.shape
+        result = gradient.new_zeros(n, *ctx.geometry[-1], c, d)
+        for place, taps in DenseMatrix.places(ctx):
+            result[taps] += gradient[place]
+        return result, None, None, None, None
+
+
+class Unfolded(torch.autograd.Function):
+    """Patches times kernels. Unlike autograd's, the backward pass adds the patches' gradients in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        m, b, h, w, c = x.shape
+        n, k, q, _, d = kernel.shape
+        o, p = _outputs(h, k, stride[0], padding[0]), _outputs(w, q, stride[1], padding[1])
+        padded = x.new_zeros(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
+        padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w] = x
+        s = padded.stride()
+        windows = padded.as_strided(
+            (m, b, o, p, k, q, c), (s[0], s[1], s[2] * stride[0], s[3] * stride[1], s[2], s[3], s[4])
+        )
+        patches = windows.reshape(m, b * o * p, k * q * c)
+        matrix = kernel.reshape(n, k * q * c, d)
+        ctx.save_for_backward(patches if kernel.requires_grad else None, matrix)
+        ctx.geometry = (x.shape, kernel.shape, stride, padding, (o, p))
+        return torch.matmul(patches, matrix).view(n, b, o, p, d)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        patches, matrix = ctx.saved_tensors
+        (m, b, h, w, c), (n, k, q, _, d), stride, padding, (o, p) = ctx.geometry
+        gradient = gradient.reshape(n, b * o * p, d)
+        for_x = for_kernel = None
+        if ctx.needs_input_grad[1]:
+            for_kernel = torch.matmul(patches.mT, gradient).view(n, k, q, c, d)
+        if ctx.needs_input_grad[0]:
+            moved = torch.matmul(gradient, matrix.mT)
+            moved = (moved if m == n else moved.sum(0, keepdim=True)).view(m, b, o, p, k, q, c)
+            padded = gradient.new_zeros(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
+            for i in range(k):
+                for j in range(q):
+                    rows = slice(i, i + stride[0] * (o - 1) + 1, stride[0])
+                    columns = slice(j, j + stride[1] * (p - 1) + 1, stride[1])
+                    padded[:, :, rows, columns] += moved[:, :, :, :, i, j]
+            for_x = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
+        return for_x, for_kernel, None, None

@@ -1,0 +1,43 @@
+"""Numbers about weights that do not depend on the order of hidden neurons: what the simple predictors read."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.weightnet.symmetry import Networks
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STATISTICS = 2 + len(QUANTILES)
+
+
+def seven_statistics(x: Float[Tensor, "n m"]) -> Float[Tensor, "n 7"]:
+    """Return mean, variance and five quantiles of each row (Unterthiner et al. 2020, section 4)."""
+    variance, mean = torch.var_mean(x, 1, correction=0)
+    quantiles = torch.quantile(x, torch.tensor(QUANTILES, dtype=x.dtype), 1).T
+    return torch.cat([mean[:, None], variance[:, None], quantiles], 1)
+
+
+def tensor_statistics(networks: Networks) -> Float[Tensor, "n f"]:
+    """Return the statistics of every tensor, and the activation: of networks of one architecture."""
+    parts = [seven_statistics(tensor.flatten(1)) for tensor in networks.weights.values()]
+    return torch.cat([*parts, networks.tanh[:, None].to(parts[0])], 1)
+
+
+def pooled_statistics(networks: Networks) -> Float[Tensor, "n f"]:
+    """Return statistics that networks of any architecture have, of weights in units of He's standard deviation.
+
+    Of the first weights, the mean over those between, and the last, each with the mean over the vectors of its neurons; then
+    the number of weight tensors, the logarithm of the number of weights, and the activation.
+    """
+    vectors: dict[str, list[Tensor]] = {}
+    for name, group in networks.symmetry.vectors:
+        vectors.setdefault(group, []).append(seven_statistics(networks.weights[name].flatten(1)))
+    layers = []
+    for edge in networks.symmetry.edges:
+        weight = networks.weights[edge.tensor]
+        own = seven_statistics(weight.flatten(1) * (weight[0, 0].numel() / 2) ** 0.5)
+        nothing = [own.new_zeros(len(own), STATISTICS)]
+        layers.append(torch.cat([own, torch.stack(vectors.get(edge.target, nothing)).mean(0)], 1))
+    between = torch.stack(layers[1:-1]).mean(0) if len(layers) > 2 else torch.zeros_like(layers[0])
+    sizes = torch.tensor([len(layers), networks.program.size]).log().expand(len(networks), 2)
+    return torch.cat([layers[0], between, layers[-1], sizes.to(between), networks.tanh[:, None].to(between)], 1)

@@ -1,0 +1,88 @@
+"""The architectures of the zoo: ordinary modules, from whose programs everything else follows. ReLU stands for the activation."""
+
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from stages.weightnet.program import Program, trace
+from stages.weightnet.symmetry import Symmetry, derive_symmetry
+
+
+def convolutional(widths: list[int], strides: list[int], channels: int, classes: int) -> nn.Sequential:
+    """Return 3x3 convolutions, a mean over pixels and a linear layer."""
+    layers: list[nn.Module] = []
+    for (c, d), stride in zip(pairwise([channels, *widths]), strides, strict=True):
+        layers += [nn.Conv2d(c, d, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(widths[-1], classes))
+
+
+def flattened(channels: int, classes: int, side: int) -> nn.Sequential:
+    """Return two convolutions whose pixels are flattened into a hidden layer."""
+    pixels = (-(-side // 4)) ** 2
+    convolutions = [nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*convolutions, nn.Linear(12 * pixels, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, classes))
+
+
+def lenet(channels: int, classes: int, side: int) -> nn.Sequential:
+    """Return LeNet-5 (LeCun et al. 1998) with padded convolutions and mean pooling, for small images."""
+    pixels = (side // 4) ** 2
+    convolutions = [nn.Conv2d(channels, 6, 5, 1, 2), nn.ReLU(), nn.AvgPool2d(2)]
+    convolutions += [nn.Conv2d(6, 16, 5, 1, 2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    hidden = [nn.Linear(16 * pixels, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Dropout()]
+    return nn.Sequential(*convolutions, *hidden, nn.Linear(84, classes))
+
+
+class Residual(nn.Module):
+    """A stem and two residual blocks with layer norms over channels and pixels (GroupNorm of one group)."""
+
+    def __init__(self, channels: int, classes: int, width: int = 12) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, 2, 1)
+        self.first = self.block(width)
+        self.second = self.block(width)
+        self.act = nn.ReLU()
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout())
+        self.head = nn.Linear(width, classes)
+
+    @staticmethod
+    def block(width: int) -> nn.Sequential:
+        """Return what a block adds to the stream."""
+        first = [nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(1, width), nn.ReLU()]
+        return nn.Sequential(*first, nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        x = self.act(x + self.first(x))
+        x = self.act(x + self.second(x))
+        return self.head(self.pool(x))
+
+
+def build_network(name: str, channels: int, classes: int, side: int) -> nn.Module:
+    """Return the network called `name` for images [channels, side, side]."""
+    match name:
+        case "cnn3":
+            return convolutional([16, 16, 16], [2, 2, 2], channels, classes)
+        case "cnn4":
+            return convolutional([12, 12, 16, 16], [2, 1, 2, 1], channels, classes)
+        case "wide":
+            return convolutional([24, 24, 24], [2, 2, 2], channels, classes)
+        case "flat":
+            return flattened(channels, classes, side)
+        case "residual":
+            return Residual(channels, classes)
+        case "lenet":
+            return lenet(channels, classes, side)
+    raise ValueError(f"no architecture is called {name}")
+
+
+ARCHITECTURES = ("cnn3", "cnn4", "flat", "wide", "residual", "lenet")
+
+
+@cache
+def zoo_program(name: str, channels: int, classes: int, side: int) -> tuple[Program, Symmetry]:
+    """Return the program and the symmetry of the architecture called `name`."""
+    with torch.random.fork_rng(devices=[]):
+        program = trace(build_network(name, channels, classes, side), (channels, side, side))
+    return program, derive_symmetry(program)

@@ -1,0 +1,35 @@
+"""The properties as predictors learn them: on scales on which errors are alike, in units of their spread."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stages.weightnet.properties import PROPERTIES
+from stages.weightnet.zoo import Zoo
+
+EDGE = 0.005  # accuracies nearer to 0 or 1 are taken for this
+
+
+def to_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Return the properties with accuracies as log-odds and the loss as its logarithm."""
+    columns = []
+    for name, value in zip(PROPERTIES, values.unbind(1), strict=True):
+        if name.endswith("_acc"):
+            columns.append(value.clamp(EDGE, 1 - EDGE).logit())
+        else:
+            columns.append(value.clamp(min=1e-6).log() if name == "test_loss" else value)
+    return torch.stack(columns, 1)
+
+
+def from_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Return the properties in their own units."""
+    columns = []
+    for name, value in zip(PROPERTIES, values.unbind(1), strict=True):
+        columns.append(value.sigmoid() if name.endswith("_acc") else value.exp() if name == "test_loss" else value)
+    return torch.stack(columns, 1)
+
+
+def true_properties(zoo: Zoo, rows: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
+    """Return what was measured of some networks."""
+    return torch.from_numpy(np.stack([zoo.column(name) for name in PROPERTIES], 1)).float()[rows]

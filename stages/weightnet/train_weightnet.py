@@ -1,0 +1,350 @@
+"""Train predictors of networks' properties, on several splits of the zoo's runs; validation runs choose their best epoch.
+
+Reads   models/build_zoo/<dataset>-<architecture>/
+Writes  models/train_weightnet/<dataset>-<variant>/predictions.safetensors   [n, k] for each predictor, task, split, part and
+                                                                             architecture, and the rows of the zoo they are of
+        models/train_weightnet/<dataset>-<variant>/predictors.pt             those of the task that is kept, first split
+        reports/train_weightnet/<dataset>-<variant>/history.csv              loss, and Kendall's tau on validation runs
+A variant is a family of predictors. A task says which architectures are learnt from and which are tested.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from scipy.stats import kendalltau
+from sklearn.ensemble import HistGradientBoostingRegressor
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.nn.functional import huber_loss
+from torch.nn.utils import clip_grad_norm_
+
+from stages.common.artifacts import save_arrays, save_csv
+from stages.common.checkpoints import save_torch
+from stages.common.command import parse_arguments, run
+from stages.common.params import StageParams
+from stages.common.runtime import generator, parallel_map, pin_threads
+from stages.weightnet.features import pooled_statistics, tensor_statistics
+from stages.weightnet.predictors import Predictor
+from stages.weightnet.properties import PROPERTIES
+from stages.weightnet.splits import Rows, Split, split_zoos
+from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
+from stages.weightnet.targets import from_scale, to_scale, true_properties
+from stages.weightnet.zoo import Zoo, load_zoo
+
+MODELS = Path("models/train_weightnet")
+REPORTS = Path("reports/train_weightnet")
+
+BLOCK = 64  # networks predicted at a time
+BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of which validation chooses
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Task(StageParams):
+    """Which architectures are learnt from, and which are tested; one in both is split by runs."""
+
+    train: list[str]
+    test: list[str]
+    splits: PositiveInt
+    share: Annotated[float, Field(gt=0, le=1)]  # of the runs to learn from: less than all for a learning curve
+
+
+class Member(StageParams):
+    """One predictor. d, rounds, heads, cross and intra are WeightNet's."""
+
+    kind: Literal[
+        "weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical", "one_sided", "gbm", "nearest", "mean"
+    ]
+    reads: Literal["weights", "statistics", "hyperparameters"]
+    tasks: list[str]
+    epochs: PositiveInt
+    d: PositiveInt
+    rounds: PositiveInt
+    heads: PositiveInt
+    cross: bool  # messages along weights
+    intra: bool  # attention within layers
+    probes: PositiveInt
+    augment: bool  # relabel and rescale the neurons of networks to learn from
+    learning_rate: PositiveFloat
+
+
+class Family(StageParams):
+    """Predictors that are trained together."""
+
+    members: dict[str, dict[str, Any]]  # changes of `member`
+
+
+class Params(StageParams):
+    """Parameters of one family."""
+
+    seed: NonNegativeInt
+    validation_fraction: Fraction  # of the runs
+    test_fraction: Fraction
+    snapshots: list[Literal["initial", "middle", "final"]]  # to learn from; tested are final ones
+    batch_size: PositiveInt
+    weight_decay: NonNegativeFloat
+    rescaling: PositiveFloat  # standard deviation of the logarithm of the factors of ReLU neurons
+    boosting_rounds: PositiveInt
+    tasks: dict[str, Task]
+    kept: str  # the task whose predictors are kept
+    member: dict[str, Any]  # values of all members
+    variant: Family
+
+
+@dataclass(frozen=True)
+class Job:
+    """One predictor to train."""
+
+    name: str
+    member: Member
+    task: str
+    split: int
+
+
+def augmented(networks: Networks, deviation: float, random: torch.Generator) -> Networks:
+    """Return the networks with their neurons relabelled, and rescaled (ReLU) or changed in sign (tanh): the same functions."""
+    n, symmetry = len(networks), networks.symmetry
+    factors = {}
+    for group in symmetry.hidden:
+        if group not in symmetry.rigid:
+            normal = torch.randn(n, symmetry.sizes[group], generator=random)
+            factors[group] = torch.where(networks.tanh[:, None], normal.sign(), (deviation * normal).exp())
+    weights = rescale(networks.weights, symmetry, factors)
+    weights = permute(weights, symmetry, random_permutations(symmetry, random))
+    return Networks(networks.program, symmetry, weights, networks.tanh)
+
+
+def hyperparameters(zoo: Zoo) -> Float[Tensor, "m f"]:
+    """Return the hyper-parameters of every network as numbers."""
+    logs = ("learning_rate", "weight_decay", "init_scale", "train_fraction", "steps")
+    columns = [np.log(zoo.column(name)) for name in logs] + [zoo.column(name) for name in ("label_noise", "dropout")]
+    columns += [np.array([value == "sgd" for value in zoo.index["optimizer"]]), zoo.tanh.numpy()]
+    return torch.from_numpy(np.stack(columns, 1).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What one task and split give: the zoos, what is read of all their networks beside their weights, standardised targets."""
+
+    zoos: dict[str, Zoo]
+    split: Split
+    inputs: dict[str, Float[Tensor, "m f"]]
+    targets: dict[str, Float[Tensor, "m k"]]
+    scale: dict[str, Float[Tensor, " f"]]  # means and deviations of inputs and targets over the networks to learn from
+
+    def part(self, rows: dict[str, Rows], values: dict[str, Tensor]) -> Float[Tensor, "n f"]:
+        """Return the values of some rows of all architectures."""
+        return torch.cat([values[name][index] for name, index in rows.items()])
+
+
+def statistics_of(zoo: Zoo, pooled: bool) -> Float[Tensor, "m f"]:
+    """Return the statistics of all networks of a zoo."""
+    read = pooled_statistics if pooled else tensor_statistics
+    return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(512)])
+
+
+def prepare(
+    zoos: dict[str, Zoo], split: Split, member: Member, statistics: dict[tuple[str, bool], Float[Tensor, "m f"]]
+) -> Data:
+    """Return inputs and targets in units of their spread over the networks to learn from."""
+    names = list(dict.fromkeys([*split.train, *split.test]))
+    if member.reads == "hyperparameters":
+        inputs = {name: hyperparameters(zoos[name]) for name in names}
+    else:
+        inputs = {name: statistics[name, len(names) > 1] for name in names}
+    targets = {name: to_scale(true_properties(zoos[name], torch.arange(len(zoos[name])))) for name in names}
+    scale = {}
+    for key, values in (("input", inputs), ("target", targets)):
+        learnt = torch.cat([values[name][rows] for name, rows in split.train.items()])
+        scale[f"{key}_mean"], scale[f"{key}_std"] = learnt.mean(0), learnt.std(0) + 1e-6
+    inputs = {name: ((x - scale["input_mean"]) / scale["input_std"]).clamp(-6, 6) for name, x in inputs.items()}
+    targets = {name: (y - scale["target_mean"]) / scale["target_std"] for name, y in targets.items()}
+    return Data({name: zoos[name] for name in names}, split, inputs, targets, scale)
+
+
+def mean_tau(truth: Float[Tensor, "n k"], predicted: Float[Tensor, "n k"]) -> float:
+    """Return Kendall's tau, its mean over the properties; of constant predictions 0."""
+    pairs = zip(truth.unbind(1), predicted.unbind(1), strict=True)
+    taus = [kendalltau(a.numpy(), b.numpy()).statistic for a, b in pairs]
+    return float(np.mean([0.0 if math.isnan(tau) else tau for tau in taus]))
+
+
+def batches(rows: dict[str, Rows], size: int, random: torch.Generator) -> list[tuple[str, Rows]]:
+    """Return one pass over the networks in random batches, each of one architecture."""
+    found = [
+        (name, index[part])
+        for name, index in rows.items()
+        for part in torch.randperm(len(index), generator=random).split(size)
+    ]
+    return [found[i] for i in torch.randperm(len(found), generator=random).tolist()]
+
+
+@torch.no_grad()
+def predict(model: Predictor, data: Data, rows: dict[str, Rows]) -> Float[Tensor, "n k"]:
+    """Return standardised predictions for some networks of every architecture."""
+    model.eval()
+    found = [
+        model(data.zoos[name].networks(part), data.inputs[name][part])
+        for name, index in rows.items()
+        for part in index.split(BLOCK)
+    ]
+    return torch.cat(found)
+
+
+def train_predictor(job: Job, data: Data, params: Params) -> tuple[Predictor, list[dict[str, Any]]]:
+    """Return the predictor at its best epoch on validation runs, and a history row for each epoch."""
+    member, seed = job.member, params.seed + job.split
+    random = generator(seed, f"{job.name} {job.task}")
+    first = next(iter(data.split.train))
+    example = data.zoos[first].networks(data.split.train[first][:2])
+    config = member.model_dump() | {"properties": len(PROPERTIES)}
+    model = Predictor(config, example, data.inputs[first].shape[1], seed)
+    steps = member.epochs * len(batches(data.split.train, params.batch_size, generator(0, "count")))
+    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=params.weight_decay)
+    truth = data.part(data.split.validation, data.targets)
+    step, best, history = 0, {}, []
+    for epoch in range(1, member.epochs + 1):
+        model.train()
+        total = 0.0
+        for name, rows in batches(data.split.train, params.batch_size, random):
+            warm_up, cosine = min(1.0, (step + 1) / (0.15 * steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = member.learning_rate * warm_up * cosine
+            networks = data.zoos[name].networks(rows)
+            if member.augment:
+                networks = augmented(networks, params.rescaling, random)
+            loss = huber_loss(model(networks, data.inputs[name][rows]), data.targets[name][rows])
+            optimizer.zero_grad()
+            loss.backward()
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            total += loss.item() * len(rows)
+            step += 1
+        tau = mean_tau(truth, predict(model, data, data.split.validation))
+        if not history or tau > max(row["val_tau"] for row in history):
+            best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        n = sum(len(rows) for rows in data.split.train.values())
+        who = {"predictor": job.name, "task": job.task, "split": job.split, "run": f"{job.name} {job.task} {job.split}"}
+        history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
+    model.load_state_dict(best)
+    return model, history
+
+
+def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
+    """Return standardised predictions of validation and test networks by gradient boosting on their inputs.
+
+    Validation chooses learning rate and leaves once, by the test accuracy.
+    """
+    x, y = (data.part(data.split.train, values).numpy() for values in (data.inputs, data.targets))
+    parts = [data.part(rows, data.inputs).numpy() for rows in (data.split.validation, data.split.test)]
+    truth = data.part(data.split.validation, data.targets)[:, 0].numpy()
+
+    def fit(setting: tuple[float, int], k: int) -> HistGradientBoostingRegressor:
+        total, leaves = setting
+        options = {"max_leaf_nodes": leaves, "min_samples_leaf": 8, "l2_regularization": 0.1, "random_state": 0}
+        return HistGradientBoostingRegressor(max_iter=rounds, learning_rate=total / rounds, **options).fit(x, y[:, k])
+
+    with threadpool_limits(1):
+        first = [fit(setting, 0) for setting in BOOSTING]
+        scores = [kendalltau(truth, model.predict(parts[0])).statistic for model in first]
+        chosen = int(np.nanargmax(scores))
+        models = [first[chosen], *(fit(BOOSTING[chosen], k) for k in range(1, y.shape[1]))]
+        columns = [np.stack([model.predict(part) for model in models], 1) for part in parts]
+    return torch.from_numpy(columns[0]).float(), torch.from_numpy(columns[1]).float()
+
+
+def nearest(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
+    """Return the properties of the network to learn from whose weights are nearest. Of one architecture only."""
+    (name,) = data.zoos
+    known = data.split.train[name]
+    flat = data.zoos[name].flat
+    scaled = (flat - flat[known].mean(0)) / (flat[known].std(0) + 1e-6)
+    return tuple(
+        data.targets[name][known][torch.cdist(scaled[rows[name]], scaled[known]).argmin(1)]
+        for rows in (data.split.validation, data.split.test)
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, dataset="of build_zoo.datasets", variant="of train_weightnet.variants")
+    dataset, name = arguments.dataset, f"{arguments.dataset}-{arguments.variant}"
+    params = Params.load("train_weightnet", dataset, arguments.variant)
+    pin_threads()
+    members = {
+        label: Member.parse(params.member | changes, lambda path: ".".join(["train_weightnet.member", *path]))
+        for label, changes in params.variant.members.items()
+    }
+    jobs = [
+        Job(label, member, task, split)
+        for label, member in members.items()
+        for task in member.tasks
+        for split in range(params.tasks[task].splits)
+    ]
+    needed = sorted({arch for job in jobs for arch in [*params.tasks[job.task].train, *params.tasks[job.task].test]})
+    zoos = {architecture: load_zoo(dataset, architecture) for architecture in needed}
+    pooled = {len({*params.tasks[job.task].train, *params.tasks[job.task].test}) > 1 for job in jobs}
+    statistics = {(arch, many): statistics_of(zoo, many) for arch, zoo in zoos.items() for many in sorted(pooled)}
+
+    def finish(job: Job) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], dict[str, Any] | None]:
+        task = params.tasks[job.task]
+        fractions = (params.validation_fraction, params.test_fraction)
+        split = split_zoos(
+            zoos, task.train, task.test, fractions, params.snapshots, task.share, params.seed + job.split
+        )
+        data = prepare(zoos, split, job.member, statistics)
+        history, kept = [], None
+        match job.member.kind:
+            case "gbm":
+                predictions = boost(data, params.boosting_rounds)
+            case "nearest":
+                predictions = nearest(data)
+            case "mean":
+                predictions = tuple(
+                    torch.zeros(len(data.part(rows, data.targets)), len(PROPERTIES))
+                    for rows in (split.validation, split.test)
+                )
+            case _:
+                model, history = train_predictor(job, data, params)
+                predictions = tuple(predict(model, data, rows) for rows in (split.validation, split.test))
+                if job.task == params.kept and job.split == 0:
+                    kept = keep(job, model, data, predictions[0])
+        arrays = {}
+        for part, rows, values in zip(("validation", "test"), (split.validation, split.test), predictions, strict=True):
+            own = from_scale(values * data.scale["target_std"] + data.scale["target_mean"])
+            for arch, block in zip(rows, own.split([len(index) for index in rows.values()]), strict=True):
+                key = f"{job.name}/{job.task}/{job.split}/{part}/{arch}"
+                arrays |= {f"{key}/values": block.numpy(), f"{key}/rows": rows[arch].numpy()}
+        return arrays, history, kept
+
+    results = parallel_map(finish, jobs, torch.device("cpu"), f"train {name}")
+    arrays = {key: array for found, _, _ in results for key, array in found.items()}
+    save_arrays(MODELS / name / "predictions.safetensors", arrays, {"properties": list(PROPERTIES)})
+    kept = {job.name: state for job, (_, _, state) in zip(jobs, results, strict=True) if state is not None}
+    save_torch(MODELS / name / "predictors.pt", kept)
+    rows = [row for _, history, _ in results for row in history]
+    save_csv(REPORTS / name / "history.csv", rows or [{"predictor": "none", "run": "none", "epoch": 0, "val_tau": 0}])
+    print(f"{name}: {len(jobs)} predictors of {', '.join(members)}")
+
+
+def keep(job: Job, model: Predictor, data: Data, validation: Float[Tensor, "v k"]) -> dict[str, Any]:
+    """Return what rebuilds a predictor: its weights, its units, and its errors on validation runs, for intervals."""
+    first = next(iter(data.split.train))
+    program = data.zoos[first].program
+    return {
+        "config": job.member.model_dump() | {"properties": len(PROPERTIES)},
+        "input_shape": list(program.input_shape),
+        "classes": program.steps[-1].shape[0],
+        "state_dict": model.state_dict(),
+        "scale": data.scale,
+        "errors": (validation - data.part(data.split.validation, data.targets)).abs().sort(0).values,
+        "inputs": data.part(data.split.train, data.inputs),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,71 @@
+"""Processor seconds for training networks in a stack, against torch.optim on one after the other: the same networks.
+
+python tests/benchmark_zoo.py [side ...]     # of images, by default 8 16 28
+"""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from stages.weightnet.networks import build_network, zoo_program
+from stages.weightnet.training import Recipe, Run, draw_all, draw_run, train_stack, unflatten
+
+STACKS = {8: 32, 16: 8, 28: 4}
+STEPS = 30
+RECIPE = Recipe(
+    learning_rate=(1e-3, 1e-2),
+    sgd_factor=3.0,
+    weight_decay=(1e-8, 1e-2),
+    init_scale=(0.5, 2.0),
+    train_fraction=(0.5, 1.0),
+    label_noise=(0.0, 0.6),
+    dropout=(0.0, 0.5),
+    steps=(STEPS, STEPS),
+    batch_size=64,
+)
+
+
+def train_alone(run: Run, program, images: torch.Tensor, labels: torch.Tensor, side: int) -> None:
+    """Train one network as PyTorch's users do."""
+    draws = draw_all(run, program, labels)
+    model = build_network("cnn3", 1, 10, side)
+    model.load_state_dict({k: v[0] for k, v in unflatten(draws.weights[None], program).items()})
+    options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
+    optimizer = torch.optim.SGD if run.sgd else torch.optim.Adam
+    optimizer = optimizer(model.parameters(), **(options | ({"momentum": 0.9} if run.sgd else {})))
+    model.eval()
+    for batch in draws.batches:
+        optimizer.zero_grad()
+        cross_entropy(model(images[draws.images[batch]]), draws.labels[batch]).backward()
+        optimizer.step()
+
+
+def main_benchmark(sides: list[int]) -> None:
+    """Print a line for each size of images."""
+    torch.set_num_threads(1)
+    for side in sides:
+        images, labels = torch.randn(1000, 1, side, side), torch.randint(10, (1000,))
+        program, _ = zoo_program("cnn3", 1, 10, side)
+        runs = [replace(draw_run(f"cnn3-{i}", 0, RECIPE), dropout=0.0, tanh=False) for i in range(STACKS[side])]
+        train_stack(program, [replace(run, steps=2) for run in runs], images, labels)
+        start = time.process_time()
+        train_stack(program, runs, images, labels)
+        stacked = time.process_time() - start
+        start = time.process_time()
+        for run in runs:
+            train_alone(run, program, images, labels, side)
+        alone = time.process_time() - start
+        steps = STEPS * len(runs)
+        print(
+            f"{side} pixels: {steps / stacked:.0f} steps a second stacked, {steps / alone:.0f} alone: {alone / stacked:.1f}x"
+        )
+
+
+if __name__ == "__main__":
+    main_benchmark([int(word) for word in sys.argv[1:]] or list(STACKS))
