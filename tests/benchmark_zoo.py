@@ -11,9 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stages.weightnet.networks import build_network, zoo_program
+from stages.weightnet.program import Program
 from stages.weightnet.training import Recipe, Run, draw_all, draw_run, train_stack, unflatten
 
 STACKS = {8: 32, 16: 8, 28: 4}
@@ -31,19 +33,22 @@ RECIPE = Recipe(
 )
 
 
-def train_alone(run: Run, program, images: torch.Tensor, labels: torch.Tensor, side: int) -> None:
-    """Train one network as PyTorch's users do."""
+def train_alone(
+    kind: str, shape: tuple[int, int, int], run: Run, program: Program, images: Tensor, labels: Tensor
+) -> nn.Module:
+    """Train one network as PyTorch's users do, in the images' precision; shape: channels, classes, pixels of a side."""
     draws = draw_all(run, program, labels)
-    model = build_network("cnn3", 1, 10, side)
-    model.load_state_dict({k: v[0] for k, v in unflatten(draws.weights[None], program).items()})
+    model = build_network(kind, *shape).to(images.dtype)
+    model.load_state_dict({k: v[0] for k, v in unflatten(draws.weights[None].to(images.dtype), program).items()})
     options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
-    optimizer = torch.optim.SGD if run.sgd else torch.optim.Adam
-    optimizer = optimizer(model.parameters(), **(options | ({"momentum": 0.9} if run.sgd else {})))
+    sgd, adam = torch.optim.SGD, torch.optim.Adam
+    optimizer = sgd(model.parameters(), momentum=0.9, **options) if run.sgd else adam(model.parameters(), **options)
     model.eval()
     for batch in draws.batches:
         optimizer.zero_grad()
         cross_entropy(model(images[draws.images[batch]]), draws.labels[batch]).backward()
         optimizer.step()
+    return model
 
 
 def main_benchmark(sides: list[int]) -> None:
@@ -59,7 +64,7 @@ def main_benchmark(sides: list[int]) -> None:
         stacked = time.process_time() - start
         start = time.process_time()
         for run in runs:
-            train_alone(run, program, images, labels, side)
+            train_alone("cnn3", (1, 10, side), run, program, images, labels)
         alone = time.process_time() - start
         steps = STEPS * len(runs)
         print(

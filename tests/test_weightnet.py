@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmark_zoo import train_alone
 from dvc.utils.hydra import apply_overrides
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -231,17 +232,7 @@ def test_a_stack_trains_as_torch_s_optimisers_train_each_alone(kind):
     assert len({run.steps for run in runs}) > 1
     stacked = train_stack(program, runs, images, labels)
     for i, run in enumerate(runs):
-        draws = draw_all(run, program, labels)
-        model = build_network(kind, *SHAPE).double()
-        model.load_state_dict({k: v[0] for k, v in unflatten(draws.weights[None].double(), program).items()})
-        options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
-        sgd, adam = torch.optim.SGD, torch.optim.Adam
-        optimizer = sgd(model.parameters(), momentum=0.9, **options) if run.sgd else adam(model.parameters(), **options)
-        model.eval()
-        for batch in draws.batches:
-            optimizer.zero_grad()
-            cross_entropy(model(images[draws.images[batch]]), draws.labels[batch]).backward()
-            optimizer.step()
+        model = train_alone(kind, SHAPE, run, program, images, labels)
         final = unflatten(stacked[i, 2:3], program)
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(final[name][0], tensor, rtol=1e-9, atol=1e-11)

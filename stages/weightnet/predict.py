@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stages.common.checkpoints import load_torch
 from stages.common.command import InputError, one_line, run
 from stages.common.runtime import generator, pin_threads
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
@@ -140,9 +141,7 @@ def main() -> None:
 
 def load_kept(path: Path, name: str) -> tuple[Kept, tuple[int, ...], int]:
     """Return a kept predictor, and the shape of images and the number of classes of the zoo that it learned from."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing: run 'dvc repro train_weightnet@{path.parent.name}'")
-    stored = torch.load(path, weights_only=True)[name]
+    stored = load_torch(path, {name})[name]
     shape, classes = tuple(stored["input_shape"]), stored["classes"]
     program, symmetry = zoo_program(ARCHITECTURES[0], shape[0], classes, shape[1])
     zeros = {key: torch.zeros(1, *size) for key, size in program.shapes.items()}
