@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stages.common.checkpoints import load_torch
 from stages.common.command import InputError
+from stages.common.seeding import building
 from stages.forecast.pca import CoefficientForecaster
 from stages.forecast.trajectory import (
     DISTANCE_GAIN,
@@ -65,8 +66,7 @@ class TransformerForecaster(SharedForecaster):
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with building(seed):
             self.token = nn.Linear(self.token_size, d_model)
             self.static = nn.Linear(STATIC, d_model)
             self.position = nn.Parameter(0.02 * torch.randn(WINDOW + 1, d_model))
@@ -129,8 +129,7 @@ class MLPForecaster(SharedForecaster):
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with building(seed):
             self.body = nn.Sequential(
                 nn.Linear(self.flat_size, d_model), nn.GELU(), nn.Linear(d_model, d_model), nn.GELU()
             )
@@ -156,8 +155,7 @@ class DiffusionForecaster(SharedForecaster):
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
         d = len(self.horizons)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with building(seed):
             self.condition = nn.Sequential(nn.Linear(self.flat_size, d_model), nn.GELU(), nn.Linear(d_model, d_model))
             self.noisy = nn.Linear(d + 1, d_model)
             self.body = nn.Sequential(nn.ReLU(), nn.Linear(d_model, d_model), nn.ReLU())

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stages.common.seeding import building
 from stages.forecast.trajectory import Forecast, Trajectory
 
 
@@ -36,8 +37,7 @@ class CoefficientForecaster(nn.Module):
         self.horizons = tuple(horizons)
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with building(seed):
             self.inlet = nn.Linear(len(basis), d_model)
             self.position = nn.Parameter(torch.zeros(self.sequence, d_model))
             block = nn.TransformerEncoderLayer(d_model, 4, 2 * d_model, dropout=0.0, batch_first=True, norm_first=True)

@@ -86,20 +86,16 @@ def loss_of(network: LeNet, layout: Layout, weights: Float[Tensor, " p"], x: Ten
 
 
 @torch.no_grad()
-def validate(
-    model: JumpForecaster, network: LeNet, origins: list[Origin], x: Tensor, labels: Tensor
-) -> dict[str, float]:
-    """Return the loss over that of the last weights, mean over origins, after a jump and of the mean of the last snapshots."""
+def losses_of(
+    proposal: Callable[[Origin], Tensor], network: LeNet, origins: list[Origin], x: Tensor, labels: Tensor
+) -> Float[Tensor, " n"]:
+    """Return the loss of what is proposed at every origin."""
+    return torch.stack([loss_of(network, o.layout, proposal(o), x, labels) for o in origins])
 
-    def ratio(proposal: Callable[[Origin], Tensor]) -> float:
-        return statistics.fmean(
-            (
-                loss_of(network, o.layout, proposal(o), x, labels) / loss_of(network, o.layout, o.weights, x, labels)
-            ).item()
-            for o in origins
-        )
 
-    return {"val_ratio": ratio(lambda o: o.jump(model.step)), "val_ratio_average": ratio(lambda o: o.mean)}
+def mean_ratio(losses: Float[Tensor, " n"], last_losses: Float[Tensor, " n"]) -> float:
+    """Return the mean over origins of the loss over that of the last weights."""
+    return statistics.fmean((losses / last_losses).tolist())
 
 
 def tune_jump(
@@ -116,6 +112,8 @@ def tune_jump(
     optimizer = torch.optim.Adam(model.step.parameters())
     factor = warmup_cosine(params.steps, WARMUP_FRACTION)
     history, best = [], None
+    last_losses = losses_of(lambda o: o.weights, network, validation, *held_out)
+    average_ratio = mean_ratio(losses_of(lambda o: o.mean, network, validation, *held_out), last_losses)
     for step in tqdm(range(1, params.steps + 1), "tune the jump", unit=" steps", disable=None):
         set_learning_rate(optimizer, params.learning_rate * factor(step - 1))
         origin = train[torch.randint(len(train), (), generator=random)]
@@ -130,11 +128,9 @@ def tune_jump(
         clip_grad_norm_(model.step.parameters(), 1.0)
         optimizer.step()
         if step % params.check_every == 0 or step == params.steps:
-            row = {
-                "step": step,
-                "train_ratio_to_average": ratio.item(),
-                **validate(model, network, validation, *held_out),
-            }
+            jump_losses = losses_of(lambda o: o.jump(model.step), network, validation, *held_out)
+            row = {"step": step, "train_ratio_to_average": ratio.item()}
+            row |= {"val_ratio": mean_ratio(jump_losses, last_losses), "val_ratio_average": average_ratio}
             if best is None or row["val_ratio"] < min(earlier["val_ratio"] for earlier in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append(row)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.common.artifacts import load_metadata
+from stages.common.images import ImageSet, load_images
 
 FEATURES = Path("models/extract_features")
 
@@ -45,3 +46,9 @@ def load_features(dataset: str, device: torch.device) -> FeatureSets:
     sets = ("train", "test", "random_train", "random_test", "glyphs")
     parts = {name: Labelled(tensors[name], tensors[f"{name.removeprefix('random_')}_labels"]) for name in sets}
     return FeatureSets(**parts, glyphs_images=tensors["glyphs_images"], classes=classes)
+
+
+def load_featured_images(dataset: str, device: torch.device) -> tuple[FeatureSets, ImageSet, ImageSet]:
+    """Return the features of one data set, and the training and test images that they are of."""
+    features, (train, test) = load_features(dataset, device), load_images(dataset, device)
+    return features, train.subset(slice(len(features.train))), test.subset(slice(len(features.test)))

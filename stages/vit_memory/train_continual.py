@@ -12,7 +12,6 @@ Writes  reports/train_continual/<dataset>/accuracy.csv   the whole R matrix: acc
 import copy
 import shutil
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,14 +27,14 @@ from stages.common import resume
 from stages.common.artifacts import save_csv, save_json
 from stages.common.backbone import Backbone, load_backbone
 from stages.common.command import InputError, parse_arguments, run
-from stages.common.images import load_images
 from stages.common.metrics import accuracy, over_seeds
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.seeding import building
 from stages.vit_memory import classifiers, continual, hopfield, models, pictures
 from stages.vit_memory.classifiers import RanPAC, Whitening
 from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, herd, iCaRL
-from stages.vit_memory.features import load_features
+from stages.vit_memory.features import load_featured_images
 from stages.vit_memory.hopfield import ClassMemory, SlotMemory, unit
 from stages.vit_memory.models import HeadedViT
 
@@ -44,8 +43,6 @@ REPORTS = Path("reports/train_continual")
 
 NETWORKS = ("joint", "icarl", "lwf", "ewc", "replay", "finetune")  # longest first
 FROZEN = ("memory", "nearest_mean", "slda", "ranpac")
-
-BUILDING = threading.Lock()
 
 Strengths = Annotated[list[PositiveFloat], Field(min_length=1)]
 
@@ -132,8 +129,7 @@ def learn_network(
     All take as many steps, but `joint`, which sees all data so far in every task and takes more as they grow.
     """
     classes, device = stream.tasks * stream.width, images.device
-    with BUILDING:
-        torch.manual_seed(stream.seed)
+    with building(stream.seed):
         model = HeadedViT(copy.deepcopy(backbone.vit), classes, freeze_backbone=False).to(device)
     random = generator(stream.seed, "batches of a stream")
     ewc = lwf = None
@@ -256,10 +252,8 @@ def main() -> None:
     params = Params.load("train_continual", dataset)
     pin_threads()
     device = pick_device()
-    features = load_features(dataset, device)
     backbone = load_backbone(BACKBONE, device)
-    train, test = load_images(dataset, device)
-    train, test = train.subset(slice(len(features.train))), test.subset(slice(len(features.test)))
+    features, train, test = load_featured_images(dataset, device)
     whiten = Whitening(features.glyphs.x.flatten(1), features.glyphs.labels)
     x, x_test = whiten(features.train.x.flatten(1)), whiten(features.test.x.flatten(1))
 

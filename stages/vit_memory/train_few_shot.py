@@ -13,7 +13,6 @@ import copy
 import itertools
 import shutil
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +28,10 @@ from stages.common.artifacts import save_csv, save_json
 from stages.common.backbone import Backbone, load_backbone
 from stages.common.command import parse_arguments, run
 from stages.common.figures import save_figure
-from stages.common.images import load_images
 from stages.common.metrics import accuracy, mean_interval, mean_std
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.seeding import building
 from stages.vit_memory import classifiers, episodes, models
 from stages.vit_memory.classifiers import (
     RanPAC,
@@ -43,7 +42,7 @@ from stages.vit_memory.classifiers import (
     memory_log_probabilities,
 )
 from stages.vit_memory.episodes import Episode, draw_episode
-from stages.vit_memory.features import FeatureSets, load_features
+from stages.vit_memory.features import FeatureSets, load_featured_images
 from stages.vit_memory.models import HeadedViT, MemoryAugmentedViT, VPTDeep, VPTShallow
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
@@ -61,8 +60,6 @@ FROZEN = (
     "random_vit",
     "pixels",
 )
-
-BUILDING = threading.Lock()
 
 
 class Params(StageParams):
@@ -135,8 +132,7 @@ def train_through(
 ) -> HeadedViT:
     """Return a ViT of one kind, what trains of it trained on the support images with the learning rate `rate`."""
     classes = len(episode.classes)
-    with BUILDING:  # the global random numbers, from which modules draw, are nobody else's meanwhile
-        torch.manual_seed(episode.seed)
+    with building(episode.seed):
         vit = copy.deepcopy(backbone.vit)
         if kind == "memory_block":
             model = MemoryAugmentedViT(vit, num_classes=classes, mem_size=len(x), beta=params.beta)
@@ -162,8 +158,7 @@ def plain_linear_probe(
     x: Float[Tensor, "s d"], queries: Float[Tensor, "q d"], episode: Episode, params: Params
 ) -> Float[Tensor, "q w"]:
     """Return the logits of a head trained as it often is: AdamW on features as they are, for a fixed number of steps."""
-    with BUILDING:
-        torch.manual_seed(episode.seed)
+    with building(episode.seed):
         head = nn.Linear(x.shape[1], len(episode.classes)).to(x.device)
     optimizer = torch.optim.AdamW(head.parameters(), params.plain_learning_rate, weight_decay=0.01)
     for _ in range(params.plain_steps):
@@ -214,10 +209,8 @@ def main() -> None:
     params = Params.load("train_few_shot", dataset)
     pin_threads()
     device = pick_device()
-    features = load_features(dataset, device)
     backbone = load_backbone(BACKBONE, device)
-    train, test = load_images(dataset, device)
-    train, test = train.subset(slice(len(features.train))), test.subset(slice(len(features.test)))
+    features, train, test = load_featured_images(dataset, device)
     whiten = Whitening(features.glyphs.x[:, 0], features.glyphs.labels, params.shrinkage)
     drawn = [
         draw_episode(train.labels, test.labels, params.n_way, params.n_shot, params.queries, params.seed + i)

@@ -10,6 +10,7 @@ A variant is an architecture. Finished stacks wait in .work/build_zoo/ so that a
 """
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 from stages.common.artifacts import save_arrays, save_csv, save_json
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
+from stages.common.resume import work_folder
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.weightnet import convolution, networks, pictures, program, properties, training
 from stages.weightnet.networks import zoo_program
@@ -31,7 +33,6 @@ from stages.weightnet.zoo import ImageParams, Images, zoo_images
 
 MODELS = Path("models/build_zoo")
 REPORTS = Path("reports/build_zoo")
-WORK = Path(".work/build_zoo")
 
 MEASURED = ("train_acc", *PROPERTIES)
 COLUMNS = (*MEASURED, *REFERENCES)
@@ -90,13 +91,12 @@ def own_images(draws: Draws, images: Images, params: Params) -> tuple[torch.Tens
     return images.train[0][draws.images[:most].to(where)], draws.labels[:most].to(where)
 
 
-def work_folder(dataset: str, params: Params) -> Path:
+def stack_folder(dataset: str, params: Params) -> Path:
     """Return where finished stacks wait: a folder for everything that they follow from, code and data included."""
-    key = hashlib.sha256(params.model_dump_json(exclude={"variant": {"runs"}}).encode())
-    for path in [*(module.__file__ for module in (convolution, networks, program, properties, training)), __file__]:
-        key.update(Path(path).read_bytes())
-    key.update(Path(f"data/{dataset}.safetensors").read_bytes())
-    return WORK / key.hexdigest()[:16]
+    data = hashlib.sha256(Path(f"data/{dataset}.safetensors").read_bytes()).hexdigest()
+    recipe = params.model_dump(exclude={"variant": {"runs"}}) | {"data": data}
+    code = (convolution, networks, program, properties, training, sys.modules[__name__])
+    return work_folder(f"build_zoo/{dataset}", recipe, *code)
 
 
 def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def main() -> None:
     traced, _ = zoo_program(architecture, *shape)
     runs = [draw_run(f"{architecture}-{i}", params.seed, params.recipe) for i in range(params.variant.runs)]
     shards = plan_stacks(runs, params.shard_runs, params.variant.stack)
-    work = work_folder(dataset, params)
+    work = stack_folder(dataset, params)
 
     def stack_path(stack: list[Run]) -> Path:
         names = hashlib.sha256(" ".join(one.name for one in stack).encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@ that it learns; a hybrid does both. The others are what they are measured agains
 
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.functional import gelu, log_softmax, pad, scaled_dot_product_atten
 
 from stages.common.checkpoints import load_torch
 from stages.common.runtime import generator
+from stages.common.seeding import building
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
 from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks
@@ -27,7 +27,6 @@ Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
 LARGE = 512  # neurons, from which layers attend one by one
-SEEDING = Lock()  # torch's modules draw their first weights from the one global generator
 
 
 def signed_log(x: Tensor) -> Tensor:
@@ -359,8 +358,7 @@ class Predictor(nn.Module):
         d, heads, classes = config["d"], config["heads"], example.symmetry.sizes[OUTPUT]
         channels, side, _ = example.program.input_shape
         self.reads_statistics = kind in ("stats", "hybrid")
-        with SEEDING, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with building(seed):
             readers: list[nn.Module] = []
             if kind in ("weightnet", "hybrid"):
                 readers.append(WeightNet(classes, d, config["rounds"], heads, config["cross"], config["intra"]))

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from stages.common.metrics import accuracy
 from stages.weightnet.program import Program, Weights, run_stack
 
 PROPERTIES = ("test_acc", "gap", "noise_acc", "fgsm_acc", "test_loss", "calibration_error")
@@ -18,11 +19,6 @@ def run_blocks(
 ) -> Float[Tensor, "n b k"]:
     """Return the outputs of n networks on images, a block at a time."""
     return torch.cat([run_stack(program, weights, block, tanh) for block in images.split(BLOCK)], 1)
-
-
-def right(logits: Float[Tensor, "n b k"], labels: Int[Tensor, "*n b"]) -> Float[Tensor, " n"]:
-    """Return the accuracy of each network, in float64."""
-    return (logits.argmax(-1) == labels).double().mean(-1)
 
 
 def calibration_error(logits: Float[Tensor, "n b k"], labels: Int[Tensor, " b"]) -> Float[Tensor, " n"]:
@@ -74,10 +70,10 @@ def measure(
         adversarial = fgsm(program, weights, x, y, tanh, fgsm_step)
         correct.append((run_stack(program, weights, adversarial, tanh).argmax(-1) == y).double())
     return {
-        "test_acc": right(logits, labels),
+        "test_acc": accuracy(logits, labels),
         "test_loss": loss.view(len(logits), -1).mean(1),
         "calibration_error": calibration_error(logits, labels),
-        "noise_acc": right(run_blocks(program, weights, noisy, tanh), labels),
+        "noise_acc": accuracy(run_blocks(program, weights, noisy, tanh), labels),
         "fgsm_acc": torch.cat(correct, 1).mean(1),
     }
 
@@ -93,7 +89,7 @@ def measure_references(
     """Return accuracies on 32 and on 128 validation images, and the mean confidence on 128, for which no label is needed."""
     logits = run_blocks(program, weights, images[:128], tanh)
     confidence = logits.double().softmax(-1).amax(-1).mean(1)
-    values = (right(logits[:, :32], labels[:32]), right(logits, labels[:128]), confidence)
+    values = (accuracy(logits[:, :32], labels[:32]), accuracy(logits, labels[:128]), confidence)
     return dict(zip(REFERENCES, values, strict=True))
 
 
@@ -109,5 +105,5 @@ def train_accuracy(
     shares = []
     for i, (x, y) in enumerate(zip(images, labels, strict=True)):
         alone = {name: tensor[i : i + 1] for name, tensor in weights.items()}
-        shares.append(right(run_blocks(program, alone, x, tanh[i : i + 1]), y)[0])
+        shares.append(accuracy(run_blocks(program, alone, x, tanh[i : i + 1]), y)[0])
     return torch.stack(shares)
