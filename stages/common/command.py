@@ -24,18 +24,17 @@ def parse_arguments(doc: str | None, **items: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback."""
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and end the process; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback."""
+    code = 0
     try:
         main()
     except (InputError, OSError) as error:
-        _leave(f"error: {error}", 1)
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
-        _leave("interrupted: nothing is left half-written; run the same command again", 130)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+        print("interrupted: nothing is left half-written; run the same command again", file=sys.stderr)
+        code = 130
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: sys.exit would wait for the threads that still train
+    os._exit(code)  # at once: sys.exit would wait for threads that still train, and take half a second to unload torch

@@ -226,7 +226,6 @@ def main() -> None:
         "adam_average": Method(base, "average"),
         "adam_nowcast": Method(base, "average and jump"),
         "tuned": Method(adam(rate)),
-        "tuned_nowcast": Method(adam(rate), "average and jump"),
         "cosine": Method(adam(peak, "cosine")),
         "cosine_nowcast": Method(adam(peak, "cosine"), "average and jump"),
     }

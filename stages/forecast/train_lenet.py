@@ -6,8 +6,13 @@ Writes  models/train_lenet/<dataset>/<run>.safetensors   weights float32 [t, p],
         models/train_lenet/<dataset>/runs.json           the recipe, and which runs are to train, validate and test forecasters
         reports/train_lenet/<dataset>/history.csv        a row for each run and snapshot
         reports/train_lenet/<dataset>/summary.json       test accuracy at the end, by regime
+
+Finished runs wait in .work/train_lenet/ until all are, so that a stage that was killed goes on where it was.
 """
 
+import hashlib
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -18,11 +23,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
-from stages.common.artifacts import save_arrays, save_csv, save_json
+from stages.common.artifacts import load_metadata, save_arrays, save_csv, save_json
 from stages.common.command import parse_arguments, run
 from stages.common.metrics import accuracy, mean_std
 from stages.common.params import StageParams
+from stages.common.resume import work_folder
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.forecast import lenet, optimizers
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction, set_learning_rate
 from stages.forecast.runs import LeNetData, load_lenet_data, regime_of
@@ -105,29 +112,41 @@ def train_lenet(
     return model, torch.stack(weights), torch.stack(states), history
 
 
+def unfinished_folder(dataset: str, params: Params) -> Path:
+    """Return where finished runs wait: a folder for everything that one follows from, code and images included."""
+    images = hashlib.sha256(Path(f"data/{dataset}.safetensors").read_bytes()).hexdigest()
+    recipe = params.model_dump(exclude={"runs"}) | {"images": images}
+    return work_folder(f"train_lenet/{dataset}", recipe, lenet, optimizers, sys.modules[__name__])
+
+
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
     params = Params.load("train_lenet", dataset)
     pin_threads()
     device = pick_device()
     data = load_lenet_data(dataset, params.model_dump(), device, params.evaluation_images)
-
-    def train_run(name: str) -> list[dict[str, Any]]:
-        model, weights, states, history = train_lenet(data, name, params)
-        layout = [
-            [key, list(parameter.shape)] for key, parameter in model.named_parameters()
-        ]  # JSON would sort a mapping
-        metadata = {"layout": layout, "run": name, "snapshot_every": params.snapshot_every}
-        arrays = {"weights": weights.numpy(), "state": states.numpy()}
-        save_arrays(MODELS / dataset / f"{name}.safetensors", arrays, metadata)
-        return history
-
+    work = unfinished_folder(dataset, params)
     names = [*params.runs.train, *params.runs.validation, *params.runs.test]
-    histories = parallel_map(train_run, names, device, f"train LeNet on {dataset}")
+
+    def finish(name: str) -> None:
+        model, weights, states, history = train_lenet(data, name, params)
+        layout = [[key, list(parameter.shape)] for key, parameter in model.named_parameters()]  # JSON sorts mappings
+        metadata = {"layout": layout, "run": name, "snapshot_every": params.snapshot_every, "history": history}
+        arrays = {"weights": weights.numpy(), "state": states.numpy()}
+        save_arrays(work / f"{name}.safetensors", arrays, metadata)
+
+    missing = [name for name in names if not (work / f"{name}.safetensors").is_file()]
+    parallel_map(finish, missing, device, f"train LeNet on {dataset}")
+
+    (MODELS / dataset).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.move(work / f"{name}.safetensors", MODELS / dataset / f"{name}.safetensors")
+    shutil.rmtree(work)
     save_json(MODELS / dataset / "runs.json", params.model_dump(exclude={"evaluation_images", "regimes"}))
-    save_csv(REPORTS / dataset / "history.csv", [row for history in histories for row in history])
+    histories = {name: load_metadata(MODELS / dataset / f"{name}.safetensors")["history"] for name in names}
+    save_csv(REPORTS / dataset / "history.csv", [row for history in histories.values() for row in history])
     final: dict[str, list[float]] = {}
-    for name, history in zip(names, histories, strict=True):
+    for name, history in histories.items():
         final.setdefault(regime_of(name), []).append(history[-1]["test_acc"])
     final = {regime: mean_std(values) for regime, values in final.items()}
     save_json(REPORTS / dataset / "summary.json", {"final_test_acc": final})

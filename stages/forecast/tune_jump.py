@@ -2,7 +2,7 @@
 
 Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>-transformer/forecaster.pt
 Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of a JumpForecaster
-        reports/tune_jump/<dataset>/history.csv      losses of the proposed networks over others'
+        reports/tune_jump/<dataset>/history.csv      losses of the proposed networks over those of the last ones
 """
 
 import statistics
@@ -49,7 +49,7 @@ class Params(StageParams):
     images: PositiveInt  # training images in a step
     pull: NonNegativeFloat  # towards the mean of the last snapshots, in units of the scale²
     origins: PositiveInt  # of each run; the features of all are kept in memory
-    validation_images: PositiveInt  # of those that the runs did not see
+    reference_images: PositiveInt  # on which the last weights' losses are taken, and jumps validated: then unseen ones
     check_every: PositiveInt  # steps
 
 
@@ -58,25 +58,29 @@ class Origin:
     """All weights of one run at one snapshot, and what the jump is made of."""
 
     layout: Layout
-    weights: Float[Tensor, " p"]
     mean: Float[Tensor, " p"]  # of the last snapshots
     scale: Float[Tensor, " p"]
     inputs: Float[Tensor, "p d"]
+    last_loss: float  # of the last weights
 
     def jump(self, step: nn.Linear) -> Float[Tensor, " p"]:
         """Return the weights that are proposed."""
         return self.mean + self.scale * step(self.inputs)[:, 0]
 
 
-def read_origins(model: JumpForecaster, runs: list[Trajectory], n: int) -> list[Origin]:
-    """Return n origins of every run, denser where it is young: there its path bends most."""
+@torch.no_grad()
+def read_origins(
+    model: JumpForecaster, runs: list[Trajectory], n: int, network: LeNet, x: Tensor, labels: Tensor
+) -> list[Origin]:
+    """Return n origins of every run, denser where it is young: there its path bends most. Images: for the last losses."""
     spread = torch.linspace(0, 1, n).square()
     places = [(r, t) for r in runs for t in (WINDOW + spread * (len(r) - 1 - WINDOW)).long().tolist()]
     origins = []
     for r, t in tqdm(places, "read origins", disable=None):
         features = read_features(r, t, torch.arange(r.layout.size), **model.reads)
         mean = r.weights[t] + features.scale * recent_mean(features)[:, 0]
-        origins.append(Origin(r.layout, r.weights[t], mean, features.scale, model.read(features)))
+        last_loss = loss_of(network, r.layout, r.weights[t], x, labels).item()
+        origins.append(Origin(r.layout, mean, features.scale, model.read(features), last_loss))
     return origins
 
 
@@ -86,16 +90,11 @@ def loss_of(network: LeNet, layout: Layout, weights: Float[Tensor, " p"], x: Ten
 
 
 @torch.no_grad()
-def losses_of(
+def mean_ratio(
     proposal: Callable[[Origin], Tensor], network: LeNet, origins: list[Origin], x: Tensor, labels: Tensor
-) -> Float[Tensor, " n"]:
-    """Return the loss of what is proposed at every origin."""
-    return torch.stack([loss_of(network, o.layout, proposal(o), x, labels) for o in origins])
-
-
-def mean_ratio(losses: Float[Tensor, " n"], last_losses: Float[Tensor, " n"]) -> float:
-    """Return the mean over origins of the loss over that of the last weights."""
-    return statistics.fmean((losses / last_losses).tolist())
+) -> float:
+    """Return the mean over origins of the loss of what is proposed over that of the last weights."""
+    return statistics.fmean(loss_of(network, o.layout, proposal(o), x, labels).item() / o.last_loss for o in origins)
 
 
 def tune_jump(
@@ -112,28 +111,25 @@ def tune_jump(
     optimizer = torch.optim.Adam(model.step.parameters())
     factor = warmup_cosine(params.steps, WARMUP_FRACTION)
     history, best = [], None
-    last_losses = losses_of(lambda o: o.weights, network, validation, *held_out)
-    average_ratio = mean_ratio(losses_of(lambda o: o.mean, network, validation, *held_out), last_losses)
+    of_average = mean_ratio(lambda o: o.mean, network, validation, *held_out)
     for step in tqdm(range(1, params.steps + 1), "tune the jump", unit=" steps", disable=None):
         set_learning_rate(optimizer, params.learning_rate * factor(step - 1))
         origin = train[torch.randint(len(train), (), generator=random)]
         batch = torch.randint(len(x), (params.images,), generator=random)
         jump = origin.jump(model.step)
-        with torch.no_grad():
-            average_loss = loss_of(network, origin.layout, origin.mean, x[batch], labels[batch])
-        ratio = loss_of(network, origin.layout, jump, x[batch], labels[batch]) / (average_loss + FLOOR)
+        ratio = loss_of(network, origin.layout, jump, x[batch], labels[batch]) / (origin.last_loss + FLOOR)
         loss = ratio + params.pull * ((jump - origin.mean) / origin.scale).square().mean()
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(model.step.parameters(), 1.0)
         optimizer.step()
         if step % params.check_every == 0 or step == params.steps:
-            jump_losses = losses_of(lambda o: o.jump(model.step), network, validation, *held_out)
-            row = {"step": step, "train_ratio_to_average": ratio.item()}
-            row |= {"val_ratio": mean_ratio(jump_losses, last_losses), "val_ratio_average": average_ratio}
-            if best is None or row["val_ratio"] < min(earlier["val_ratio"] for earlier in history):
+            of_jump = mean_ratio(lambda o: o.jump(model.step), network, validation, *held_out)
+            if best is None or of_jump < min(row["val_ratio"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            history.append(row)
+            history.append(
+                {"step": step, "train_ratio": ratio.item(), "val_ratio": of_jump, "val_ratio_average": of_average}
+            )
     return best, history
 
 
@@ -145,10 +141,12 @@ def main() -> None:
     body, config = load_forecaster(FORECASTERS / f"{dataset}-transformer" / "forecaster.pt", "transformer")
     model = JumpForecaster(body)
     data = load_lenet_data(dataset, runs.recipe, torch.device("cpu"), test_images=0)
-    held_out = tuple(part[: params.validation_images] for part in data.held_out)
+    seen, held_out = (
+        tuple(part[: params.reference_images] for part in images) for images in (data.train, data.held_out)
+    )
     network = LeNet(runs.recipe["image_size"], len(data.classes), seed=0).requires_grad_(False)
-    train = read_origins(model, list(runs.train.values()), params.origins)
-    validation = read_origins(model, list(runs.validation.values()), params.origins)
+    train = read_origins(model, list(runs.train.values()), params.origins, network, *seen)
+    validation = read_origins(model, list(runs.validation.values()), params.origins, network, *held_out)
     state, history = tune_jump(model, network, train, validation, data.train, held_out, params)
     save_torch(MODELS / dataset / "forecaster.pt", {"config": config | {"kind": "jump"}, "state_dict": state})
     save_csv(REPORTS / dataset / "history.csv", history)
