@@ -283,7 +283,7 @@ def main() -> None:
 
     trials = [(m, s, None) for m in (*NETWORKS, *FROZEN) if m in params.strengths for s in params.strengths[m]]
     tried = parallel_map(matrices, trials, device, f"strengths for {dataset}")
-    # EWC and LwF do nothing for the class-incremental question, whatever their strength: theirs is the other one.
+    # EWC and LwF are made for the task-incremental question: theirs are chosen on it.
     kind = {"ewc": "task", "lwf": "task"}
     quality = {job: sum(r[kind.get(job[0], "class")][-1]) for job, r in zip(trials, tried, strict=True)}
     chosen = {m: max((job for job in trials if job[0] == m), key=quality.__getitem__)[1] for m in params.strengths}
