@@ -27,12 +27,14 @@ def _mean_matrix(rows: Rows, method: str, kind: str) -> Float[np.ndarray, "t t"]
 def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
     """Draw the accuracy over the tasks so far, after each task, of every method; the best at the end comes first in the legend."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    colours = {method: f"C{i}" for i, method in enumerate(table)}
     for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for i, method in enumerate(sorted(table, key=lambda m, kind=kind: -table[m][kind]["final"]["mean"])):
             matrix = _mean_matrix(rows, method, kind)
             so_far = [matrix[t, : t + 1].mean() for t in range(len(matrix))]
             label = f"{method.replace('_', ' ')} {table[method][kind]['final']['mean']:.1%}"
-            ax.plot(range(1, len(matrix) + 1), so_far, "o-" if i < 5 else "o--", markersize=3, label=label)
+            style = {"linestyle": "-" if i < 5 else "--", "color": colours[method], "label": label}
+            ax.plot(range(1, len(matrix) + 1), so_far, marker="o", markersize=3, **style)
         ax.set(title=title, xlabel="tasks learnt", ylim=(0, 1.02), xticks=range(1, len(matrix) + 1))
         ax.legend(fontsize=6)
     axes[0].set_ylabel("test accuracy over those tasks")
