@@ -7,6 +7,7 @@ from stages.common.command import InputError
 from stages.common.metrics import accuracy
 from stages.vit_memory.classifiers import Whitening, class_means, linear_probe, memory_log_probabilities
 from stages.vit_memory.episodes import draw_episode
+from stages.vit_memory.features import spread
 from stages.vit_memory.train_few_shot import compare
 
 
@@ -21,6 +22,12 @@ def test_an_episode_has_its_shots_and_no_query_among_them():
     again, other = (draw_episode(labels, labels, 4, 5, 50, seed) for seed in (0, 1))
     assert torch.equal(episode.support, again.support)
     assert not torch.equal(episode.support, other.support)
+
+
+def test_images_are_taken_from_all_of_a_data_set_that_is_in_the_order_of_classes():
+    labels = torch.arange(10).repeat_interleave(50)
+    assert labels[spread(500, 70)].bincount().tolist() == [7] * 10
+    assert torch.equal(spread(500, 1000), torch.arange(500))
 
 
 @pytest.mark.parametrize(("n_way", "n_shot"), [(11, 1), (2, 31)])

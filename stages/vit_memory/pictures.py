@@ -127,6 +127,7 @@ def draw_slots(path: Path, shares: dict[str, Float[Tensor, "n m"]], labels: list
     for ax, (name, share) in zip(axes[0], shares.items(), strict=True):
         ax.imshow(share.cpu().numpy() ** 0.5, cmap="magma", aspect="auto", interpolation="nearest")
         ends = np.flatnonzero(np.diff(labels)) + 0.5
-        ax.set(title=name, xlabel="slots, by class", ylabel="test images, by class", yticks=[])
+        title = f"{name}: {share.min():.1%} (black) to {share.max():.1%}"
+        ax.set(title=title, xlabel="slots, by class", ylabel="test images, by class", yticks=[])
         ax.vlines(ends, -0.5, len(share) - 0.5, color="white", linewidth=0.3)
     save_figure(path, figure)
