@@ -10,11 +10,20 @@ from torch import nn
 from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
+from stages.common.backbone import Backbone, BackboneConfig
 from stages.vit_memory.classifiers import RanPAC
 from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, fisher_diagonal, herd, iCaRL
 from stages.vit_memory.hopfield import ClassMemory
 from stages.vit_memory.models import HeadedViT
-from stages.vit_memory.train_continual import Stream, accuracy_matrices, learn_frozen, measures
+from stages.vit_memory.train_continual import (
+    FROZEN,
+    NETWORKS,
+    Stream,
+    accuracy_matrices,
+    learn_frozen,
+    learn_network,
+    measures,
+)
 
 
 def small_vit(classes=4):
@@ -187,13 +196,14 @@ def test_ranpac_is_ridge_regression():
 
 class Settings:
     buffer, shrinkage, random_features = 24, 0.1, 50
+    steps, batch_size, learning_rate, fisher_images = 2, 4, 1e-3, 4
 
 
 def stream(labels, test_labels):
     return Stream(torch.arange(len(labels)), labels, torch.arange(len(test_labels)), test_labels, 3, 2, seed=0)
 
 
-@pytest.mark.parametrize("method", ["memory", "nearest_mean", "slda", "ranpac"])
+@pytest.mark.parametrize("method", FROZEN)
 def test_what_was_learnt_by_task_t_does_not_depend_on_later_data(method):
     x, labels = features_by_task()
     tests, test_labels = features_by_task()
@@ -206,7 +216,21 @@ def test_what_was_learnt_by_task_t_does_not_depend_on_later_data(method):
     assert not torch.equal(clean[2], other[2])
 
 
-@pytest.mark.parametrize("method", ["memory", "nearest_mean", "slda", "ranpac"])
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_network_does_not_look_ahead(method):
+    labels = torch.arange(36) % 6
+    images = torch.randint(256, (36, 1, 16, 16), dtype=torch.uint8)
+    spoilt = torch.where((labels >= 4)[:, None, None, None], 255 - images, images)
+    backbone = Backbone(small_vit().vit, BackboneConfig("small", False, 16, None), "", {})
+    clean, other = (
+        learn_network(method, 10.0, backbone, data, images, stream(labels, labels), Settings)
+        for data in (images, spoilt)
+    )
+    assert torch.equal(clean[:2], other[:2])
+    assert not torch.equal(clean[2], other[2])
+
+
+@pytest.mark.parametrize("method", FROZEN)
 def test_permuted_labels_give_chance(method):
     torch.manual_seed(1)
     x, labels = features_by_task()

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from stages.common.command import InputError
-from stages.vit_memory.classifiers import Whitening, class_means, linear_probe
+from stages.common.metrics import accuracy
+from stages.vit_memory.classifiers import Whitening, class_means, linear_probe, memory_log_probabilities
 from stages.vit_memory.episodes import draw_episode
+from stages.vit_memory.features import spread
 from stages.vit_memory.train_few_shot import compare
 
 
@@ -20,6 +22,12 @@ def test_an_episode_has_its_shots_and_no_query_among_them():
     again, other = (draw_episode(labels, labels, 4, 5, 50, seed) for seed in (0, 1))
     assert torch.equal(episode.support, again.support)
     assert not torch.equal(episode.support, other.support)
+
+
+def test_images_are_taken_from_all_of_a_data_set_that_is_in_the_order_of_classes():
+    labels = torch.arange(10).repeat_interleave(50)
+    assert labels[spread(500, 70)].bincount().tolist() == [7] * 10
+    assert torch.equal(spread(500, 1000), torch.arange(500))
 
 
 @pytest.mark.parametrize(("n_way", "n_shot"), [(11, 1), (2, 31)])
@@ -58,3 +66,18 @@ def test_differences_are_paired():
     assert better["high"] - better["low"] == pytest.approx(0, abs=1e-9)
     assert table["worse"]["difference"]["high"] < 0
     assert "difference" not in table["linear_probe"]
+
+
+def test_permuted_labels_give_chance():
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(4, 8)
+    labels = torch.arange(80) % 4
+    x, queries = (centres[labels] + torch.randn(80, 8) for _ in range(2))
+
+    def score(y):
+        heads = linear_probe(x, y, queries, 4, 0.01), memory_log_probabilities(x, y, queries, 4, 16.0)
+        return torch.stack([accuracy(head, labels) for head in heads])
+
+    assert (score(labels) > 0.9).all()
+    permuted = torch.stack([score(labels[torch.randperm(80)]) for _ in range(20)]).mean(0)
+    assert (permuted - 0.25).abs().max() < 0.06

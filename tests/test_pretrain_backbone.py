@@ -6,9 +6,8 @@ from stages.common import resume
 from stages.common.backbone import Backbone, BackboneConfig, build_vit
 from stages.common.checkpoints import save_torch
 from stages.common.drawings import Glyphs
-from stages.common.runtime import generator
 from stages.vit_memory import pretrain_backbone
-from stages.vit_memory.pretrain_backbone import Params, nearest_mean_accuracy, pretrain, shifted
+from stages.vit_memory.pretrain_backbone import Params, nearest_mean_accuracy, pretrain
 
 SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 
@@ -16,16 +15,15 @@ SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
     monkeypatch.setattr(pretrain_backbone, "SAVE_EVERY", 3)
     params = Params.load("pretrain_backbone")
-    params = params.model_copy(update={"steps": 7, "batch_size": 8})
-    labels = torch.arange(40) % 20
-    images = Glyphs(20).draw(labels, 32, generator(0, "glyphs"))
+    params = params.model_copy(update={"steps": 7, "batch_size": 8, "masked_images": 4, "classes": 20})
+    glyphs, device = Glyphs(20), torch.device("cpu")
 
     def student():
         config = BackboneConfig("vit_tiny_patch16_224", False, 32, SHAPE)
         torch.manual_seed(1)
         return Backbone(build_vit(config), config, "", {})
 
-    whole, history = pretrain(student(), images, labels, params, project / "whole")
+    whole, history = pretrain(student(), glyphs, params, project / "whole", device)
 
     def save_and_die(path, value):
         save_torch(path, value)
@@ -34,12 +32,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(pretrain_backbone, "save_torch", save_and_die)
         try:
-            pretrain(student(), images, labels, params, project / "killed")
+            pretrain(student(), glyphs, params, project / "killed", device)
         except KeyboardInterrupt:
             assert (project / "killed/state.pt").is_file()
     other = student()
     torch.nn.init.zeros_(other.vit.cls_token)  # whatever it starts with, the saved state counts
-    resumed, resumed_history = pretrain(other, images, labels, params, project / "killed")
+    resumed, resumed_history = pretrain(other, glyphs, params, project / "killed", device)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert history == resumed_history
 
@@ -59,15 +57,6 @@ def test_work_is_found_again_for_the_same_recipe_and_code_alone(project):
 
     assert [resume.remembered(project / "r.json", compute) for _ in range(2)] == [{"x": [1, 2.5]}] * 2
     assert calls == [1]
-
-
-def test_shifted_images_are_moved_and_zeros_move_in():
-    image = torch.zeros(200, 1, 8, 8, dtype=torch.uint8)
-    image[:, :, 4, 4] = 255
-    moved = shifted(image, generator(0, "shift"))
-    places = {tuple(place) for place in (moved[:, 0] > 0).nonzero()[:, 1:].tolist()}
-    assert places == {(y, x) for y in range(2, 7) for x in range(2, 7)}
-    assert ((moved > 0).sum((1, 2, 3)) == 1).all()
 
 
 def test_the_nearest_mean_is_right_where_classes_are_apart_and_chance_where_they_are_not():

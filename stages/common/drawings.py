@@ -7,7 +7,7 @@ from torch import Tensor
 from stages.common.runtime import generator
 
 MAX_STROKES = 3
-POINTS = 16  # on a stroke
+POINTS = 24  # on a stroke
 
 
 class Glyphs:
@@ -38,19 +38,19 @@ class Glyphs:
             return low + (high - low) * torch.rand(len(labels), *shape, generator=random)
 
         control = self.control[labels]
-        control = control + 0.05 * torch.randn(control.shape, generator=random)
+        control = control + 0.08 * torch.randn(control.shape, generator=random)
         drawn = self.drawn[labels].repeat_interleave(POINTS, 1)[..., None]
         points = (self.bernstein @ control).flatten(1, 2)
         points = points - (points * drawn).sum(1, keepdim=True) / drawn.sum(1, keepdim=True)
-        turn, scale, shear = uniform(-0.25, 0.25), uniform(0.75, 1.15, 2), uniform(-0.2, 0.2)
+        turn, scale, shear = uniform(-0.25, 0.25), uniform(0.8, 1.4, 2), uniform(-0.2, 0.2)
         rows = [turn.cos() * scale[:, 0], -turn.sin() * scale[:, 1] + shear, turn.sin() * scale[:, 0]]
         transform = torch.stack([*rows, turn.cos() * scale[:, 1]], 1).view(-1, 2, 2)
         points = points @ transform.mT + uniform(-0.125, 0.125, 1, 2)
         points = points.masked_fill(~drawn, 1e3)  # far outside
-        axis = torch.linspace(-1, 1, size)
-        pixels = torch.cartesian_prod(axis, axis).flip(1)  # x, y of each pixel, row by row
-        squared = pixels.square().sum(1) + points.square().sum(2, keepdim=True) - 2 * points @ pixels.T
-        distance = squared.amin(1).clamp(min=0).sqrt()
-        width, softness = uniform(0.06, 0.14, 1), uniform(0.02, 0.05, 1)
-        ink = torch.sigmoid((width - distance) / softness)
-        return (255 * ink).byte().view(-1, 1, size, size)
+        across, down = ((torch.linspace(-1, 1, size) - points[..., xy, None]).square() for xy in (0, 1))
+        nearest = torch.full((len(labels), size, size), torch.inf)
+        for point in range(points.shape[1]):  # one by one: all at once is twelve times slower, by memory
+            torch.minimum(nearest, down[:, point, :, None] + across[:, point, None, :], out=nearest)
+        width, softness = uniform(0.06, 0.16, 1, 1), uniform(0.02, 0.05, 1, 1)
+        ink = torch.sigmoid((width - nearest.sqrt()) / softness)
+        return (255 * ink).byte()[:, None]

@@ -19,14 +19,13 @@ from torch.nn.functional import normalize, one_hot
 
 from stages.common.artifacts import save_csv, save_json
 from stages.common.command import parse_arguments, run
-from stages.common.images import load_images
 from stages.common.metrics import accuracy, majority_accuracy, mean_std
 from stages.common.params import StageParams
-from stages.common.runtime import generator, pick_device, pin_threads
+from stages.common.runtime import generator, pin_threads
 from stages.vit_memory import pictures
 from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.episodes import draw_episode
-from stages.vit_memory.features import load_features
+from stages.vit_memory.features import load_featured_images
 from stages.vit_memory.hopfield import associate, energy, hebbian_retrieve, retrieve
 
 REPORTS = Path("reports/diagnose_memory")
@@ -118,9 +117,7 @@ def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of extract_features.datasets").dataset
     params = Params.load("diagnose_memory", dataset)
     pin_threads()
-    features = load_features(dataset, torch.device("cpu"))
-    device = pick_device()
-    train, test = load_images(dataset, device)
+    features, train, test = load_featured_images(dataset, torch.device("cpu"))
     errors, energies, capacity = retrieval_rows(params), energy_rows(params), capacity_rows(params)
 
     classes = len(features.classes)
@@ -158,8 +155,8 @@ def main() -> None:
     pictures.draw_retrieval(folder / "retrieval.png", errors, capacity)
     pictures.draw_energy(folder / "energy.png", energies)
     picked = [int((asked == c).nonzero()[0]) for c in range(min(SHOWN, classes))]
-    images = test.subset(episode.queries[order][picked].to(device)).pixels()
-    stored = train.subset(episode.support.to(device)).pixels()
+    images = test.subset(episode.queries[order][picked]).pixels()
+    stored = train.subset(episode.support).pixels()
     names = [features.classes[int(asked[i])] for i in picked]
     pictures.draw_attention(
         folder / "attention.png", images, stored, {n: share[picked] for n, share in shares.items()}, names

@@ -19,6 +19,7 @@ from stages.common.drawings import Glyphs
 from stages.common.images import load_images
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.vit_memory.features import spread
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
 MODELS = Path("models/extract_features")
@@ -36,7 +37,7 @@ class Params(StageParams):
     """Parameters of one data set's features."""
 
     seed: NonNegativeInt
-    train_images: PositiveInt  # the first ones, at most
+    train_images: PositiveInt  # at most
     test_images: PositiveInt
     glyphs: GlyphParams
 
@@ -59,7 +60,8 @@ def main() -> None:
     device = pick_device()
     backbone = load_backbone(BACKBONE, device)
     train, test = load_images(dataset, device)
-    train, test = train.subset(slice(params.train_images)), test.subset(slice(params.test_images))
+    train = train.subset(spread(len(train), params.train_images))
+    test = test.subset(spread(len(test), params.test_images))
     labels = torch.arange(params.glyphs.images) % params.glyphs.classes
     glyphs = Glyphs(params.glyphs.first_class + params.glyphs.classes, params.seed)
     random = generator(params.seed, "glyph features")

@@ -48,7 +48,17 @@ def load_features(dataset: str, device: torch.device) -> FeatureSets:
     return FeatureSets(**parts, glyphs_images=tensors["glyphs_images"], classes=classes)
 
 
+def spread(n: int, count: int) -> Int[Tensor, " m"]:
+    """Return the indices of at most `count` of n images, evenly through their order: a folder's are in the order of classes."""
+    count = min(n, count)
+    return torch.arange(count) * n // count
+
+
 def load_featured_images(dataset: str, device: torch.device) -> tuple[FeatureSets, ImageSet, ImageSet]:
     """Return the features of one data set, and the training and test images that they are of."""
     features, (train, test) = load_features(dataset, device), load_images(dataset, device)
-    return features, train.subset(slice(len(features.train))), test.subset(slice(len(features.test)))
+    kept = (
+        images.subset(spread(len(images), len(part)))
+        for images, part in ((train, features.train), (test, features.test))
+    )
+    return features, *kept

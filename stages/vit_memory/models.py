@@ -62,8 +62,13 @@ class LinearProbeViT(HeadedViT):
         super().__init__(as_vit(backbone_name, pretrained), num_classes)
 
 
-class VPTShallow(HeadedViT):
-    """Prompts beside the patches before the first block (Jia et al. 2022, arXiv:2203.12119). Trains prompts [n, d] and the head."""
+class PromptedViT(HeadedViT):
+    """A frozen ViT whose blocks see prompts beside the patches (Jia et al. 2022, arXiv:2203.12119). Trains prompts and head.
+
+    Prompts are drawn as Jia et al. do: uniform, as Xavier would draw the patch embedding.
+    """
+
+    deep: bool  # new prompts before every block [blocks, n, d]; else before the first alone [n, d]
 
     def __init__(
         self,
@@ -73,7 +78,16 @@ class VPTShallow(HeadedViT):
         num_prompts: int = 10,
     ) -> None:
         super().__init__(as_vit(backbone_name, pretrained), num_classes)
-        self.prompts = nn.Parameter(_prompts(self.vit, num_prompts))
+        d = self.vit.embed_dim
+        limit = (6 / (3 * self.vit.patch_embed.patch_size[0] ** 2 + d)) ** 0.5
+        blocks = (len(self.vit.blocks),) if self.deep else ()
+        self.prompts = nn.Parameter(torch.empty(*blocks, num_prompts, d).uniform_(-limit, limit))
+
+
+class VPTShallow(PromptedViT):
+    """Prompts before the first block, which go through all of them."""
+
+    deep = False
 
     def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         tokens = self.embed(x)
@@ -81,18 +95,10 @@ class VPTShallow(HeadedViT):
         return self.vit.norm(self.vit.blocks(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], 1)))[:, 0]
 
 
-class VPTDeep(HeadedViT):
-    """New prompts before every block, in place of what became of the last ones. Trains prompts [blocks, n, d] and the head."""
+class VPTDeep(PromptedViT):
+    """New prompts before every block, in place of what became of the last ones."""
 
-    def __init__(
-        self,
-        backbone_name: str | VisionTransformer,
-        pretrained: bool = True,
-        num_classes: int = 10,
-        num_prompts: int = 10,
-    ) -> None:
-        super().__init__(as_vit(backbone_name, pretrained), num_classes)
-        self.prompts = nn.Parameter(_prompts(self.vit, len(self.vit.blocks), num_prompts))
+    deep = True
 
     def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         tokens = self.embed(x)
@@ -101,12 +107,6 @@ class VPTDeep(HeadedViT):
             kept = tokens[:, :1], prompts.expand(len(x), -1, -1), tokens[:, -patches:]
             tokens = block(torch.cat(kept, 1))
         return self.vit.norm(tokens)[:, 0]
-
-
-def _prompts(vit: VisionTransformer, *shape: int) -> Float[Tensor, "*shape d"]:
-    """Draw prompts as Jia et al. do: uniform, as Xavier would draw the patch embedding."""
-    limit = (6 / (3 * vit.patch_embed.patch_size[0] ** 2 + vit.embed_dim)) ** 0.5
-    return torch.empty(*shape, vit.embed_dim).uniform_(-limit, limit)
 
 
 class MemoryBlock(nn.Module):

@@ -27,12 +27,14 @@ def _mean_matrix(rows: Rows, method: str, kind: str) -> Float[np.ndarray, "t t"]
 def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
     """Draw the accuracy over the tasks so far, after each task, of every method; the best at the end comes first in the legend."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    colours = {method: f"C{i}" for i, method in enumerate(table)}
     for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for i, method in enumerate(sorted(table, key=lambda m, kind=kind: -table[m][kind]["final"]["mean"])):
             matrix = _mean_matrix(rows, method, kind)
             so_far = [matrix[t, : t + 1].mean() for t in range(len(matrix))]
             label = f"{method.replace('_', ' ')} {table[method][kind]['final']['mean']:.1%}"
-            ax.plot(range(1, len(matrix) + 1), so_far, "o-" if i < 5 else "o--", markersize=3, label=label)
+            style = {"linestyle": "-" if i < 5 else "--", "color": colours[method], "label": label}
+            ax.plot(range(1, len(matrix) + 1), so_far, marker="o", markersize=3, **style)
         ax.set(title=title, xlabel="tasks learnt", ylim=(0, 1.02), xticks=range(1, len(matrix) + 1))
         ax.legend(fontsize=6)
     axes[0].set_ylabel("test accuracy over those tasks")
@@ -125,6 +127,7 @@ def draw_slots(path: Path, shares: dict[str, Float[Tensor, "n m"]], labels: list
     for ax, (name, share) in zip(axes[0], shares.items(), strict=True):
         ax.imshow(share.cpu().numpy() ** 0.5, cmap="magma", aspect="auto", interpolation="nearest")
         ends = np.flatnonzero(np.diff(labels)) + 0.5
-        ax.set(title=name, xlabel="slots, by class", ylabel="test images, by class", yticks=[])
+        title = f"{name}: {share.min():.1%} (black) to {share.max():.1%}"
+        ax.set(title=title, xlabel="slots, by class", ylabel="test images, by class", yticks=[])
         ax.vlines(ends, -0.5, len(share) - 0.5, color="white", linewidth=0.3)
     save_figure(path, figure)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+from torch.nn.functional import cross_entropy, normalize, one_hot
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
 from tqdm import tqdm
 
 from stages.common import backbone, drawings, resume
@@ -42,13 +43,14 @@ from stages.common.figures import image_grid, save_figure, show_image
 from stages.common.metrics import accuracy
 from stages.common.params import StageParams
 from stages.common.runtime import generator, pick_device, pin_threads
+from stages.vit_memory import muon
+from stages.vit_memory.muon import Muon
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
 REPORTS = Path("reports/pretrain_backbone")
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 200  # steps, while training
-SHIFT = 2  # pixels, by which training images are moved
 SCALE = 16.0  # of cosines, as logits
 EVALUATION = (100, 5, 10)  # unseen classes, drawings of each to learn from, and to be tested on
 
@@ -87,64 +89,68 @@ class Params(StageParams):
     seed: NonNegativeInt
     backbone: BackboneParams
     classes: PositiveInt  # of glyphs
-    images: PositiveInt  # drawn once
     steps: PositiveInt
     batch_size: PositiveInt
+    masked_images: PositiveInt  # of a batch, the ones that are reconstructed as well
     learning_rate: PositiveFloat
+    matrix_learning_rate: PositiveFloat  # of the blocks' matrices, which Muon trains
     weight_decay: NonNegativeFloat
     mask_ratio: Annotated[float, Field(gt=0, lt=1)]  # of the patches
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
 
 
-def shifted(images: UInt8[Tensor, "b 1 h w"], random: torch.Generator) -> UInt8[Tensor, "b 1 h w"]:
-    """Return each image moved by up to SHIFT pixels; zeros move in."""
-    h, w = images.shape[-2:]
-    views = pad(images, [SHIFT] * 4).unfold(2, h, 1).unfold(3, w, 1)
-    down, right = torch.randint(2 * SHIFT + 1, (2, len(images)), generator=random, device=images.device)
-    return views[torch.arange(len(images), device=images.device), :, down, right]
-
-
 def pretrain(
-    student: Backbone, images: UInt8[Tensor, "n 1 h w"], labels: Int[Tensor, " n"], params: Params, work: Path
+    student: Backbone, glyphs: Glyphs, params: Params, work: Path, device: torch.device
 ) -> tuple[MaskedAutoencoder, Rows]:
-    """Train `student.vit` in place; return it as an autoencoder, and the history. Goes on from work/state.pt if it is there."""
-    device = images.device
+    """Train `student.vit` in place, on new drawings in every step; return it as an autoencoder, and the history.
+
+    Goes on from work/state.pt if it is there.
+    """
     torch.manual_seed(params.seed)
     autoencoder = MaskedAutoencoder(student.vit).to(device)
     classes = nn.Parameter(0.02 * torch.randn(params.classes, student.vit.embed_dim, device=device))
     model = nn.ParameterDict({"classes": classes}), autoencoder
     parameters = [p for part in model for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, params.learning_rate, weight_decay=params.weight_decay)
-    random = generator(params.seed, "pretraining", device)
+    matrices = {p for name, p in autoencoder.named_parameters() if "block" in name and p.ndim == 2}
+    rates = params.matrix_learning_rate, params.learning_rate
+    of_matrices, rest = [p for p in parameters if p in matrices], [p for p in parameters if p not in matrices]
+    decay = params.weight_decay
+    optimizers = Muon(of_matrices, rates[0], decay), AdamW(rest, rates[1], weight_decay=decay, fused=True)
+    random = generator(params.seed, "pretraining")
     first, history = 0, []
     if (work / "state.pt").is_file():
         state = torch.load(work / "state.pt", map_location=device, weights_only=True)
         for part, values in zip(model, state["model"], strict=True):
             part.load_state_dict(values)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         random.set_state(state["random"].cpu())
         first, history = state["step"], state["history"]
     student.vit.train()
     steps = range(first, params.steps)
     for step in tqdm(steps, "pretrain", params.steps, initial=first, unit=" steps", disable=None):
         warm_up, cosine = min(1.0, (step + 1) / (0.05 * params.steps)), math.cos(math.pi * step / params.steps)
-        optimizer.param_groups[0]["lr"] = params.learning_rate * warm_up * 0.5 * (1 + cosine)
-        batch = torch.randint(len(labels), (params.batch_size,), generator=random, device=device)
-        x, y = student.prepare(shifted(images[batch], random)), labels[batch]
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * warm_up * 0.5 * (1 + cosine)
+            optimizer.zero_grad()
+        y = torch.randint(params.classes, (params.batch_size,), generator=random)
+        x = student.prepare(glyphs.draw(y, student.config.image_size, random).to(device))
+        y, masked = y.to(device), x[: params.masked_images]
         cosines = normalize(student.vit.forward_features(x)[:, 0], dim=1) @ normalize(classes, dim=1).T
-        noise = torch.rand(len(x), student.vit.patch_embed.num_patches, generator=random, device=device)
+        noise = torch.rand(len(masked), student.vit.patch_embed.num_patches, generator=random).to(device)
         classified = cross_entropy(SCALE * cosines, y, label_smoothing=params.label_smoothing)
-        reconstructed = autoencoder.loss(x, noise, params.mask_ratio)
-        optimizer.zero_grad()
+        reconstructed = autoencoder.loss(masked, noise, params.mask_ratio)
         (classified + reconstructed).backward()
         clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             row = {"step": step + 1, "classification_loss": classified.item(), "train_acc": accuracy(cosines, y).item()}
             history.append(row | {"reconstruction_loss": reconstructed.item()})
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
-            state |= {"model": [part.state_dict() for part in model], "optimizer": optimizer.state_dict()}
+            state |= {"model": [part.state_dict() for part in model]}
+            state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             save_torch(work / "state.pt", state)
     return autoencoder.eval(), history
 
@@ -203,14 +209,10 @@ def main() -> None:
     glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, known), "chance": 1 / unseen}
 
     autoencoder, history = None, [{"step": 0, "classification_loss": "", "train_acc": "", "reconstruction_loss": ""}]
-    work = resume.work_folder("pretrain_backbone", params.model_dump(), sys.modules[__name__], backbone, drawings)
+    work = resume.work_folder("pretrain_backbone", params.model_dump(), sys.modules[__name__], backbone, drawings, muon)
     if not asked.pretrained:
         glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, known)
-        random = generator(params.seed, "glyphs")
-        train_labels = torch.arange(params.images) % params.classes
-        batches = tqdm(train_labels.split(500), "draw glyphs", unit=" x 500", disable=None)
-        train_images = torch.cat([glyphs.draw(batch, asked.image_size, random) for batch in batches])
-        autoencoder, history = pretrain(student, train_images.to(device), train_labels.to(device), params, work)
+        autoencoder, history = pretrain(student, glyphs, params, work, device)
     decoder = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("vit.")} if autoencoder else {}
     save_backbone(BACKBONE, student.vit, config, decoder)
     stored = load_backbone(BACKBONE, device)  # as others will have it: rounded
