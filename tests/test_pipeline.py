@@ -25,7 +25,7 @@ from stages.forecast import (
     tune_jump,
 )
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
-from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
+from stages.weightnet import build_zoo, evaluate_weightnet, networks, train_weightnet
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -224,8 +224,10 @@ def test_variants_are_the_same_everywhere():
     assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
     matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
-    assert set(DVC_YAML["build_zoo"]["matrix"]["variant"]) == set(PARAMS["build_zoo"]["variants"])
-    assert set(PARAMS["build_zoo"]["variants"]) == set(evaluate_weightnet.ARCHITECTURES)
+    assert set(DVC_YAML["build_zoo"]["matrix"]["variant"]) == set(evaluate_weightnet.ARCHITECTURES)
+    assert set(evaluate_weightnet.ARCHITECTURES) <= set(PARAMS["build_zoo"]["variants"]) == set(networks.ARCHITECTURES)
+    for task in PARAMS["train_weightnet"]["tasks"].values():
+        assert {*task["train"], *task["test"]} <= set(evaluate_weightnet.ARCHITECTURES)
     matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}

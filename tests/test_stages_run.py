@@ -163,8 +163,9 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert all("%" in baseline or "untrained" in baseline for _, _, baseline in rows)
     assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
-    (_, *scores), _, (_, *moved) = sections["WeightNet"]
+    (_, *scores), _, (_, *curve), (_, *moved) = sections["WeightNet"]
     assert {"weightnet", "stats_gbm", "nearest", "hyperparameters_gbm"} <= {row[0] for row in scores}
+    assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in curve}
     assert all(float(row[2]) < 1e-6 for row in moved)  # relabelled neurons change nothing
     (_, *shots), (_, *tasks), (_, *errors) = sections["ViT memory"]
     assert {"linear probe", "memory head", "pixels", "random vit"} <= {row[0] for row in shots}

@@ -1,35 +1,51 @@
 """Relabelled networks are the same networks; a stack trains like each alone; what the zoo's index says is what was measured."""
 
-import csv
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from benchmark_zoo import train_alone
 from dvc.utils.hydra import apply_overrides
+from reproduction import ROOT
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stages.common.checkpoints import save_torch
 from stages.common.command import InputError
+from stages.common.images import load_images
+from stages.common.tables import load_table, save_table
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, predict, predictors
-from stages.weightnet.build_zoo import MEASURED, plan_stacks, train_and_measure
+from stages.weightnet.build_zoo import MEASURED, plan_stacks
 from stages.weightnet.convolution import convolve
 from stages.weightnet.evaluate_weightnet import one_sided, score
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
-from stages.weightnet.predictors import Predictor
+from stages.weightnet.predictors import Predictor, attention_maps
 from stages.weightnet.program import Weights, run_stack, trace
 from stages.weightnet.properties import PROPERTIES, calibration_error, fgsm, measure
-from stages.weightnet.splits import split_zoos
+from stages.weightnet.splits import Split, split_zoos
 from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
 from stages.weightnet.targets import from_scale, to_scale
-from stages.weightnet.train_weightnet import augmented
+from stages.weightnet.train_weightnet import (
+    Data,
+    Job,
+    Member,
+    augmented,
+    boost,
+    hyperparameters,
+    nearest,
+    prepare,
+    statistics_of,
+    train_and_predict,
+)
+from stages.weightnet.train_weightnet import Params as TrainParams
 from stages.weightnet.training import Recipe, draw_all, draw_run, train_stack, unflatten
-from stages.weightnet.zoo import load_zoo, zoo_images
+from stages.weightnet.zoo import Images, Zoo, load_zoo, zoo_images
 
 SHAPE = (1, 10, 8)  # channels, classes, pixels of a side
 RECIPE = Recipe(
@@ -223,12 +239,12 @@ def training_data() -> tuple[Tensor, Tensor]:
     return torch.randn(64, 1, 8, 8, generator=seeded()).double(), torch.randint(10, (64,), generator=seeded(1))
 
 
-@pytest.mark.parametrize("kind", ["cnn3", "flat", "residual"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_stack_trains_as_torch_s_optimisers_train_each_alone(kind):
     images, labels = training_data()
     program, _ = zoo_program(kind, *SHAPE)
-    runs = [replace(draw_run(f"{kind}-{i}", 0, RECIPE), dropout=0.0, tanh=False) for i in range(5)]
-    assert {run.sgd for run in runs} == {False, True}
+    drawn = [draw_run(f"{kind}-{i}", 0, RECIPE) for i in range(4)]
+    runs = [replace(run, dropout=0.0, tanh=False, sgd=i % 2 == 1) for i, run in enumerate(drawn)]
     assert len({run.steps for run in runs}) > 1
     stacked = train_stack(program, runs, images, labels)
     for i, run in enumerate(runs):
@@ -340,85 +356,210 @@ def start(monkeypatch, module, **items) -> None:
     module.main()
 
 
-def grow(monkeypatch, project, runs: int) -> build_zoo.Params:
-    """Build a zoo of so many runs in the working folder, in shards of 8, and return its parameters."""
-    apply_overrides(project / "params.yaml", [f"build_zoo.variants.cnn3.runs={runs}", "build_zoo.shard_runs=8"])
+def grow(monkeypatch, project, runs: int) -> None:
+    """Build a zoo of so many runs in the working folder, in shards of 4."""
+    settings = [f"build_zoo.variants.cnn3.runs={runs}", "build_zoo.shard_runs=4"]
+    apply_overrides(project / "params.yaml", settings)
+    monkeypatch.setattr(build_zoo.pictures, "draw_zoo", lambda *_: None)
     start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
-    return build_zoo.Params.load("build_zoo", "digits", "cnn3")
 
 
-def test_the_index_is_what_was_measured_and_growing_trains_the_rest_only(project, monkeypatch):
+def test_growing_a_zoo_trains_the_rest_only_and_shrinking_drops_it(project, monkeypatch):
     start(monkeypatch, fetch_data, dataset="digits")
-    params = grow(monkeypatch, project, 16)
-    small = load_zoo("digits", "cnn3")
     trained = []
     original = build_zoo.train_stack
     monkeypatch.setattr(build_zoo, "train_stack", lambda *args: (trained.append(len(args[1])), original(*args))[1])
-    grow(monkeypatch, project, 24)
-    zoo = load_zoo("digits", "cnn3")
+    grow(monkeypatch, project, 8)
+    small = load_zoo("digits", "cnn3")
     assert sum(trained) == 8
-    assert len(zoo) == 24 * 3
+    grow(monkeypatch, project, 12)
+    zoo = load_zoo("digits", "cnn3")
+    assert sum(trained) == 12
+    assert len(zoo) == 12 * 3
     kept = [zoo.index["run"].index(name) for name in small.index["run"][::3]]
     assert torch.equal(zoo.flat[kept], small.flat[::3])
-    grow(monkeypatch, project, 16)
-    assert sum(trained) == 8
-    assert len(load_zoo("digits", "cnn3")) == 16 * 3
+    grow(monkeypatch, project, 8)
+    assert sum(trained) == 12
+    assert len(load_zoo("digits", "cnn3")) == 8 * 3
 
-    images = zoo_images("digits", params.images, torch.device("cpu"))
+
+@dataclass(frozen=True)
+class Built:
+    """A zoo with what it was made of."""
+
+    zoo: Zoo
+    images: Images
+    params: build_zoo.Params
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A real zoo, trained shortly: 256 runs of cnn3 on small digits."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("zoo")
+        shutil.copy(ROOT / "params.yaml", folder)
+        runs, images, steps = "variants.cnn3.runs=256", "images.test_images=200", "recipe.steps=[10,60]"
+        settings = [f"build_zoo.{setting}" for setting in (runs, images, steps, "fgsm_images=100")]
+        apply_overrides(folder / "params.yaml", settings)
+        patch.chdir(folder)
+        patch.setenv("WEIGHTLENS_DEVICE", "cpu")
+        load_images.cache_clear()
+        start(patch, fetch_data, dataset="digits")
+        start(patch, build_zoo, dataset="digits", variant="cnn3")
+        params = build_zoo.Params.load("build_zoo", "digits", "cnn3")
+        found = Built(load_zoo("digits", "cnn3"), zoo_images("digits", params.images, torch.device("cpu")), params)
+        load_images.cache_clear()
+        return found
+
+
+def test_the_index_is_what_was_measured(built):
+    zoo, images, params = built.zoo, built.images, built.params
     rows = torch.tensor([5, 17, 40])
     networks = zoo.networks(rows)
     pixels = images.test[0]
     noise = torch.randn(pixels.shape, generator=build_zoo.generator(params.seed, "noise of test images"))
-    measured = measure(
-        zoo.program,
-        networks.weights,
-        networks.tanh,
-        images.test,
-        pixels + params.noise * noise,
-        params.fgsm_images,
-        params.fgsm_step,
-    )
-    for name, values in measured.items():
-        assert values.numpy() == pytest.approx(zoo.column(name)[rows], rel=2e-6), name
-    assert zoo.column("gap") == pytest.approx(zoo.column("train_acc") - zoo.column("test_acc"), abs=2e-6)
-
-    runs = [draw_run(f"cnn3-{i}", params.seed, params.recipe) for i in range(16)]
-    stack = plan_stacks(runs, params.shard_runs, params.variant.stack)[0][0]
-    again = train_and_measure(stack, zoo.program, images, params)
-    at = zoo.index["run"].index(stack[0].name)
-    assert torch.equal(torch.from_numpy(again["weights"][0]), zoo.flat[at : at + 3])
+    noisy = pixels + params.noise * noise
+    values = (networks.tanh, images.test, noisy, params.fgsm_images, params.fgsm_step)
+    for name, measured in measure(zoo.program, networks.weights, *values).items():
+        assert measured.numpy() == pytest.approx(zoo.column(name)[rows], rel=1e-6), name
+    assert zoo.column("gap") == pytest.approx(zoo.column("train_acc") - zoo.column("test_acc"), abs=1e-12)
     assert set(MEASURED) <= set(zoo.index)
+    assert zoo.index["snapshot"] == ["initial", "middle", "final"] * 256
+    assert len(set(zoo.index["run"])) == len(set(zoo.index["config"])) == 256
+    assert set(zoo.index["seed"]) == {params.seed}
 
 
-def test_no_run_is_in_two_parts_of_a_split(project, monkeypatch):
-    start(monkeypatch, fetch_data, dataset="digits")
-    grow(monkeypatch, project, 16)
-    zoos = {name: load_zoo("digits", "cnn3") for name in ("cnn3", "other")}
+def test_a_run_trained_again_from_its_seed_is_the_network_in_the_zoo(built):
+    runs = [draw_run(f"cnn3-{i}", built.params.seed, built.params.recipe) for i in range(256)]
+    stack = plan_stacks(runs, built.params.shard_runs, built.params.variant.stack)[0][0]
+    at = built.zoo.index["run"].index(stack[3].name)
+    again = train_stack(built.zoo.program, [stack[3]], *built.images.train)[0]
+    torch.testing.assert_close(again, built.zoo.flat[at : at + 3], rtol=1e-3, atol=1e-4)
+    assert built.zoo.index["config"][at] == stack[3].config
+
+
+def test_no_run_is_in_two_parts_of_a_split(built):
+    zoos = {"cnn3": built.zoo, "other": built.zoo}
     split = split_zoos(zoos, ["cnn3"], ["cnn3", "other"], (0.2, 0.2), ["middle", "final"], 1.0, 0)
-    runs = [set(zoos["cnn3"].run[part["cnn3"]].tolist()) for part in (split.train, split.validation, split.test)]
-    assert sum(map(len, runs)) == len(set.union(*runs)) == 16
-    configs = [
-        {zoos["cnn3"].index["config"][i] for i in part["cnn3"]} for part in (split.train, split.validation, split.test)
-    ]
-    assert not configs[0] & configs[2] and not configs[1] & configs[2] and not configs[0] & configs[1]
-    assert len(split.train["cnn3"]) == 2 * len(runs[0])
-    assert {zoos["cnn3"].snapshot[i] for i in split.test["cnn3"]} == {"final"}
-    assert len(split.test["other"]) == 16
-    less = split_zoos(zoos, ["cnn3"], ["cnn3"], (0.2, 0.2), ["final"], 0.5, 0)
+    parts = [part["cnn3"] for part in (split.train, split.validation, split.test)]
+    for column in (built.zoo.run.tolist(), built.zoo.index["config"]):
+        found = [{column[i] for i in part.tolist()} for part in parts]
+        assert sum(map(len, found)) == len(set.union(*found)) == 256
+    assert {built.zoo.snapshot[i] for i in parts[0]} == {"middle", "final"}
+    assert {built.zoo.snapshot[i] for i in parts[2]} == {"final"}
+    assert len(split.test["other"]) == 256
+    less = split_zoos(zoos, ["cnn3"], ["cnn3"], (0.2, 0.2), ["middle", "final"], 0.5, 0)
     assert torch.equal(less.test["cnn3"], split.test["cnn3"])
     assert set(less.train["cnn3"].tolist()) < set(split.train["cnn3"].tolist())
     with pytest.raises(InputError, match=r"too few to split: raise build_zoo.variants.cnn3.runs"):
         split_zoos(zoos, ["cnn3"], ["cnn3"], (0.5, 0.5), ["final"], 1.0, 0)
 
 
-def test_measurements_are_those_of_the_run_s_own_row(project, monkeypatch):
-    """The index has one row for each snapshot of each run, in the order of the weights."""
-    start(monkeypatch, fetch_data, dataset="digits")
-    grow(monkeypatch, project, 16)
-    with (project / "models/build_zoo/digits-cnn3/index.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["snapshot"] for row in rows] == ["initial", "middle", "final"] * 16
-    assert len({row["run"] for row in rows}) == len({row["config"] for row in rows}) == 16
+def member(kind: str, reads: str = "statistics", **changes) -> Member:
+    values = {"tasks": ["cnn3"], "epochs": 1, "learning_rate": 4e-3, "augment": True}
+    names = set(CONFIG) - {"properties"}
+    return Member(kind=kind, reads=reads, **{k: CONFIG[k] for k in names} | values | changes)
+
+
+def data_of(zoo: Zoo, split: Split, kind: str = "gbm") -> Data:
+    return prepare({"cnn3": zoo}, split, member(kind), {("cnn3", False): statistics_of(zoo, False)})
+
+
+def halves(zoo: Zoo, seed: int, snapshots: list[str]) -> Split:
+    """An eighth of the runs validates, a half tests."""
+    return split_zoos({"cnn3": zoo}, ["cnn3"], ["cnn3"], (0.125, 0.5), snapshots, 1.0, seed)
+
+
+def tau_of_accuracy(zoo: Zoo, split: Split, predicted: Tensor) -> float:
+    return score(zoo.column("test_acc")[split.test["cnn3"]], predicted[:, 0].numpy())["tau"]
+
+
+def test_from_shuffled_labels_nothing_is_learnt_and_from_true_ones_much(built):
+    order = torch.randperm(len(built.zoo) // 3, generator=seeded()).repeat_interleave(3) * 3 + torch.arange(3).repeat(
+        256
+    )
+    columns = {name: [built.zoo.index[name][i] for i in order.tolist()] for name in MEASURED}
+    shuffled = replace(built.zoo, index=built.zoo.index | columns)
+    taus: dict[str, list[float]] = {"true": [], "shuffled": []}
+    for name, zoo in (("true", built.zoo), ("shuffled", shuffled)):
+        for seed in range(3):
+            split = halves(zoo, seed, ["final"])
+            taus[name].append(tau_of_accuracy(zoo, split, boost(data_of(zoo, split), 15)[1]))
+    assert abs(np.mean(taus["shuffled"])) < 0.1
+    assert np.mean(taus["true"]) > 0.4
+
+
+def test_a_nearest_neighbour_knows_nothing_unless_snapshots_of_a_run_are_on_both_sides(built):
+    zoo = built.zoo
+    honest, leaky = [], []
+    for seed in range(8):
+        split = halves(zoo, seed, ["middle", "final"])
+        honest.append(tau_of_accuracy(zoo, split, nearest(data_of(zoo, split))[1]))
+        trained = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name != "initial"])
+        rows = trained[torch.randperm(len(trained), generator=seeded(seed))]
+        mixed = Split({"cnn3": rows[150:]}, {"cnn3": rows[:20]}, {"cnn3": rows[20:150]})
+        leaky.append(tau_of_accuracy(zoo, mixed, nearest(data_of(zoo, mixed))[1]))
+    assert abs(np.mean(honest)) < 0.15
+    assert np.mean(leaky) > np.mean(honest) + 0.2
+
+
+def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
+    final = [i for i, name in enumerate(built.zoo.snapshot) if name == "final"]
+    clean, attacked = (built.zoo.column(name)[final] for name in ("test_acc", "fgsm_acc"))
+    assert (attacked <= clean + 0.1).all()
+    alike = np.abs(clean[:, None] - clean) < 0.005  # the same number of test images, with each other
+    np.fill_diagonal(alike, False)
+    apart = np.abs(attacked[:, None] - attacked)[alike]
+    assert (apart > 0.05).mean() > 0.2
+    assert score(clean, attacked)["tau"] < 0.95
+
+
+@pytest.mark.parametrize("kind", ["weightnet", "stats", "gbm"])
+def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
+    """What predictors may read is the weights and the activation: the other columns of the index could be anything."""
+    few = built.zoo.run < 48
+    zoo = select(built.zoo, few.nonzero()[:, 0])
+    read = {"run", "snapshot", "activation", *PROPERTIES}
+    scrambled = replace(zoo, index={k: v if k in read else v[::-1] for k, v in zoo.index.items()})
+    assert hyperparameters(scrambled).ne(hyperparameters(zoo)).any()
+    params = TrainParams.load("train_weightnet", "digits", "baselines")
+    job = Job("it", member(kind), "cnn3", 0)
+    results = [
+        train_and_predict(job, {"cnn3": z}, {("cnn3", False): statistics_of(z, False)}, params)["arrays"]
+        for z in (zoo, scrambled)
+    ]
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def select(zoo: Zoo, rows: Tensor) -> Zoo:
+    index = {key: [column[i] for i in rows.tolist()] for key, column in zoo.index.items()}
+    parts = {"flat": zoo.flat[rows], "tanh": zoo.tanh[rows], "run": zoo.run[rows]}
+    return replace(zoo, **parts, snapshot=index["snapshot"], index=index)
+
+
+def test_attention_is_a_distribution_over_the_neurons_of_a_layer_and_moves_with_them():
+    networks = zoo_networks("cnn3", 2)
+    model = untrained("weightnet", networks).readers[0]
+    maps, moved = attention_maps(model, networks), attention_maps(model, relabelled(networks))
+    orders = random_permutations(networks.symmetry, seeded())
+    for layers, others in zip(maps, moved, strict=True):
+        assert set(layers) == set(networks.symmetry.sizes)
+        for group, x in layers.items():
+            torch.testing.assert_close(x.sum(2), torch.ones_like(x.sum(2)))
+            order = orders.get(group, torch.arange(x.shape[1]))
+            torch.testing.assert_close(others[group], x[:, order][:, :, order])
+
+
+def test_a_table_comes_back_with_its_types_has_the_same_bytes_and_is_refused_if_damaged(tmp_path):
+    rows = [{"run": "a-1", "seed": 3, "loss": 0.1 + 0.2}, {"run": "a-2", "seed": 4, "loss": 1e-300}]
+    for name in ("a", "b"):
+        save_table(tmp_path / f"{name}.parquet", rows)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert load_table(tmp_path / "a.parquet") == {key: [row[key] for row in rows] for key in rows[0]}
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a.parquet is damaged"):
+        load_table(tmp_path / "a.parquet")
 
 
 def keep_untrained(project, kind="weightnet") -> None:
@@ -454,7 +595,7 @@ def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, m
     for name, some in (("a", networks), ("b", relabelled(networks))):
         save_file({k: v[0].float().contiguous() for k, v in some.weights.items()}, project / f"{name}.safetensors")
     flags = ["--allow-probe"] if kind == "hybrid" else []
-    first, second = ask(monkeypatch, capsys, ".", "--arch", "residual", *flags).values()
+    first, second = ask(monkeypatch, capsys, ".", "--arch", "residual", *flags)["networks"].values()
     assert set(first["properties"]) == set(PROPERTIES)
     for name, found in first["properties"].items():
         assert found["low"] < found["value"] < found["high"]
@@ -462,9 +603,38 @@ def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, m
     assert 0 <= first["unlike"] <= 1
 
 
+def test_a_folder_with_metadata_is_a_zoo_and_a_spec_is_the_network_that_it_describes(project, monkeypatch, capsys):
+    keep_untrained(project)
+    networks, folder = zoo_networks("cnn3", 4), project / "mine"
+    folder.mkdir()
+    known = {}
+    for i in range(4):
+        save_file({k: v[i].float().contiguous() for k, v in networks.weights.items()}, folder / f"{i}.safetensors")
+        known[f"{i}.safetensors"] = {"arch": "cnn3", "activation": "tanh" if networks.tanh[i] else "relu"}
+    (folder / "metadata.json").write_text(json.dumps(known))
+    found = ask(monkeypatch, capsys, "mine")
+    assert found["agreement"] == {}
+    for i, result in enumerate(found["networks"].values()):
+        known[f"{i}.safetensors"]["test_acc"] = result["properties"]["test_acc"]["value"] ** 2
+    (folder / "metadata.json").write_text(json.dumps(known))
+    assert ask(monkeypatch, capsys, "mine")["agreement"] == {"test_acc": {"tau": pytest.approx(1), "n": 4}}
+
+    convolution = {"kind": "Conv2d", "out_channels": 16, "kernel_size": 3, "stride": 2, "padding": 1}
+    layers = [layer for c in (1, 16, 16) for layer in (convolution | {"in_channels": c}, {"kind": "ReLU"})]
+    layers += [{"kind": "AdaptiveAvgPool2d", "output_size": 1}, {"kind": "Flatten"}, {"kind": "Dropout"}]
+    layers += [{"kind": "Linear", "in_features": 16, "out_features": 10}]
+    (project / "spec.json").write_text(json.dumps({"layers": layers}))
+    first = ask(monkeypatch, capsys, "mine/0.safetensors", "--arch", "cnn3")["networks"]
+    assert ask(monkeypatch, capsys, "mine/0.safetensors", "--arch", "spec.json")["networks"] == first
+    (project / "spec.json").write_text(json.dumps({"layers": [{"kind": "LSTM"}]}))
+    with pytest.raises(InputError, match="no layer LSTM is known"):
+        ask(monkeypatch, capsys, "mine/0.safetensors", "--arch", "spec.json")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["a.safetensors"], "say what it is by --arch"),
         (["a.safetensors", "--arch", "cnn4"], "of cnn4 is .* the file has"),
         (["a.safetensors", "--arch", "alexnet"], "the zoo has cnn3"),
         (["a.safetensors", "--arch", "os:getcwd"], "allow it by --allow-code"),

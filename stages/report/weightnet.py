@@ -27,7 +27,9 @@ def weightnet_section(dataset: str) -> Section:
             f"Runs not seen ({main}: {architecture}): R² of the test accuracy, and Kendall's tau of every property.",
         )
     ]
-    held = {f"{task}: {name}": found for task, byarch in transfers for name, found in byarch.items()}
+    held = {
+        f"{task}: {name}": found for task, byarch in transfers for name, found in byarch.items() if name != architecture
+    }
     if held:
         names = sorted({who for found in held.values() for who in found["test_acc"]})
         cells = [
@@ -36,6 +38,13 @@ def weightnet_section(dataset: str) -> Section:
         ]
         caption = "Architectures not seen: Kendall's tau of test accuracy, networks of other architectures learnt from."
         tables.append(Table(["predictor", *held], cells, caption))
+    curve = summary["learning_curve"]
+    numbers = sorted({int(n) for points in curve.values() for n in points})
+    cells = [
+        [who, *(decimal(points[str(n)]) if str(n) in points else "" for n in numbers)] for who, points in curve.items()
+    ]
+    caption = "Kendall's tau of test accuracy over the number of networks learnt from."
+    tables.append(Table(["predictor", *map(str, numbers)], cells, caption))
     rows = [
         [name, what, f"{moved['relabelled']:.0e}", f"{moved['one_sided']:.2g}"]
         for name, found in summary["relabelling"].items()
@@ -49,6 +58,8 @@ def weightnet_section(dataset: str) -> Section:
     captions = {
         "scores": "Kendall's tau of test accuracy. Grey: what sees hyper-parameters or real images.",
         "predictions": "Predicted against measured properties of runs not seen.",
+        "learning_curve": "More networks to learn from help: Kendall's tau of test accuracy.",
+        "attention": "Where WeightNet's neurons look, in the most and in the least accurate network.",
     }
     return Section(
         title=f"WeightNet: {dataset}",

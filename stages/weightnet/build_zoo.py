@@ -2,15 +2,17 @@
 
 Reads   data/<dataset>.safetensors
 Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m, p]; metadata: shapes by name, input
-        models/build_zoo/<dataset>-<variant>/index.csv               a row for each snapshot: run, seed, hash and values of its
+        models/build_zoo/<dataset>-<variant>/index.parquet           a row for each snapshot: run, seed, hash and values of its
                                                                      hyper-parameters, what was measured, its shard
         reports/build_zoo/<dataset>-<variant>/summary.json           how many, and how what was measured is spread
         reports/build_zoo/<dataset>-<variant>/zoo.png
 A variant is an architecture. Finished stacks wait in .work/build_zoo/ so that a killed or a growing zoo trains only the rest.
+Stacks train side by side on the cores; on a Ray cluster if RAY_ADDRESS names one, to the same bytes.
 """
 
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +21,13 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import save_arrays, save_csv, save_json
+from stages.common.artifacts import save_arrays, save_json
+from stages.common.cluster import cluster_map, has_cluster
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
 from stages.common.resume import work_folder
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.tables import save_table
 from stages.weightnet import convolution, networks, pictures, program, properties, training
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
@@ -140,12 +144,16 @@ def main() -> None:
         names = hashlib.sha256(" ".join(one.name for one in stack).encode()).hexdigest()[:16]
         return work / f"{names}.safetensors"
 
-    def finish(stack: list[Run]) -> None:
-        arrays = train_and_measure(stack, traced, images, params)
+    def keep(stack: list[Run], arrays: dict[str, np.ndarray]) -> None:
         save_arrays(stack_path(stack), arrays, {"runs": [one.name for one in stack]})
 
     missing = [stack for shard in shards for stack in shard if not stack_path(stack).is_file()]
-    parallel_map(finish, missing, device, f"train {name}")
+    finish = partial(train_and_measure, traced=traced, images=images, params=params)
+    if has_cluster():
+        for place, arrays in cluster_map(finish, missing, f"train {name}"):
+            keep(missing[place], arrays)
+    else:
+        parallel_map(lambda stack: keep(stack, finish(stack)), missing, device, f"train {name}")
 
     rows, dropped = [], 0
     for number, shard in enumerate(shards):
@@ -163,7 +171,7 @@ def main() -> None:
                     rows.append(index_row(one, j, values, file))
         metadata = {"shapes": [[k, list(v)] for k, v in traced.shapes.items()], "input": list(shape)}
         save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
-    save_csv(MODELS / name / "index.csv", rows)
+    save_table(MODELS / name / "index.parquet", rows)
 
     final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}
     spread = {

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
-from stages.common.artifacts import require, save_csv, save_json
+from stages.common.artifacts import load_metadata, require, save_csv, save_json
 from stages.common.command import parse_arguments, run
 from stages.common.metrics import mean_std
 from stages.common.params import StageParams
 from stages.common.runtime import generator, pin_threads
 from stages.weightnet import pictures
-from stages.weightnet.predictors import load_predictors
+from stages.weightnet.predictors import Kept, attention_maps, load_predictors
 from stages.weightnet.program import run_stack
 from stages.weightnet.properties import PROPERTIES, REFERENCES
 from stages.weightnet.symmetry import Networks, permute, random_permutations
@@ -78,14 +78,20 @@ def score_predictions(arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> 
     return rows
 
 
-def summarise(rows: Rows) -> dict[str, Any]:
-    """Return mean and spread over splits: task, architecture, property, predictor, score."""
+def summarise(rows: Rows, main_task: str) -> dict[str, Any]:
+    """Return mean and spread over splits: task, architecture, property, predictor, score.
+
+    Of the main task, tau of every property and R² of the test accuracy; of others, tau of the test accuracy.
+    """
     table: dict[str, Any] = {}
     for row in rows:
+        is_main, is_accuracy = row["task"] == main_task, row["property"] == "test_acc"
+        if not (is_main or is_accuracy):
+            continue
         cell = table
         for key in ("task", "architecture", "property", "predictor"):
             cell = cell.setdefault(row[key], {})
-        for name in ("tau", "rho", "r2"):
+        for name in ("tau", "r2") if is_main and is_accuracy else ("tau",):
             cell.setdefault(name, []).append(row[name])
     return {
         task: {
@@ -99,6 +105,21 @@ def summarise(rows: Rows) -> dict[str, Any]:
     }
 
 
+def learning_curve(scores: dict[str, Any], architecture: str, learnt: dict[str, int]) -> dict[str, Any]:
+    """Return tau of the test accuracy over the number of networks learnt from, of predictors that learnt from several numbers.
+
+    learnt: that number, for <predictor>/<task>.
+    """
+    curve: dict[str, Any] = {}
+    for task, found in scores.items():
+        for who, score in found.get(architecture, {}).get("test_acc", {}).items():
+            if f"{who}/{task}" in learnt:
+                curve.setdefault(who, {})[str(learnt[f"{who}/{task}"])] = score["tau"]
+    return {
+        who: dict(sorted(points.items(), key=lambda p: int(p[0]))) for who, points in curve.items() if len(points) > 1
+    }
+
+
 def one_sided(networks: Networks, random: torch.Generator) -> Networks:
     """Return the networks with the rows of their second weight tensor in another order, and nothing else: other functions."""
     edge = networks.symmetry.edges[1]
@@ -109,18 +130,19 @@ def one_sided(networks: Networks, random: torch.Generator) -> Networks:
     )
 
 
-def relabelling(dataset: str, zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
+def kept_predictors(dataset: str, zoo: Zoo) -> dict[str, Kept]:
+    """Return the predictors that were kept."""
+    paths = (PREDICTORS / f"{dataset}-{family}" / "predictors.pt" for family in ("weightnet", "hybrid"))
+    return {who: kept for path in paths for who, kept in load_predictors(path, zoo.networks(torch.arange(2))).items()}
+
+
+def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
     """Return by how much relabelling the neurons of trained networks changes their outputs, and predictions of test accuracy.
 
     In float64 and relative: outputs to their largest, predictions to their spread over networks. one_sided: what a relabelling
     that is none (one layer's rows alone) changes.
     """
     random = generator(params.seed, "relabelling")
-    first = next(iter(zoos.values()))
-    kept = {}
-    for family in ("weightnet", "hybrid"):
-        path = PREDICTORS / f"{dataset}-{family}" / "predictors.pt"
-        kept |= load_predictors(path, first.networks(torch.arange(2)))
     table: dict[str, Any] = {}
     for architecture, zoo in zoos.items():
         final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])[: params.networks]
@@ -150,32 +172,49 @@ def relabelling(dataset: str, zoos: dict[str, Zoo], params: Params) -> dict[str,
     return table
 
 
+def extremes(kept: Kept, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]:
+    """Return WeightNet's attention, in every round, to the most and the least accurate of the final networks."""
+    final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])
+    truth = true_properties(zoo, final)[:, 0]
+    chosen = final[torch.stack([truth.argmax(), truth.argmin()])]
+    maps = attention_maps(kept.model.eval().float().readers[0], zoo.networks(chosen))
+    labels = ("most accurate", "least accurate")
+    return {label: [{g: x[i].numpy() for g, x in layers.items()} for layers in maps] for i, label in enumerate(labels)}
+
+
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of build_zoo.datasets").dataset
     params = Params.load("evaluate_weightnet", dataset)
     pin_threads()
     zoos = {architecture: load_zoo(dataset, architecture) for architecture in ARCHITECTURES}
     arrays: dict[str, torch.Tensor] = {}
+    learnt: dict[str, int] = {}
     for family in FAMILIES:
-        arrays |= load_file(require(PREDICTORS / f"{dataset}-{family}" / "predictions.safetensors"))
+        path = require(PREDICTORS / f"{dataset}-{family}" / "predictions.safetensors")
+        arrays |= load_file(path)
+        learnt |= load_metadata(path)["learnt"]
     rows = score_predictions(arrays, zoos)
-    summary = summarise(rows)
+    scores = summarise(rows, params.main_task)
+    architecture, main_scores = next(iter(scores[params.main_task].items()))
+    curve = learning_curve(scores, architecture, learnt)
+    kept = kept_predictors(dataset, zoos[architecture])
     folder = REPORTS / dataset
     save_csv(folder / "scores.csv", rows)
-    save_json(folder / "summary.json", {"scores": summary, "relabelling": relabelling(dataset, zoos, params)})
+    moved = relabelling(kept, zoos, params)
+    save_json(folder / "summary.json", {"scores": scores, "learning_curve": curve, "relabelling": moved})
     shown = {
         name: (
-            arrays[f"{name}/{params.main_task}/0/test/{arch}/values"],
-            true_properties(zoos[arch], arrays[f"{name}/{params.main_task}/0/test/{arch}/rows"]),
+            arrays[f"{name}/{params.main_task}/0/test/{architecture}/values"],
+            true_properties(zoos[architecture], arrays[f"{name}/{params.main_task}/0/test/{architecture}/rows"]),
         )
-        for arch in list(summary[params.main_task])[:1]
         for name in ("stats_gbm", "weightnet", "hybrid")
     }
     pictures.draw_predictions(
         folder / "predictions.png", {name: (p.numpy(), t.numpy()) for name, (p, t) in shown.items()}
     )
-    main_scores = next(iter(summary[params.main_task].values()))
     pictures.draw_scores(folder / "scores.png", main_scores["test_acc"])
+    pictures.draw_learning_curve(folder / "learning_curve.png", curve)
+    pictures.draw_attention(folder / "attention.png", extremes(kept["weightnet"], zoos[architecture]))
     taus = {name: found["tau"]["mean"] for name, found in main_scores["test_acc"].items()}
     print(
         f"{dataset}: Kendall's tau of test accuracy, {params.main_task}: "

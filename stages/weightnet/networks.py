@@ -37,7 +37,7 @@ def lenet(channels: int, classes: int, side: int) -> nn.Sequential:
 class Residual(nn.Module):
     """A stem and two residual blocks with layer norms over channels and pixels (GroupNorm of one group)."""
 
-    def __init__(self, channels: int, classes: int, width: int = 12) -> None:
+    def __init__(self, channels: int, classes: int, width: int = 8) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, 2, 1)
         self.first = self.block(width)

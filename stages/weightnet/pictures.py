@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 
-from stages.common.figures import save_figure
+from stages.common.figures import image_grid, save_figure
 from stages.weightnet.properties import PROPERTIES, REFERENCES
 
 LABELS = {
@@ -62,4 +62,39 @@ def draw_scores(path: Path, scores: dict[str, dict[str, dict[str, float]]]) -> N
     figure, ax = plt.subplots(figsize=(5.5, 0.24 * len(order) + 0.8), layout="constrained")
     ax.barh(order, means, xerr=spread, color=colors)
     ax.set(xlabel="Kendall's tau of test accuracy, runs not seen")
+    save_figure(path, figure)
+
+
+def draw_learning_curve(path: Path, curve: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Draw Kendall's tau over the number of networks learnt from: predictor, number, mean and spread over splits."""
+    figure, ax = plt.subplots(figsize=(4, 2.8), layout="constrained")
+    for name, points in curve.items():
+        spread = [point.get("std", 0.0) for point in points.values()]
+        ax.errorbar([int(n) for n in points], [p["mean"] for p in points.values()], spread, marker="o", label=name)
+    ticks = sorted({int(n) for points in curve.values() for n in points})
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    ax.minorticks_off()
+    ax.set(xlabel="networks learnt from", ylabel="Kendall's tau of test accuracy")
+    ax.legend()
+    save_figure(path, figure)
+
+
+def draw_attention(path: Path, networks: dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]) -> None:
+    """Draw how much the neurons of each layer attend to each other: a row for each network and round.
+
+    Rows and columns of hidden neurons, whose order means nothing, are sorted by the attention that they receive.
+    """
+    rows = [(f"{name}:\nround {i + 1}", layers) for name, rounds in networks.items() for i, layers in enumerate(rounds)]
+    groups = [group for group in rows[0][1] if len(rows[0][1][group]) > 1]
+    figure, axes = image_grid(len(rows), len(groups), 1.3)
+    for ax, group in zip(axes[0], groups, strict=True):
+        ax.set_title("output" if group == "output" else f"hidden layer {groups.index(group) + 1}")
+    for (label, layers), line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(label)
+        for ax, group in zip(line, groups, strict=True):
+            share = layers[group] * len(layers[group])
+            order = np.argsort(-share.sum(0)) if group != "output" else np.arange(len(share))
+            image = ax.imshow(share[np.ix_(order, order)], vmin=0.5, vmax=1.5, cmap="RdBu_r", interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="attention, 1 if it were even")
     save_figure(path, figure)

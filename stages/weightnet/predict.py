@@ -1,8 +1,12 @@
 """Predict how good networks are from their weights: python -m stages.weightnet.predict model.safetensors --arch cnn3
 
-A model is a .safetensors file, a .pt file of tensors, or a folder of them. --arch says what it is: an architecture of the zoo;
-torchvision:<name> or timm:<name>; or, with --allow-code, package.module:function, which is called without arguments. By default
-weights alone are read. --allow-probe also runs the network on inputs that were learned (images of the zoo's shape only).
+A model is a .safetensors file, a .pt file of tensors, or a folder of .safetensors. --arch says what it is: an architecture of
+the zoo; torchvision:<name> or timm:<name>; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]},
+of torch.nn's layers one after the other; or, with --allow-code, package.module:function, which is called without arguments. By
+default weights alone are read. --allow-probe also runs the network on inputs that were learned (images of the zoo's shape only).
+
+A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
+{"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements.
 
 The symmetry is derived from the network and tried out on it first. Prints a table, or JSON with --json: each property with an
 interval that held 90 % of the validation networks, and how far the weights lie from those that were learnt from: the share of
@@ -20,14 +24,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from scipy.stats import kendalltau
 from torch import Tensor, nn
 
+from stages.common.artifacts import load_json
 from stages.common.checkpoints import load_torch
 from stages.common.command import InputError, one_line, run
 from stages.common.runtime import generator, pin_threads
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Kept, load_predictors
-from stages.weightnet.program import trace
+from stages.weightnet.program import MODULES, trace
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
 from stages.weightnet.targets import from_scale
@@ -39,6 +45,8 @@ ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
     """Return an untrained network of the architecture that `arch` names; InputError if there is none."""
+    if arch.endswith(".json"):
+        return build_from_spec(Path(arch))
     origin, _, name = arch.rpartition(":")
     try:
         if not origin:
@@ -54,6 +62,50 @@ def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_co
         return getattr(importlib.import_module(origin), name)()
     except (ImportError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(f"--arch {arch}: {one_line(error)}") from None
+
+
+LAYERS = {module.__name__: module for module in MODULES}
+
+
+def build_from_spec(path: Path) -> nn.Module:
+    """Return the untrained network that a .json file describes; InputError if it does not."""
+    try:
+        layers = [(layer.pop("kind"), layer) for layer in load_json(path)["layers"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} describes no network ({one_line(error)}): expected layers, each with its kind"
+        ) from None
+    if unknown := [kind for kind, _ in layers if kind not in LAYERS]:
+        raise InputError(f"{path}: no layer {unknown[0]} is known (there: {', '.join(LAYERS)})")
+    try:
+        return nn.Sequential(*(LAYERS[kind](**options) for kind, options in layers))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from None
+
+
+def list_models(path: Path) -> dict[Path, dict[str, Any]]:
+    """Return a file of weights, or those of a folder, with what the folder's metadata.json says of each."""
+    if not path.is_dir():
+        return {path: {}}
+    files, metadata = sorted(path.glob("*.safetensors")), path / "metadata.json"
+    if not files:
+        raise InputError(f"{path} has no .safetensors files")
+    known = load_json(metadata) if metadata.is_file() else {}
+    if absent := sorted(set(known) - {file.name for file in files}):
+        raise InputError(f"{metadata} names {absent[0]}, which is not there")
+    return {file: known.get(file.name, {}) for file in files}
+
+
+def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return Kendall's tau of predicted and measured values, for properties that were measured of at least three networks."""
+    found = {}
+    for name in PROPERTIES:
+        pairs = [
+            (r["properties"][name]["value"], r["measured"][name]) for r in results.values() if name in r["measured"]
+        ]
+        if len(pairs) >= 3 and len({measured for _, measured in pairs}) > 1:
+            found[name] = {"tau": float(kendalltau(*zip(*pairs, strict=True)).statistic), "n": len(pairs)}
+    return found
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -104,7 +156,7 @@ def main() -> None:
     """Read the command line, and print what is predicted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="files of weights, or folders of them")
-    parser.add_argument("--arch", required=True, help="what they are")
+    parser.add_argument("--arch", help="what they are, unless a metadata.json says it")
     parser.add_argument("--dataset", default="digits", help="the zoo's images (default: digits)")
     parser.add_argument(
         "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image, if not the zoo's"
@@ -121,22 +173,28 @@ def main() -> None:
     shape = tuple(arguments.input_shape or zoo_shape)
     if arguments.allow_probe and shape != zoo_shape:
         raise InputError(f"probes have the zoo's shape {zoo_shape}, not {shape}: leave --allow-probe out")
-    files = [f for m in arguments.models for f in (sorted(m.glob("*.safetensors")) if m.is_dir() else [m])]
-    if not files:
-        raise InputError(f"{arguments.models[0]} has no .safetensors files")
-    model = build_user_network(arguments.arch, shape, classes, arguments.allow_code)
-    results = {}
-    for file in files:
-        networks = read_network(file, arguments.arch, model, shape, arguments.tanh)
-        results[str(file)] = describe(kept, networks) | {"predictor": family}
+    models = {file: known for path in arguments.models for file, known in list_models(path).items()}
+    results: dict[str, dict[str, Any]] = {}
+    for file, known in models.items():
+        arch, tanh = known.get("arch", arguments.arch), arguments.tanh or known.get("activation") == "tanh"
+        if arch is None:
+            raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
+        model = build_user_network(arch, shape, classes, arguments.allow_code)
+        networks = read_network(file, arch, model, shape, tanh)
+        measured = {name: float(known[name]) for name in PROPERTIES if name in known}
+        results[str(file)] = describe(kept, networks) | {"measured": measured}
+    answer = {"predictor": family, "networks": results, "agreement": agreement(results)}
     if arguments.json:
-        json.dump(results, sys.stdout, indent=2, allow_nan=False)
+        json.dump(answer, sys.stdout, indent=2, allow_nan=False)
         print()
         return
     for file, result in results.items():
         print(f"{file} ({family}; more unlike the zoo than {result['unlike']:.0%} of its own networks)")
         for name, found in result["properties"].items():
-            print(f"  {name:18s} {found['value']:7.3f}   {found['low']:.3f} to {found['high']:.3f}")
+            known = f"   measured {result['measured'][name]:.3f}" if name in result["measured"] else ""
+            print(f"  {name:18s} {found['value']:7.3f}   {found['low']:.3f} to {found['high']:.3f}{known}")
+    for name, found in answer["agreement"].items():
+        print(f"Kendall's tau of predicted and measured {name}: {found['tau']:.2f} ({found['n']} networks)")
 
 
 def load_kept(path: Path, name: str) -> tuple[Kept, tuple[int, ...], int]:

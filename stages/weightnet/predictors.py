@@ -26,7 +26,6 @@ Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
-LARGE = 512  # neurons, from which layers attend one by one
 
 
 def signed_log(x: Tensor) -> Tensor:
@@ -114,7 +113,6 @@ class Round(nn.Module):
         tokens: Float[Tensor, "n t d"],
         edges: list[tuple[Edge, Float[Tensor, "n d out in"]]],
         sizes: dict[str, int],
-        same_layer: Tensor | None,
     ) -> Float[Tensor, "n t d"]:
         if self.cross:
             forward, backward = (sent.mT.split(list(sizes.values()), 2) for sent in self.send(tokens).chunk(2, 2))
@@ -127,14 +125,15 @@ class Round(nn.Module):
             normed = [norm(x) for norm, x in zip(self.norms, (tokens, *sums(heard, tokens)), strict=True)]
             tokens = tokens + self.update(torch.cat(normed, 2))
         if self.intra:
-            parts = self.query_key_value(self.norm(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            if same_layer is None:  # large layers: each by itself, so that memory is not the square of all neurons
-                by_layer = zip(*(part.split(list(sizes.values()), 2) for part in parts), strict=True)
-                mixed = torch.cat([scaled_dot_product_attention(*layer) for layer in by_layer], 2)
-            else:
-                mixed = scaled_dot_product_attention(*parts, attn_mask=same_layer)
+            layers = self.by_layer(self.query_key_value(self.norm(tokens)), sizes)
+            mixed = torch.cat([scaled_dot_product_attention(*layer) for layer in layers], 2)
             tokens = tokens + self.mix(mixed.transpose(1, 2).flatten(2))
         return tokens + self.feed_forward(tokens)
+
+    def by_layer(self, mapped: Float[Tensor, "n t 3*d"], sizes: dict[str, int]) -> list[tuple[Tensor, ...]]:
+        """Return queries, keys and values [n, heads, neurons, d / heads] of the neurons of each layer."""
+        parts = mapped.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return list(zip(*(part.split(list(sizes.values()), 2) for part in parts), strict=True))
 
 
 class WeightNet(nn.Module):
@@ -174,10 +173,8 @@ class WeightNet(nn.Module):
             vectors[group][0].append(layer(torch.stack([values, signed_log(20 * values)], 2)).mT)
         tokens = self._places(networks, one)
         tokens = tokens + self.encode(torch.cat([*sums(seen, tokens), *sums(vectors, tokens)], 2))
-        layer_of = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes.values())]).to(one.device)
-        same_layer = layer_of[:, None] == layer_of if len(layer_of) <= LARGE else None
         for round_ in self.rounds:
-            tokens = round_(tokens, edges, sizes, same_layer)
+            tokens = round_(tokens, edges, sizes)
         layers = dict(zip(sizes, tokens.split(list(sizes.values()), 1), strict=True))
         pooled = [torch.cat([x.mean(1), x.amax(1)], 1) for x in (layers[group] for group in symmetry.hidden)]
         output = layers[OUTPUT]
@@ -407,6 +404,27 @@ class Kept:
         values = pooled_statistics(networks)
         mean, std = (self.scale[f"input_{key}"].to(values) for key in ("mean", "std"))
         return ((values - mean) / std).clamp(-6, 6)
+
+
+@torch.no_grad()
+def attention_maps(model: WeightNet, networks: Networks) -> list[dict[str, Float[Tensor, "n s s"]]]:
+    """Return how much each neuron attends to each of its layer, in every round: means over heads, rows of sum 1."""
+    mapped: list[Tensor] = []
+    hooks = [
+        round_.query_key_value.register_forward_hook(lambda _module, _inputs, result: mapped.append(result))
+        for round_ in model.rounds
+    ]
+    model(networks)
+    for hook in hooks:
+        hook.remove()
+    sizes = networks.symmetry.sizes
+    return [
+        {
+            group: (q @ k.mT / q.shape[3] ** 0.5).softmax(3).mean(1)
+            for group, (q, k, _) in zip(sizes, round_.by_layer(result, sizes), strict=True)
+        }
+        for round_, result in zip(model.rounds, mapped, strict=True)
+    ]
 
 
 def load_predictors(path: Path, example: Networks) -> dict[str, Kept]:

@@ -221,9 +221,8 @@ def run_stack(
             case "relu" if tanh is not None:
                 y = _relu_or_tanh(x, tanh)
             case "group_norm":
-                grouped = x.unflatten(4, (option["groups"], -1))
-                variance, mean = torch.var_mean(grouped, (2, 3, 5), correction=0, keepdim=True)
-                y = ((grouped - mean) * torch.rsqrt(variance + option["eps"])).flatten(4)
+                grouped = x.unflatten(4, (option["groups"], -1)).movedim(4, 2)
+                y = F.layer_norm(grouped, grouped.shape[3:], eps=option["eps"]).movedim(2, 4).flatten(4)
                 y = torch.addcmul(tensor["bias"][:, None, None, None], y, tensor["weight"][:, None, None, None])
             case "batch_norm":
                 mean, variance, scale, shift = (

@@ -2,13 +2,17 @@
 
 Reads   models/build_zoo/<dataset>-<architecture>/
 Writes  models/train_weightnet/<dataset>-<variant>/predictions.safetensors   [n, k] for each predictor, task, split, part and
-                                                                             architecture, and the rows of the zoo they are of
+                                                                             architecture, and the rows of the zoo they are of;
+                                                                             metadata: how many networks were learnt from
         models/train_weightnet/<dataset>-<variant>/predictors.pt             those of the task that is kept, first split
         reports/train_weightnet/<dataset>-<variant>/history.csv              loss, and Kendall's tau on validation runs
-A variant is a family of predictors. A task says which architectures are learnt from and which are tested.
+A variant is a family of predictors. A task says which architectures are learnt from and which are tested. Finished predictors
+wait in .work/train_weightnet/, so that a killed or a growing family trains only the rest.
 """
 
+import hashlib
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,17 +29,19 @@ from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
 
 from stages.common.artifacts import save_arrays, save_csv
-from stages.common.checkpoints import save_torch
+from stages.common.checkpoints import load_torch, save_torch
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
+from stages.common.resume import work_folder
 from stages.common.runtime import generator, parallel_map, pin_threads
+from stages.weightnet import convolution, features, networks, predictors, program, splits, symmetry, targets
 from stages.weightnet.features import pooled_statistics, tensor_statistics
 from stages.weightnet.predictors import Predictor
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.splits import Rows, Split, split_zoos
 from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
 from stages.weightnet.targets import from_scale, to_scale, true_properties
-from stages.weightnet.zoo import Zoo, load_zoo
+from stages.weightnet.zoo import Zoo, load_zoo, zoo_files
 
 MODELS = Path("models/train_weightnet")
 REPORTS = Path("reports/train_weightnet")
@@ -43,6 +49,7 @@ REPORTS = Path("reports/train_weightnet")
 BLOCK = 64  # networks predicted at a time
 BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of which validation chooses
 
+Statistics = dict[tuple[str, bool], Float[Tensor, "m f"]]  # of an architecture's networks; whether pooled over layers
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -149,9 +156,7 @@ def statistics_of(zoo: Zoo, pooled: bool) -> Float[Tensor, "m f"]:
     return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(512)])
 
 
-def prepare(
-    zoos: dict[str, Zoo], split: Split, member: Member, statistics: dict[tuple[str, bool], Float[Tensor, "m f"]]
-) -> Data:
+def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Statistics) -> Data:
     """Return inputs and targets in units of their spread over the networks to learn from."""
     names = list(dict.fromkeys([*split.train, *split.test]))
     if member.reads == "hyperparameters":
@@ -252,7 +257,7 @@ def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, 
     with threadpool_limits(1):
         first = [fit(setting, 0) for setting in BOOSTING]
         scores = [kendalltau(truth, model.predict(parts[0])).statistic for model in first]
-        chosen = int(np.nanargmax(scores))
+        chosen = int(np.nan_to_num(scores).argmax())  # of constant predictions tau is none
         models = [first[chosen], *(fit(BOOSTING[chosen], k) for k in range(1, y.shape[1]))]
         columns = [np.stack([model.predict(part) for model in models], 1) for part in parts]
     return torch.from_numpy(columns[0]).float(), torch.from_numpy(columns[1]).float()
@@ -268,6 +273,48 @@ def nearest(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
         data.targets[name][known][torch.cdist(scaled[rows[name]], scaled[known]).argmin(1)]
         for rows in (data.split.validation, data.split.test)
     )
+
+
+def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, params: Params) -> dict[str, Any]:
+    """Return what one predictor predicts, with the rows of the zoo it is of; its history; itself, if it is kept.
+
+    arrays: <predictor>/<task>/<split>/<part>/<architecture>/values [n, k] and /rows [n]. learnt: how many networks it learnt from.
+    """
+    task, fractions = params.tasks[job.task], (params.validation_fraction, params.test_fraction)
+    split = split_zoos(zoos, task.train, task.test, fractions, params.snapshots, task.share, params.seed + job.split)
+    data = prepare(zoos, split, job.member, statistics)
+    history, kept = [], None
+    match job.member.kind:
+        case "gbm":
+            predictions = boost(data, params.boosting_rounds)
+        case "nearest":
+            predictions = nearest(data)
+        case "mean":
+            predictions = tuple(
+                torch.zeros(len(data.part(rows, data.targets)), len(PROPERTIES))
+                for rows in (split.validation, split.test)
+            )
+        case _:
+            model, history = train_predictor(job, data, params)
+            predictions = tuple(predict(model, data, rows) for rows in (split.validation, split.test))
+            if job.task == params.kept and job.split == 0:
+                kept = keep(job, model, data, predictions[0])
+    arrays = {}
+    for part, rows, values in zip(("validation", "test"), (split.validation, split.test), predictions, strict=True):
+        own = from_scale(values * data.scale["target_std"] + data.scale["target_mean"])
+        for arch, block in zip(rows, own.split([len(index) for index in rows.values()]), strict=True):
+            key = f"{job.name}/{job.task}/{job.split}/{part}/{arch}"
+            arrays |= {f"{key}/values": block.contiguous(), f"{key}/rows": rows[arch]}
+    learnt = sum(len(rows) for rows in split.train.values())
+    return {"arrays": arrays, "history": history, "kept": kept, "learnt": learnt}
+
+
+def job_folder(job: Job, params: Params, data: str) -> Path:
+    """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
+    recipe = params.model_dump(exclude={"variant": True, "tasks": True, "member": True})
+    recipe |= vars(job) | {"member": job.member.model_dump(), "task": params.tasks[job.task].model_dump(), "data": data}
+    code = (convolution, features, networks, predictors, program, splits, symmetry, targets, sys.modules[__name__])
+    return work_folder(f"train_weightnet/{job.name}-{job.task}-{job.split}", recipe, *code)
 
 
 def main() -> None:
@@ -290,43 +337,24 @@ def main() -> None:
     pooled = {len({*params.tasks[job.task].train, *params.tasks[job.task].test}) > 1 for job in jobs}
     statistics = {(arch, many): statistics_of(zoo, many) for arch, zoo in zoos.items() for many in sorted(pooled)}
 
-    def finish(job: Job) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], dict[str, Any] | None]:
-        task = params.tasks[job.task]
-        fractions = (params.validation_fraction, params.test_fraction)
-        split = split_zoos(
-            zoos, task.train, task.test, fractions, params.snapshots, task.share, params.seed + job.split
-        )
-        data = prepare(zoos, split, job.member, statistics)
-        history, kept = [], None
-        match job.member.kind:
-            case "gbm":
-                predictions = boost(data, params.boosting_rounds)
-            case "nearest":
-                predictions = nearest(data)
-            case "mean":
-                predictions = tuple(
-                    torch.zeros(len(data.part(rows, data.targets)), len(PROPERTIES))
-                    for rows in (split.validation, split.test)
-                )
-            case _:
-                model, history = train_predictor(job, data, params)
-                predictions = tuple(predict(model, data, rows) for rows in (split.validation, split.test))
-                if job.task == params.kept and job.split == 0:
-                    kept = keep(job, model, data, predictions[0])
-        arrays = {}
-        for part, rows, values in zip(("validation", "test"), (split.validation, split.test), predictions, strict=True):
-            own = from_scale(values * data.scale["target_std"] + data.scale["target_mean"])
-            for arch, block in zip(rows, own.split([len(index) for index in rows.values()]), strict=True):
-                key = f"{job.name}/{job.task}/{job.split}/{part}/{arch}"
-                arrays |= {f"{key}/values": block.numpy(), f"{key}/rows": rows[arch].numpy()}
-        return arrays, history, kept
+    data = hashlib.sha256(
+        b"".join(path.read_bytes() for name in needed for path in zoo_files(dataset, name))
+    ).hexdigest()
+
+    def finish(job: Job) -> dict[str, Any]:
+        path = job_folder(job, params, data) / "result.pt"
+        if not path.is_file():
+            save_torch(path, train_and_predict(job, zoos, statistics, params))
+        return load_torch(path, {"arrays", "history", "kept", "learnt"})
 
     results = parallel_map(finish, jobs, torch.device("cpu"), f"train {name}")
-    arrays = {key: array for found, _, _ in results for key, array in found.items()}
-    save_arrays(MODELS / name / "predictions.safetensors", arrays, {"properties": list(PROPERTIES)})
-    kept = {job.name: state for job, (_, _, state) in zip(jobs, results, strict=True) if state is not None}
+    arrays = {key: tensor.numpy() for result in results for key, tensor in result["arrays"].items()}
+    learnt = {f"{job.name}/{job.task}": result["learnt"] for job, result in zip(jobs, results, strict=True)}
+    metadata = {"properties": list(PROPERTIES), "learnt": learnt}
+    save_arrays(MODELS / name / "predictions.safetensors", arrays, metadata)
+    kept = {job.name: result["kept"] for job, result in zip(jobs, results, strict=True) if result["kept"] is not None}
     save_torch(MODELS / name / "predictors.pt", kept)
-    rows = [row for _, history, _ in results for row in history]
+    rows = [row for result in results for row in result["history"]]
     save_csv(REPORTS / name / "history.csv", rows or [{"predictor": "none", "run": "none", "epoch": 0, "val_tau": 0}])
     print(f"{name}: {len(jobs)} predictors of {', '.join(members)}")
 

@@ -11,9 +11,10 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.artifacts import load_csv, load_metadata, require
+from stages.common.artifacts import load_metadata, require
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.params import StageParams
+from stages.common.tables import load_table
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.symmetry import Networks, Symmetry
@@ -72,7 +73,7 @@ class Zoo:
     tanh: Bool[Tensor, " m"]
     run: Int[Tensor, " m"]  # the number of the row's run
     snapshot: list[str]
-    index: dict[str, list[str]]  # all columns of the index
+    index: dict[str, list[Any]]  # all columns of the index
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -83,17 +84,22 @@ class Zoo:
 
     def column(self, name: str) -> Float[np.ndarray, " m"]:
         """Return a column of numbers."""
-        return np.array([float(value) for value in self.index[name]])
+        return np.array(self.index[name], dtype=float)
+
+
+def zoo_files(dataset: str, architecture: str) -> list[Path]:
+    """Return the index of a zoo and its shards; InputError if one is missing."""
+    folder = ZOO / f"{dataset}-{architecture}"
+    index = folder / "index.parquet"
+    return [index, *(require(folder / name) for name in dict.fromkeys(load_table(index)["shard"]))]
 
 
 def load_zoo(dataset: str, architecture: str) -> Zoo:
     """Return the zoo of one architecture, on the processor; InputError if it is missing or damaged."""
-    folder = ZOO / f"{dataset}-{architecture}"
-    rows = load_csv(folder / "index.csv")
-    index: dict[str, list[str]] = {key: [row[key] for row in rows] for key in rows[0]}
-    names = list(dict.fromkeys(index["shard"]))
-    metadata: dict[str, Any] = load_metadata(folder / names[0])
-    flat = np.concatenate([load_file(require(folder / name))["weights"] for name in names])
+    path, *shards = zoo_files(dataset, architecture)
+    index = load_table(path)
+    metadata: dict[str, Any] = load_metadata(shards[0])
+    flat = np.concatenate([load_file(shard)["weights"] for shard in shards])
     program, symmetry = zoo_program(architecture, *metadata["input"])
     return Zoo(
         architecture=architecture,

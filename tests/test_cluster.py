@@ -1,0 +1,90 @@
+"""A Ray cluster computes what the cores of one machine compute, even if a node dies."""
+
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from dvc.utils.hydra import apply_overrides
+from reproduction import ROOT
+
+from stages.common.cluster import cluster_map
+from stages.common.command import InputError
+from stages.datasets import fetch_data
+from stages.weightnet import build_zoo
+
+
+def start(monkeypatch, module, **items) -> None:
+    words = [word for key, value in items.items() for word in (f"--{key}", value)]
+    monkeypatch.setattr("sys.argv", ["stage", *words])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that computes nothing, and two nodes of one core each, with the project on their path."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-ray.txt")
+    from ray.cluster_utils import Cluster
+
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests:{before}"
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [found.add_node(num_cpus=1) for _ in range(2)]
+    found.wait_for_nodes()
+    os.environ["PYTHONPATH"] = before
+    yield found, nodes
+    found.shutdown()
+
+
+def slow(folder: Path, item: int) -> int:
+    """Leave a mark that names the node, and take long enough for it to die meanwhile."""
+    import ray
+
+    (folder / f"{ray.get_runtime_context().get_node_id()}-{item}").touch()
+    time.sleep(3)
+    return item * item
+
+
+def test_a_zoo_built_on_a_cluster_has_the_same_bytes(cluster, project, monkeypatch):
+    apply_overrides(project / "params.yaml", ["build_zoo.variants.flat={runs: 8, stack: 2}"])
+    start(monkeypatch, fetch_data, dataset="digits")
+    start(monkeypatch, build_zoo, dataset="digits", variant="flat")
+    first = {path.name: path.read_bytes() for path in Path("models/build_zoo/digits-flat").iterdir()}
+    shutil.rmtree(".work")
+    shutil.rmtree("models/build_zoo")
+    monkeypatch.setenv("RAY_ADDRESS", cluster[0].address)
+    monkeypatch.setattr(build_zoo, "parallel_map", None)  # nothing trains here
+    start(monkeypatch, build_zoo, dataset="digits", variant="flat")
+    assert {path.name: path.read_bytes() for path in Path("models/build_zoo/digits-flat").iterdir()} == first
+
+
+def test_pieces_of_a_node_that_dies_are_computed_elsewhere(cluster, tmp_path, monkeypatch):
+    found, nodes = cluster
+    monkeypatch.setenv("RAY_ADDRESS", found.address)
+    doomed = nodes[0].node_id
+
+    def begun() -> set[str]:
+        return {path.name.removeprefix(f"{doomed}-") for path in tmp_path.glob(f"{doomed}-*")}
+
+    def kill() -> None:
+        while not begun():
+            time.sleep(0.05)
+        found.remove_node(nodes[0], allow_graceful=False)
+
+    killer = Thread(target=kill, daemon=True)
+    killer.start()
+    results = dict(cluster_map(partial(slow, tmp_path), range(4), "squares"))
+    killer.join()
+    assert results == {item: item * item for item in range(4)}
+    elsewhere = {path.name.rpartition("-")[2] for path in tmp_path.iterdir() if not path.name.startswith(doomed)}
+    assert begun() & elsewhere  # begun on the node that died, and again on another
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-ray.txt")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:1:2")
+    with pytest.raises(InputError, match="RAY_ADDRESS=nowhere:1:2: no cluster answers"):
+        list(cluster_map(str, [1], "nothing"))
