@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stages.common.command import InputError, one_line
 
 PARAMS = Path("params.yaml")
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 
 
 class StageParams(BaseModel):
@@ -66,7 +67,7 @@ class StageParams(BaseModel):
 def lookup(key: str) -> dict[str, Any]:
     """Return the mapping at dotted `key` of params.yaml; InputError says which part of the key is missing."""
     try:
-        node = yaml.safe_load(PARAMS.read_text())
+        node = yaml.load(PARAMS.read_text(), Loader)
     except FileNotFoundError:
         raise InputError(f"{PARAMS} is missing: run from the project's top folder") from None
     except yaml.YAMLError as error:
