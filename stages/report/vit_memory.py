@@ -12,6 +12,8 @@ def vit_memory_section(dataset: str) -> Section:
     few = load_json(FEW_SHOT / dataset / "summary.json")
     continual = load_json(CONTINUAL / dataset / "summary.json")
     memory = load_json(MEMORY / dataset / "summary.json")
+    by_accuracy = sorted(few["methods"].items(), key=lambda item: -item[1]["acc"]["mean"])
+    by_end = sorted(continual["methods"].items(), key=lambda item: -item[1]["class"]["final"]["mean"])
     differences = {name: method.get("difference") for name, method in few["methods"].items()}
     shots = [
         [
@@ -21,14 +23,14 @@ def vit_memory_section(dataset: str) -> Section:
             if (d := differences[name])
             else f"the baseline; chance {few['chance']:.0%}",
         ]
-        for name, method in few["methods"].items()
+        for name, method in by_accuracy
     ]
     tasks = [
         [
             name.replace("_", " "),
             *(percent(of[kind][key]) for kind in ("class", "task") for key in ("final", "forgetting")),
         ]
-        for name, of in continual["methods"].items()
+        for name, of in by_end
     ]
     tasks.append(["chance", f"{continual['chance']['class']:.0%}", "", f"{continual['chance']['task']:.0%}", ""])
     betas = list(next(iter(memory["retrieval_error"].values())))
