@@ -19,7 +19,7 @@ from stages.common.command import InputError
 from stages.common.images import load_images
 from stages.common.tables import load_table, save_table
 from stages.datasets import fetch_data
-from stages.weightnet import build_zoo, predict, predictors
+from stages.weightnet import build_zoo, predict, predictors, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
 from stages.weightnet.convolution import convolve
 from stages.weightnet.evaluate_weightnet import one_sided, score
@@ -530,6 +530,37 @@ def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
     ]
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(project, monkeypatch):
+    start(monkeypatch, fetch_data, dataset="digits")
+    start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
+    done: list[str] = []
+
+    def dying(job, *rest):
+        if job.name == "one_sided":
+            raise InputError("killed")
+        done.append(job.name)
+        return train_and_predict(job, *rest)
+
+    monkeypatch.setattr(train_weightnet, "train_and_predict", dying)
+    with pytest.raises(InputError, match="killed"):
+        start(monkeypatch, train_weightnet, dataset="digits", variant="ablations")
+    finished = {
+        path.parent.parent.name.partition("-")[0] for path in (project / ".work/train_weightnet").rglob("result.pt")
+    }
+    assert finished and "one_sided" not in finished
+    again: list[str] = []
+    monkeypatch.setattr(
+        train_weightnet, "train_and_predict", lambda job, *r: (again.append(job.name), train_and_predict(job, *r))[1]
+    )
+    start(monkeypatch, train_weightnet, dataset="digits", variant="ablations")
+    assert set(again) == {"no_cross", "no_intra", "no_augmentation", "canonical", "one_sided"} - finished
+    predictions = project / "models/train_weightnet/digits-ablations/predictions.safetensors"
+    resumed = predictions.read_bytes()
+    shutil.rmtree(".work/train_weightnet")
+    start(monkeypatch, train_weightnet, dataset="digits", variant="ablations")
+    assert predictions.read_bytes() == resumed
 
 
 def select(zoo: Zoo, rows: Tensor) -> Zoo:

@@ -89,7 +89,7 @@ def draw_attention(path: Path, networks: dict[str, list[dict[str, Float[np.ndarr
     groups = [group for group in rows[0][1] if len(rows[0][1][group]) > 1]
     figure, axes = image_grid(len(rows), len(groups), 1.3)
     for ax, group in zip(axes[0], groups, strict=True):
-        ax.set_title("output" if group == "output" else f"hidden layer {groups.index(group) + 1}")
+        ax.set_title("output" if group == "output" else f"hidden {groups.index(group) + 1}")
     for (label, layers), line in zip(rows, axes, strict=True):
         line[0].set_ylabel(label)
         for ax, group in zip(line, groups, strict=True):
