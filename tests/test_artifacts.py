@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from stages.common.artifacts import (
     atomic_path,
@@ -25,6 +26,16 @@ from stages.common.command import InputError
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_arrays_come_back_as_they_are_however_they_lie_in_memory(tmp_path):
+    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    arrays = {"transposed": images.transpose(0, 2, 1), "reversed": images[::-1], "number": np.float32(0.5)}
+    save_arrays(tmp_path / "a.safetensors", arrays, {})
+    found = load_file(tmp_path / "a.safetensors")
+    assert {name: (array.shape, array.tolist()) for name, array in found.items()} == {
+        name: (array.shape, array.tolist()) for name, array in arrays.items()
+    }
 
 
 def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path):

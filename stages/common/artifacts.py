@@ -69,8 +69,11 @@ def load_csv(path: Path) -> list[dict[str, str]]:
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     """Write arrays as safetensors. `metadata` becomes one JSON string, because several keys are not byte-stable."""
+    rows = {
+        name: np.asarray(array, order="C") for name, array in arrays.items()
+    }  # safetensors writes memory as it lies
     with atomic_path(path) as temporary:
-        temporary.write_bytes(safetensors_numpy.save(arrays, metadata={"json": json.dumps(metadata, sort_keys=True)}))
+        temporary.write_bytes(safetensors_numpy.save(rows, metadata={"json": json.dumps(metadata, sort_keys=True)}))
 
 
 def load_metadata(path: Path) -> dict[str, Any]:

@@ -174,9 +174,6 @@ def main() -> None:
         "test_images": test_images,
         "test_labels": test_labels,
     }
-    arrays = {
-        name: np.ascontiguousarray(array) for name, array in arrays.items()
-    }  # safetensors writes memory as it lies
     save_arrays(DATA / f"{dataset}.safetensors", arrays, {"classes": classes})
     shape = " x ".join(map(str, train_images.shape[1:]))
     print(
