@@ -18,7 +18,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     apply_overrides(tmp_path / "params.yaml", scale_overrides("smoke"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WEIGHTLENS_MIRROR", raising=False)
+    for name in ("WEIGHTLENS_MIRROR", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WEIGHTLENS_DEVICE", "cpu")
     load_images.cache_clear()  # its key is a path below the working folder
     return tmp_path

@@ -1,5 +1,8 @@
 """Pretraining that is killed ends as if it had not been; work of another recipe is not mistaken for it."""
 
+import sys
+from types import SimpleNamespace
+
 import torch
 
 from stages.common import resume
@@ -42,13 +45,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
     assert history == resumed_history
 
 
-def test_work_is_found_again_for_the_same_recipe_and_code_alone(project):
-    one, same, other, code = (
-        resume.work_folder("stage", recipe, *modules)
-        for recipe, modules in (({"a": 1}, [resume]), ({"a": 1}, [resume]), ({"a": 2}, [resume]), ({"a": 1}, []))
-    )
+def test_work_is_found_again_for_the_same_recipe_and_code_alone(project, monkeypatch):
+    one, same, other = (resume.work_folder("stage", recipe) for recipe in ({"a": 1}, {"a": 1}, {"a": 2}))
+    (project / "more.py").write_text("x = 1")
+    monkeypatch.setitem(sys.modules, "stages.more", SimpleNamespace(__file__=str(project / "more.py")))
+    with_more = resume.work_folder("stage", {"a": 1})
+    (project / "more.py").write_text("x = 2")
+    edited = resume.work_folder("stage", {"a": 1})
     assert one == same
-    assert len({one, other, code}) == 3
+    assert len({one, other, with_more, edited}) == 4
     calls = []
 
     def compute():

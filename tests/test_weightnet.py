@@ -403,6 +403,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         apply_overrides(folder / "params.yaml", settings)
         patch.chdir(folder)
         patch.setenv("WEIGHTLENS_DEVICE", "cpu")
+        patch.delenv("RAY_ADDRESS", raising=False)
         load_images.cache_clear()
         start(patch, fetch_data, dataset="digits")
         start(patch, build_zoo, dataset="digits", variant="cnn3")
@@ -421,7 +422,9 @@ def test_the_index_is_what_was_measured(built):
     noisy = pixels + params.noise * noise
     values = (networks.tanh, images.test, noisy, params.fgsm_images, params.fgsm_step)
     for name, measured in measure(zoo.program, networks.weights, *values).items():
-        assert measured.numpy() == pytest.approx(zoo.column(name)[rows], rel=1e-6), name
+        # sums round otherwise in a stack of other size, by which an image at the border may change its class
+        one_image = 1 / params.fgsm_images if name in ("fgsm_acc", "noise_acc", "test_acc") else 0.0
+        assert measured.numpy() == pytest.approx(zoo.column(name)[rows], rel=1e-5, abs=1.01 * one_image), name
     assert zoo.column("gap") == pytest.approx(zoo.column("train_acc") - zoo.column("test_acc"), abs=1e-12)
     assert set(MEASURED) <= set(zoo.index)
     assert zoo.index["snapshot"] == ["initial", "middle", "final"] * 256
@@ -535,12 +538,10 @@ def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
 def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(project, monkeypatch):
     start(monkeypatch, fetch_data, dataset="digits")
     start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
-    done: list[str] = []
 
     def dying(job, *rest):
         if job.name == "one_sided":
             raise InputError("killed")
-        done.append(job.name)
         return train_and_predict(job, *rest)
 
     monkeypatch.setattr(train_weightnet, "train_and_predict", dying)
@@ -649,6 +650,10 @@ def test_a_folder_with_metadata_is_a_zoo_and_a_spec_is_the_network_that_it_descr
         known[f"{i}.safetensors"]["test_acc"] = result["properties"]["test_acc"]["value"] ** 2
     (folder / "metadata.json").write_text(json.dumps(known))
     assert ask(monkeypatch, capsys, "mine")["agreement"] == {"test_acc": {"tau": pytest.approx(1), "n": 4}}
+    for broken in ("{", "[]", '{"0.safetensors": 3}', '{"0.safetensors": {"test_acc": NaN}}', '{"9.safetensors": {}}'):
+        (folder / "metadata.json").write_text(broken)
+        with pytest.raises(InputError, match=r"^[^\n]*metadata.json[^\n]*$"):
+            ask(monkeypatch, capsys, "mine")
 
     convolution = {"kind": "Conv2d", "out_channels": 16, "kernel_size": 3, "stride": 2, "padding": 1}
     layers = [layer for c in (1, 16, 16) for layer in (convolution | {"in_channels": c}, {"kind": "ReLU"})]

@@ -10,9 +10,7 @@ Writes  models/train_lenet/<dataset>/<run>.safetensors   weights float32 [t, p],
 Finished runs wait in .work/train_lenet/ until all are, so that a stage that was killed goes on where it was.
 """
 
-import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -27,9 +25,8 @@ from stages.common.artifacts import load_metadata, save_arrays, save_csv, save_j
 from stages.common.command import parse_arguments, run
 from stages.common.metrics import accuracy, mean_std
 from stages.common.params import StageParams
-from stages.common.resume import work_folder
+from stages.common.resume import fingerprint, work_folder
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.forecast import lenet, optimizers
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction, set_learning_rate
 from stages.forecast.runs import LeNetData, load_lenet_data, regime_of
@@ -112,20 +109,14 @@ def train_lenet(
     return model, torch.stack(weights), torch.stack(states), history
 
 
-def unfinished_folder(dataset: str, params: Params) -> Path:
-    """Return where finished runs wait: a folder for everything that one follows from, code and images included."""
-    images = hashlib.sha256(Path(f"data/{dataset}.safetensors").read_bytes()).hexdigest()
-    recipe = params.model_dump(exclude={"runs"}) | {"images": images}
-    return work_folder(f"train_lenet/{dataset}", recipe, lenet, optimizers, sys.modules[__name__])
-
-
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
     params = Params.load("train_lenet", dataset)
     pin_threads()
     device = pick_device()
     data = load_lenet_data(dataset, params.model_dump(), device, params.evaluation_images)
-    work = unfinished_folder(dataset, params)
+    recipe = params.model_dump(exclude={"runs"}) | {"images": fingerprint(Path(f"data/{dataset}.safetensors"))}
+    work = work_folder(f"train_lenet/{dataset}", recipe)
     names = [*params.runs.train, *params.runs.validation, *params.runs.test]
 
     def finish(name: str) -> None:
@@ -140,8 +131,7 @@ def main() -> None:
 
     (MODELS / dataset).mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.move(work / f"{name}.safetensors", MODELS / dataset / f"{name}.safetensors")
-    shutil.rmtree(work)
+        shutil.copyfile(work / f"{name}.safetensors", MODELS / dataset / f"{name}.safetensors")
     save_json(MODELS / dataset / "runs.json", params.model_dump(exclude={"evaluation_images", "regimes"}))
     histories = {name: load_metadata(MODELS / dataset / f"{name}.safetensors")["history"] for name in names}
     save_csv(REPORTS / dataset / "history.csv", [row for history in histories.values() for row in history])
@@ -150,6 +140,7 @@ def main() -> None:
         final.setdefault(regime_of(name), []).append(history[-1]["test_acc"])
     final = {regime: mean_std(values) for regime, values in final.items()}
     save_json(REPORTS / dataset / "summary.json", {"final_test_acc": final})
+    shutil.rmtree(work)
     print(f"{dataset}: {len(names)} runs, " + ", ".join(f"{k} {v['mean']:.1%}" for k, v in final.items()))
 
 

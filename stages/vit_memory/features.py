@@ -38,9 +38,14 @@ class FeatureSets:
     classes: list[str]
 
 
+def input_files(dataset: str) -> tuple[Path, Path]:
+    """Return the files that `load_featured_images` reads."""
+    return FEATURES / dataset / "features.safetensors", Path(f"data/{dataset}.safetensors")
+
+
 def load_features(dataset: str, device: torch.device) -> FeatureSets:
     """Return the features of one data set; InputError if they are missing or damaged."""
-    path = FEATURES / dataset / "features.safetensors"
+    path, _ = input_files(dataset)
     classes = load_metadata(path)["classes"]
     tensors = load_file(path, device=str(device))
     sets = ("train", "test", "random_train", "random_test", "glyphs")

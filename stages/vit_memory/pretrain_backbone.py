@@ -1,7 +1,7 @@
 """Pretrain a vision transformer on drawn glyphs, as a masked autoencoder and a classifier at once; or record a published one.
 
-The glyphs are of no data set, so that nothing of one leaks into the backbone. What was trained is small and in git; a killed
-run goes on from its last state in .work/.
+It is trained on images of no data set; how glyphs vary was chosen on training images of MNIST and digits. What was trained is
+small and in git; a killed run goes on from its last state in .work/.
 
 Reads   nothing
 Writes  models/pretrain_backbone/backbone.safetensors   weights in float16 (of a published model: name and SHA-256)
@@ -12,7 +12,6 @@ Writes  models/pretrain_backbone/backbone.safetensors   weights in float16 (of a
 
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -25,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from stages.common import backbone, drawings, resume
+from stages.common import resume
 from stages.common.artifacts import save_csv, save_json
 from stages.common.backbone import (
     Backbone,
@@ -43,7 +42,6 @@ from stages.common.figures import image_grid, save_figure, show_image
 from stages.common.metrics import accuracy
 from stages.common.params import StageParams
 from stages.common.runtime import generator, pick_device, pin_threads
-from stages.vit_memory import muon
 from stages.vit_memory.muon import Muon
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
@@ -209,7 +207,7 @@ def main() -> None:
     glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, known), "chance": 1 / unseen}
 
     autoencoder, history = None, [{"step": 0, "classification_loss": "", "train_acc": "", "reconstruction_loss": ""}]
-    work = resume.work_folder("pretrain_backbone", params.model_dump(), sys.modules[__name__], backbone, drawings, muon)
+    work = resume.work_folder("pretrain_backbone", params.model_dump())
     if not asked.pretrained:
         glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, known)
         autoencoder, history = pretrain(student, glyphs, params, work, device)

@@ -11,7 +11,6 @@ Writes  reports/train_continual/<dataset>/accuracy.csv   the whole R matrix: acc
 
 import copy
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,10 +30,10 @@ from stages.common.metrics import accuracy, over_seeds
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.common.seeding import building
-from stages.vit_memory import classifiers, continual, hopfield, models, pictures
+from stages.vit_memory import pictures
 from stages.vit_memory.classifiers import RanPAC, Whitening
 from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, herd, iCaRL
-from stages.vit_memory.features import load_featured_images
+from stages.vit_memory.features import input_files, load_featured_images
 from stages.vit_memory.hopfield import ClassMemory, SlotMemory, unit
 from stages.vit_memory.models import HeadedViT
 
@@ -263,8 +262,8 @@ def main() -> None:
         seed: make_stream(train.labels, everything[0], test.labels, everything[1], seed, params)
         for seed in params.seeds
     }
-    code = (sys.modules[__name__], classifiers, continual, hopfield, models)
-    work = resume.work_folder(f"train_continual/{dataset}", {**params.model_dump(), "weights": backbone.sha256}, *code)
+    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": resume.fingerprint(*input_files(dataset))}
+    work = resume.work_folder(f"train_continual/{dataset}", recipe)
 
     def matrices(job: tuple[str, float, int | None]) -> dict[str, list[list[float]]]:
         """Return R of one run, a nested list; seed None is the trial stream, whose tests are training images."""

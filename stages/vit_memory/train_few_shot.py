@@ -12,7 +12,6 @@ Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method 
 import copy
 import itertools
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,6 @@ from stages.common.metrics import accuracy, mean_interval, mean_std
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.common.seeding import building
-from stages.vit_memory import classifiers, episodes, models
 from stages.vit_memory.classifiers import (
     RanPAC,
     Whitening,
@@ -42,7 +40,7 @@ from stages.vit_memory.classifiers import (
     memory_log_probabilities,
 )
 from stages.vit_memory.episodes import Episode, draw_episode
-from stages.vit_memory.features import FeatureSets, load_featured_images
+from stages.vit_memory.features import FeatureSets, input_files, load_featured_images
 from stages.vit_memory.models import HeadedViT, MemoryAugmentedViT, VPTDeep, VPTShallow
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
@@ -260,8 +258,8 @@ def main() -> None:
             )
         return linear_probe(x, labels, queries, classes, params.decay)
 
-    code = (sys.modules[__name__], classifiers, episodes, models)
-    work = resume.work_folder(f"train_few_shot/{dataset}", {**params.model_dump(), "weights": backbone.sha256}, *code)
+    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": resume.fingerprint(*input_files(dataset))}
+    work = resume.work_folder(f"train_few_shot/{dataset}", recipe)
 
     def run_method(method: str) -> dict[str, Any]:
         def compute() -> dict[str, Any]:

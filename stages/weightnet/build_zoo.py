@@ -7,11 +7,10 @@ Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m,
         reports/build_zoo/<dataset>-<variant>/summary.json           how many, and how what was measured is spread
         reports/build_zoo/<dataset>-<variant>/zoo.png
 A variant is an architecture. Finished stacks wait in .work/build_zoo/ so that a killed or a growing zoo trains only the rest.
-Stacks train side by side on the cores; on a Ray cluster if RAY_ADDRESS names one, to the same bytes.
+Stacks train side by side on the cores; on a Ray cluster if RAY_ADDRESS names one, to the same bytes on like processors.
 """
 
 import hashlib
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +24,10 @@ from stages.common.artifacts import save_arrays, save_json
 from stages.common.cluster import cluster_map, has_cluster
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
-from stages.common.resume import work_folder
+from stages.common.resume import fingerprint, work_folder
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.common.tables import save_table
-from stages.weightnet import convolution, networks, pictures, program, properties, training
+from stages.weightnet import pictures
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
@@ -97,10 +96,8 @@ def own_images(draws: Draws, images: Images, params: Params) -> tuple[torch.Tens
 
 def stack_folder(dataset: str, params: Params) -> Path:
     """Return where finished stacks wait: a folder for everything that they follow from, code and data included."""
-    data = hashlib.sha256(Path(f"data/{dataset}.safetensors").read_bytes()).hexdigest()
-    recipe = params.model_dump(exclude={"variant": {"runs"}}) | {"data": data}
-    code = (convolution, networks, program, properties, training, sys.modules[__name__])
-    return work_folder(f"build_zoo/{dataset}", recipe, *code)
+    images = fingerprint(Path(f"data/{dataset}.safetensors"))
+    return work_folder(f"build_zoo/{dataset}", params.model_dump(exclude={"variant": {"runs"}}) | {"images": images})
 
 
 def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> dict[str, Any]:
@@ -132,7 +129,7 @@ def main() -> None:
     name = f"{dataset}-{architecture}"
     params = Params.load("build_zoo", dataset, architecture)
     pin_threads()
-    device = pick_device()
+    device = torch.device("cpu") if has_cluster() else pick_device()  # nodes of a cluster give cores
     images = zoo_images(dataset, params.images, device)
     shape = (images.channels, images.classes, params.images.image_size)
     traced, _ = zoo_program(architecture, *shape)

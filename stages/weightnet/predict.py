@@ -16,6 +16,7 @@ the zoo's networks that lie nearer to their own neighbours (above 0.95, do not t
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from pickle import UnpicklingError
@@ -90,10 +91,26 @@ def list_models(path: Path) -> dict[Path, dict[str, Any]]:
     files, metadata = sorted(path.glob("*.safetensors")), path / "metadata.json"
     if not files:
         raise InputError(f"{path} has no .safetensors files")
-    known = load_json(metadata) if metadata.is_file() else {}
+    known = load_measured(metadata) if metadata.is_file() else {}
     if absent := sorted(set(known) - {file.name for file in files}):
         raise InputError(f"{metadata} names {absent[0]}, which is not there")
     return {file: known.get(file.name, {}) for file in files}
+
+
+def load_measured(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a metadata.json says of each file; InputError if it is broken, or a measurement is no finite number."""
+    try:
+        known = load_json(path)
+        numbers = [
+            (file, name, float(said[name])) for file, said in known.items() for name in PROPERTIES if name in said
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f'{path} ({one_line(error)}): expected {{"<file>": {{"arch": ..., "test_acc": ...}}}}'
+        ) from None
+    if wrong := [f"{file}: {name} is {number}" for file, name, number in numbers if not math.isfinite(number)]:
+        raise InputError(f"{path}: {wrong[0]}")
+    return known
 
 
 def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -103,7 +120,9 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         pairs = [
             (r["properties"][name]["value"], r["measured"][name]) for r in results.values() if name in r["measured"]
         ]
-        if len(pairs) >= 3 and len({measured for _, measured in pairs}) > 1:
+        if (
+            len(pairs) >= 3 and min(map(len, map(set, zip(*pairs, strict=True)))) > 1
+        ):  # of values that are all the same there is none
             found[name] = {"tau": float(kendalltau(*zip(*pairs, strict=True)).statistic), "n": len(pairs)}
     return found
 

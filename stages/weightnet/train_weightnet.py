@@ -10,9 +10,7 @@ A variant is a family of predictors. A task says which architectures are learnt 
 wait in .work/train_weightnet/, so that a killed or a growing family trains only the rest.
 """
 
-import hashlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,9 +30,8 @@ from stages.common.artifacts import save_arrays, save_csv
 from stages.common.checkpoints import load_torch, save_torch
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
-from stages.common.resume import work_folder
+from stages.common.resume import fingerprint, work_folder
 from stages.common.runtime import generator, parallel_map, pin_threads
-from stages.weightnet import convolution, features, networks, predictors, program, splits, symmetry, targets
 from stages.weightnet.features import pooled_statistics, tensor_statistics
 from stages.weightnet.predictors import Predictor
 from stages.weightnet.properties import PROPERTIES
@@ -313,8 +310,7 @@ def job_folder(job: Job, params: Params, data: str) -> Path:
     """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
     recipe = params.model_dump(exclude={"variant": True, "tasks": True, "member": True})
     recipe |= vars(job) | {"member": job.member.model_dump(), "task": params.tasks[job.task].model_dump(), "data": data}
-    code = (convolution, features, networks, predictors, program, splits, symmetry, targets, sys.modules[__name__])
-    return work_folder(f"train_weightnet/{job.name}-{job.task}-{job.split}", recipe, *code)
+    return work_folder(f"train_weightnet/{job.name}-{job.task}-{job.split}", recipe)
 
 
 def main() -> None:
@@ -337,9 +333,7 @@ def main() -> None:
     pooled = {len({*params.tasks[job.task].train, *params.tasks[job.task].test}) > 1 for job in jobs}
     statistics = {(arch, many): statistics_of(zoo, many) for arch, zoo in zoos.items() for many in sorted(pooled)}
 
-    data = hashlib.sha256(
-        b"".join(path.read_bytes() for name in needed for path in zoo_files(dataset, name))
-    ).hexdigest()
+    data = fingerprint(*(path for architecture in needed for path in zoo_files(dataset, architecture)))
 
     def finish(job: Job) -> dict[str, Any]:
         path = job_folder(job, params, data) / "result.pt"
