@@ -674,8 +674,8 @@ def test_a_folder_with_metadata_is_a_zoo_and_a_spec_is_the_network_that_it_descr
         (["a.safetensors", "--arch", "cnn4"], "of cnn4 is .* the file has"),
         (["a.safetensors", "--arch", "alexnet"], "the zoo has cnn3"),
         (["a.safetensors", "--arch", "os:getcwd"], "allow it by --allow-code"),
-        (["none.safetensors", "--arch", "cnn3"], "cannot be read as weights"),
-        (["evil.pt", "--arch", "cnn3"], "cannot be read as weights"),
+        (["none.safetensors", "--arch", "cnn3"], "none.safetensors is missing"),
+        (["evil.pt", "--arch", "cnn3"], "evil.pt is no checkpoint or is damaged"),
         (["a.safetensors", "--arch", "cnn3", "--dataset", "other"], "run 'dvc repro train_weightnet@other-weightnet'"),
     ],
 )

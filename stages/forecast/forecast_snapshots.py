@@ -10,25 +10,22 @@ Floating-point tensors are forecast, but for running statistics; these and all o
 
 import argparse
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from stages.common.artifacts import atomic_path, save_csv
-from stages.common.checkpoints import load_torch
-from stages.common.command import InputError, one_line, run
+from stages.common.command import InputError, run
 from stages.common.runtime import pin_threads
+from stages.common.weights import load_state_dict
 from stages.forecast.baselines import linear
 from stages.forecast.forecasters import SharedForecaster, load_forecaster
 from stages.forecast.trajectory import WINDOW, Layout, Trajectory
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
-NESTED = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints keep a state_dict
 RUNNING = ("running_mean", "running_var")
 
 State = dict[str, torch.Tensor]
@@ -52,27 +49,11 @@ def find_snapshots(folder: Path) -> list[Path]:
     return order
 
 
-def load_state(path: Path) -> State:
-    """Return a snapshot's state_dict; InputError if the file holds something else."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged ({one_line(error)})") from None
-    state: Any = load_torch(path, set())
-    for key in NESTED:
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} is no state_dict: expected names and tensors")
-    return dict(state)
-
-
 def read_trajectory(paths: list[Path]) -> tuple[Trajectory, State]:
     """Return the trajectory of what is forecast, and the last snapshot; InputError if shapes differ or a weight is not finite."""
     layout, weights, last = None, [], {}
     for path in tqdm(paths, "read snapshots", disable=None):
-        last = load_state(path)
+        last = load_state_dict(path)
         state = {name: x.float() for name, x in last.items() if x.is_floating_point() and not name.endswith(RUNNING)}
         if not state:
             raise InputError(f"{path} has no floating-point tensor")

@@ -19,19 +19,17 @@ import json
 import math
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from scipy.stats import kendalltau
-from torch import Tensor, nn
+from torch import nn
 
 from stages.common.artifacts import load_json
 from stages.common.checkpoints import load_torch
 from stages.common.command import InputError, one_line, run
 from stages.common.runtime import generator, pin_threads
+from stages.common.weights import load_state_dict
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Kept, load_predictors
 from stages.weightnet.program import MODULES, trace
@@ -120,29 +118,19 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         pairs = [
             (r["properties"][name]["value"], r["measured"][name]) for r in results.values() if name in r["measured"]
         ]
-        if (
-            len(pairs) >= 3 and min(map(len, map(set, zip(*pairs, strict=True)))) > 1
-        ):  # of values that are all the same there is none
-            found[name] = {"tau": float(kendalltau(*zip(*pairs, strict=True)).statistic), "n": len(pairs)}
+        if len(pairs) < 3:
+            continue
+        tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
+        if math.isfinite(tau):  # of values that are all the same there is none
+            found[name] = {"tau": tau, "n": len(pairs)}
     return found
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file; pickled code is never run. InputError if it cannot be read."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        raise InputError(f"{path} cannot be read as weights ({one_line(error)[:120]})") from None
-    return loaded.get("state_dict", loaded)
 
 
 def read_network(path: Path, arch: str, model: nn.Module, shape: tuple[int, ...], tanh: bool) -> Networks:
     """Return one network with its derived symmetry, which is tried out on it; InputError if it does not hold."""
     program = trace(model, shape)
     symmetry = derive_symmetry(program)
-    found = load_weights(path)
+    found = load_state_dict(path)
     for name, expected in program.shapes.items():
         got = tuple(found[name].shape) if name in found else "nothing"
         if got != expected:
