@@ -4,7 +4,7 @@ Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_
         models/tune_jump/<dataset>/forecaster.pt
 Writes  reports/evaluate_forecaster/<dataset>/errors.csv        squared error by forecaster, run, origin and horizon
         reports/evaluate_forecaster/<dataset>/networks.csv      test loss and accuracy of the forecast networks, likewise
-        reports/evaluate_forecaster/<dataset>/accumulation.csv  squared error of forecasts rolled out, step by step
+        reports/evaluate_forecaster/<dataset>/accumulation.csv  squared error of forecasts rolled out, step by step, late half
         reports/evaluate_forecaster/<dataset>/ratios.csv        error over persistence's, 95 % intervals over runs
         reports/evaluate_forecaster/<dataset>/layers.csv        likewise for each parameter tensor, of the flagship
         reports/evaluate_forecaster/<dataset>/losses.csv        loss over persistence's and accuracy gained, likewise
@@ -112,7 +112,7 @@ def evaluate_run(
             if with_networks:
                 results = run_networks(forecast, layout, network, x, labels)
                 tables["networks"] += [key | result for key, result in zip(keys, results, strict=True)]
-        if rolled and of_phase[phase] == 0:  # rolling out costs a forecast a step
+        if rolled and phase == "late" and of_phase[phase] == 0:  # rolling out costs a forecast a step
             path = trajectory.weights[t + 1 : t + 1 + furthest]
             methods = {"rolled_out": roll_out(flagship, trajectory, t, furthest)}
             methods["persistence"] = trajectory.weights[t].expand_as(path)

@@ -45,6 +45,7 @@ Rows = list[dict[str, Any]]
 class Params(StageParams):
     """Parameters of one data set's comparison."""
 
+    steps: PositiveInt  # of a run
     seeds: Annotated[list[NonNegativeInt], Field(min_length=2)]  # of networks that no forecaster has seen
     tuning_seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]  # of networks on which learning rates are chosen
     learning_rate: PositiveFloat  # of the untuned runs
@@ -183,7 +184,7 @@ def main() -> None:
     pin_threads()
     cpu = torch.device("cpu")
     runs = load_runs(dataset)
-    recipe, example = runs.recipe, next(iter(runs.train.values()))
+    recipe, example = runs.recipe | {"steps": params.steps}, next(iter(runs.train.values()))
     data = load_lenet_data(dataset, recipe, cpu, params.evaluation_images)
     n = params.choice_images
     choice = tuple(part[:n] for part in data.held_out)

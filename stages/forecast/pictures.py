@@ -109,26 +109,19 @@ def draw_times(path: Path, errors: pd.DataFrame, regime: str, horizons: tuple[in
 
 
 def draw_accumulation(path: Path, accumulation: pd.DataFrame) -> None:
-    """Draw how the error of forecasts grows when each is made from the one before, beside direct ones, by regime and phase."""
+    """Draw how the error of forecasts grows when each is made from the one before, beside direct ones, by regime, in the late half."""
     table = accumulation.reset_index()
-    regimes, phases = list(table["regime"].unique()), ("early", "late")
-    figure, axes = plt.subplots(1, len(phases), figsize=(7, 2.8), sharey=True, layout="constrained")
-    for ax, phase in zip(axes, phases, strict=True):
-        for i, regime in enumerate(regimes):
-            for name, style in (("rolled_out", "-"), ("direct", "o")):
-                curve = table[(table.regime == regime) & (table.phase == phase) & (table.forecaster == name)]
-                ax.plot(
-                    curve["h"],
-                    curve["mean"],
-                    style,
-                    color=f"C{i}",
-                    markersize=4,
-                    label=f"{regime}, {name.replace('_', ' ')}",
-                )
-        ax.axhline(1, color="black", linestyle="--", linewidth=0.8)
-        ax.set(ylim=LIMITS, title=f"{phase} half", xlabel="steps rolled out, snapshots")
-    axes[0].set_ylabel("squared error / that of\nkeeping the last weights")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
+    for i, regime in enumerate(table["regime"].unique()):
+        for name, style in (("rolled_out", "-"), ("direct", "o")):
+            curve = table[(table.regime == regime) & (table.forecaster == name)]
+            label = f"{regime}, {name.replace('_', ' ')}"
+            ax.plot(curve["h"], curve["mean"], style, color=f"C{i}", markersize=4, label=label)
+    ax.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    ax.set(
+        ylim=LIMITS, xlabel="steps rolled out, snapshots", ylabel="squared error / that of\nkeeping the last weights"
+    )
+    ax.legend(fontsize=7)
     save_figure(path, figure)
 
 

@@ -166,7 +166,7 @@ def train_coefficients(
         return torch.cat(windows), torch.cat([code[model.sequence :] for code in codes])
 
     (x, y), held_out = sequences(train), sequences(validation)
-    optimizer = torch.optim.Adam(model.parameters(), params.variant.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), params.variant.learning_rate, fused=True)
     random = generator(params.seed, "forecaster batches")
     history = []
     for step in tqdm(range(1, params.variant.steps + 1), desc="train forecaster", unit=" steps", disable=None):

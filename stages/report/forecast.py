@@ -17,7 +17,7 @@ def forecast_section(dataset: str) -> Section:
         EVALUATED: {
             "horizons": "Error over that of keeping the last weights, with 95 % intervals over runs; what is not shown is worse.",
             "times": "The same against the snapshot from which is forecast.",
-            "accumulation": "Errors of forecasts that are made from forecasts, step by step, beside direct ones.",
+            "accumulation": "Errors of forecasts that are made from forecasts, step by step, beside direct ones, in the late half.",
             "losses": "Test loss of the forecast networks over that of the last one.",
             "accuracies": "Accuracy that the forecast networks gain over the last one.",
             "path": "A run that no forecaster has seen, in the plane of its two main directions, and the transformer's forecasts.",
