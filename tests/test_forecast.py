@@ -218,6 +218,13 @@ def test_baselines_are_exact_where_they_should_be():
     assert (ahead[0] - turning[36]).norm() < 0.2 * (turning[35] - turning[36]).norm() + 0.02
 
 
+def test_repeated_snapshots_add_no_axis():
+    snapshots = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    _, basis, _ = principal_components(torch.cat([snapshots, snapshots[:3]]), 500)
+    assert len(basis) == 5
+    torch.testing.assert_close(basis @ basis.T, torch.eye(5), atol=1e-5, rtol=0)
+
+
 def test_principal_components_at_full_rank_reconstruct_exactly():
     snapshots = torch.randn(12, 50)
     mean, basis, variances = principal_components(snapshots, 500)
