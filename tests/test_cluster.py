@@ -10,17 +10,12 @@ from threading import Thread
 import pytest
 from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT
+from running import start
 
 from stages.common.cluster import cluster_map
 from stages.common.command import InputError
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo
-
-
-def start(monkeypatch, module, **items) -> None:
-    words = [word for key, value in items.items() for word in (f"--{key}", value)]
-    monkeypatch.setattr("sys.argv", ["stage", *words])
-    module.main()
 
 
 @pytest.fixture(scope="module")

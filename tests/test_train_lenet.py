@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from dvc.utils.hydra import apply_overrides
+from running import start
 
 from stages.datasets import fetch_data
 from stages.forecast import train_lenet
@@ -16,9 +17,8 @@ def outputs(project: Path) -> dict[str, bytes]:
 
 def test_a_killed_stage_trains_only_what_is_missing_to_the_same_bytes(project, monkeypatch):
     apply_overrides(project / "params.yaml", ["train_lenet.steps=4"])
-    monkeypatch.setattr("sys.argv", ["stage", "--dataset", "digits"])
-    fetch_data.main()
-    train_lenet.main()
+    start(monkeypatch, fetch_data, dataset="digits")
+    start(monkeypatch, train_lenet, dataset="digits")
     whole, trained, train = outputs(project), [], train_lenet.train_lenet
     assert not any((project / ".work/train_lenet/digits").iterdir())
 
@@ -31,7 +31,7 @@ def test_a_killed_stage_trains_only_what_is_missing_to_the_same_bytes(project, m
     monkeypatch.setattr(train_lenet, "train_lenet", train_or_die)
     monkeypatch.setattr(train_lenet, "parallel_map", lambda f, names, *_: [f(name) for name in names])
     with pytest.raises(KeyboardInterrupt):
-        train_lenet.main()
-    train_lenet.main()
+        start(monkeypatch, train_lenet, dataset="digits")
+    start(monkeypatch, train_lenet, dataset="digits")
     assert trained == ["adam-0", "sgd-0", "adam-100", "adam-200", "adam-200", "adam-201"]
     assert outputs(project) == whole

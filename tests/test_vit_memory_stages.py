@@ -9,6 +9,7 @@ import torch
 from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from reproduction import ROOT
+from running import start
 from safetensors.torch import load_file
 
 from stages.common.backbone import load_backbone
@@ -41,8 +42,7 @@ def folder(project):
 
 def test_a_folder_of_faces_goes_through_and_its_classes_are_told_apart(folder, monkeypatch):
     for stage in (fetch_data, extract_features, train_few_shot):
-        monkeypatch.setattr("sys.argv", ["stage", "--dataset", "rafdb"])
-        stage.main()
+        start(monkeypatch, stage, dataset="rafdb")
     with Image.open(folder / "rafdb/train/angry/0.png") as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(load_file(folder / "data/rafdb.safetensors")["train_images"][0], pixels)

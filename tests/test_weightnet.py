@@ -10,6 +10,7 @@ import torch
 from benchmark_zoo import train_alone
 from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT
+from running import start
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -348,12 +349,6 @@ def test_fgsm_moves_every_pixel_by_its_step_and_raises_the_loss():
     before, after = outputs(networks, images), outputs(networks, attacked)
     for i in range(3):
         assert cross_entropy(after[i], labels) > cross_entropy(before[i], labels)
-
-
-def start(monkeypatch, module, **items) -> None:
-    words = [word for key, value in items.items() for word in (f"--{key}", value)]
-    monkeypatch.setattr("sys.argv", ["stage", *words])
-    module.main()
 
 
 def grow(monkeypatch, project, runs: int) -> None:
