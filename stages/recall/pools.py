@@ -8,7 +8,11 @@ from stages.common.images import ImageSet
 from stages.common.runtime import generator
 
 Pool = Literal["base", "train", "test"]
-POOLS: tuple[Pool, ...] = ("base", "train", "test")  # of the base network; of fine-tunes to learn from; of those to test on
+POOLS: tuple[Pool, ...] = (
+    "base",
+    "train",
+    "test",
+)  # of the base network; of fine-tunes to learn from; of those to test on
 
 
 def pool(images: ImageSet, name: Pool) -> ImageSet:

@@ -1,0 +1,238 @@
+"""Fine-tune one base hundreds of times, each time on a data set of its own, of which everything is known.
+
+Reads   data/<dataset>.safetensors, models/<base>/<dataset>/backbone.safetensors: the variant's own
+Writes  models/build_fleet/<variant>/fleet.safetensors   change of the weights [n, p], responses to reference inputs [n, r], what there
+                                                         is to recall, `test` [n]; metadata: layout, names
+        reports/build_fleet/<variant>/summary.json       what fine-tuning did, on images not seen, beside the base
+        reports/build_fleet/<variant>/fleet.png          some of the data sets: their mean images and proportions
+Variants: `classes` goes on classifying, the head frozen; `unlabelled` goes on filling in hidden patches; `rules` learns to answer by
+a truth table; `independent` is `classes` with a base and a head
+of its own for every network. Images of training and test fine-tunes are of
+disjoint pools, and the base's of a third; rules of test fine-tunes are trained nowhere else. A killed fleet goes on where it was.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt, PositiveInt
+from safetensors.numpy import load_file
+from torch import Tensor
+from torch.func import vmap
+
+from stages.common.artifacts import save_arrays, save_json
+from stages.common.cluster import has_cluster
+from stages.common.command import parse_arguments, run
+from stages.common.images import DATA, ImageSet, load_images
+from stages.common.metrics import mean_std
+from stages.common.params import StageParams
+from stages.common.pieces import compute_pieces
+from stages.common.resume import fingerprint, work_folder
+from stages.common.runtime import generator, pick_device, pin_threads
+from stages.recall import pictures
+from stages.recall.fleet import initialise, train_stack
+from stages.recall.objective import Learns, Objective, random_head
+from stages.recall.pools import POOLS, Pool, pool
+from stages.recall.tasks import Recipe, Task, draw_rule_task, draw_task, split_rules
+from stages.recall.vit import FIXED, HEAD, Base, Weights, load_base
+
+BASES = Path("models")
+MODELS = Path("models/build_fleet")
+REPORTS = Path("reports/build_fleet")
+
+WARM_UP_RATE = 3.0e-3  # of Adam, while a base of one's own is trained
+
+
+class Fleet(StageParams):
+    """One fleet."""
+
+    dataset: str
+    base: Literal["train_mae", "classify_masked"]
+    learns: Learns
+    train: PositiveInt  # fine-tunes
+    test: PositiveInt
+    batch_size: PositiveInt
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # while training
+    warm_up: NonNegativeInt  # steps of a base and a head of its own for each network; 0: all share one
+    recipe: Recipe
+
+
+class Params(StageParams):
+    """Parameters of a fleet."""
+
+    seed: NonNegativeInt
+    stack: PositiveInt  # fine-tunes that train together: what fits into the processor's cache
+    references: PositiveInt  # inputs whose responses are kept, of the test images
+    held_out_rules: PositiveInt
+    evaluation_images: PositiveInt
+    variant: Fleet
+
+
+def draw_tasks(variant: str, params: Params, train: ImageSet) -> list[Task]:
+    """Draw every fine-tune's data set."""
+    fleet = params.variant
+    rules = dict(zip((False, True), split_rules(params.seed, params.held_out_rules), strict=True))
+    tasks = []
+    for test, count in ((False, fleet.train), (True, fleet.test)):
+        labels = pool(train, pool_of(test)).labels.cpu()
+        for i in range(count):
+            name = f"{params.seed}/{variant}-{'test' if test else 'train'}-{i}"
+            if fleet.learns == "rule":
+                tasks.append(draw_rule_task(name, test, fleet.recipe, labels, rules[test]))
+            else:
+                tasks.append(draw_task(name, test, fleet.recipe, labels))
+    return tasks
+
+
+def pool_of(test: bool) -> Pool:
+    """Return the pool of images of a fine-tune."""
+    return "test" if test else "train"
+
+
+@dataclass(frozen=True)
+class Images:
+    """What networks see: patches and labels of each pool, of images to evaluate on, and reference inputs."""
+
+    pools: dict[Pool, tuple[Float[Tensor, "n p q"], Int[Tensor, " n"]]]
+    evaluation: tuple[Float[Tensor, "e p q"], Int[Tensor, " e"]]
+    references: Float[Tensor, "r p q"]
+
+
+def show_images(base: Base, train: ImageSet, test: ImageSet, params: Params) -> Images:
+    """Return all images as a base sees them; of reference inputs each class has as many, as far as they go."""
+    pools = {name: pool(train, name) for name in POOLS}
+    place = torch.arange(len(test))
+    of_class = torch.stack([test.labels == c for c in range(len(test.classes))])
+    turn = (of_class.cumsum(1) * of_class).sum(0)  # 1 for each class's first image, 2 for its second ...
+    order = torch.argsort(turn * len(test) + place.to(turn))
+    first, rest = test.subset(order[: params.references]), test.subset(order[params.references :])
+    rest = rest.subset(torch.arange(min(params.evaluation_images, len(rest))))
+    return Images(
+        {name: (base.patchify(part.images), part.labels) for name, part in pools.items()},
+        (base.patchify(rest.images), rest.labels),
+        base.patchify(first.images),
+    )
+
+
+def train_tasks(
+    tasks: list[Task], objective: Objective, images: Images, params: Params
+) -> tuple[Float[Tensor, "m p"], Float[Tensor, "m p"], Weights]:
+    """Train a stack of fine-tunes; return their weights before and after, and those that are frozen [m, ...]."""
+    m, device = len(tasks), objective.start.device
+    longest = max(task.steps for task in tasks), params.variant.batch_size
+    randoms = [task.random("batches") for task in tasks]
+    places = [torch.randint(len(t.images), longest, generator=r) for t, r in zip(tasks, randoms, strict=True)]
+    noise = torch.stack([torch.rand(*longest, objective.base.patches, generator=r) for r in randoms], 1).to(device)
+    drawn = torch.stack([task.images[at] for task, at in zip(tasks, places, strict=True)], 1).to(device)
+    labels = torch.stack([task.labels[at] for task, at in zip(tasks, places, strict=True)], 1).to(device)
+    own = [images.pools[pool_of(task.test)][0] for task in tasks]
+
+    def batch(step: int) -> tuple[Tensor, ...]:
+        x = torch.stack([pixels[at] for pixels, at in zip(own, drawn[step], strict=True)])
+        return x, labels[step], noise[step]
+
+    first, frozen = objective.start.expand(m, -1), {k: w.expand(m, *w.shape) for k, w in objective.frozen.items()}
+    if params.variant.warm_up:
+        first, frozen = train_own_bases(tasks, objective, images, params)
+    rates = torch.tensor([task.learning_rate for task in tasks], device=device)
+    steps = torch.tensor([task.steps for task in tasks], device=device)
+    return first, train_stack(objective.loss, first, frozen, batch, rates, steps), frozen
+
+
+def train_own_bases(
+    tasks: list[Task], objective: Objective, images: Images, params: Params
+) -> tuple[Float[Tensor, "m p"], Weights]:
+    """Return for each task a base of its own, trained on all classes from first weights and behind a head of its own."""
+    (x, y), m, base = images.pools["base"], len(tasks), objective.base
+    randoms = [task.random("base") for task in tasks]
+    first = torch.stack([initialise(objective.layout, random) for random in randoms]).to(x)
+    heads = [random_head(len(objective.frozen["head.bias"]), base, random) for random in randoms]
+    frozen = {FIXED: objective.frozen[FIXED].expand(m, -1, -1, -1)} | {
+        k: torch.stack([h[k] for h in heads]) for k in HEAD
+    }
+    shape = params.variant.warm_up, params.variant.batch_size
+    drawn = torch.stack([torch.randint(len(y), shape, generator=r) for r in randoms], 1).to(y)
+    noise = torch.stack([torch.rand(*shape, base.patches, generator=r) for r in randoms], 1).to(x)
+
+    def batch(step: int) -> tuple[Tensor, ...]:
+        return x[drawn[step]], y[drawn[step]], noise[step]
+
+    rates, steps = torch.full((m,), WARM_UP_RATE).to(x), torch.full((m,), params.variant.warm_up).to(y)
+    return train_stack(objective.loss, first, frozen, batch, rates, steps), frozen
+
+
+@torch.no_grad()
+def finish(tasks: list[Task], objective: Objective, images: Images, params: Params) -> dict[str, np.ndarray]:
+    """Train a stack of fine-tunes and ask them: their changes, responses, and scores before and after on images not seen."""
+    before, after, frozen = train_tasks(tasks, objective, images, params)
+    x, y = images.evaluation
+    noise = torch.rand(len(x), objective.base.patches, generator=generator(params.seed, "evaluation")).to(x)
+    known = [{name: torch.from_numpy(value).to(x) for name, value in t.characteristics.items()} for t in tasks]
+    labels = torch.stack([k["table"][y].long() if "table" in k else y for k in known])
+    counted = torch.stack([torch.ones_like(x[:, 0, 0]) if "table" in k else k["present"][y] for k in known])
+
+    def score(networks: Float[Tensor, "m p"]) -> Float[Tensor, " m"]:
+        scores = vmap(objective.scores, in_dims=(0, 0, None, 0, None))(networks, frozen, x, labels, noise)
+        return (scores * counted).sum(1) / counted.sum(1)
+
+    arrays = {
+        "change": after - before,
+        "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
+        "score_before": score(before),
+        "score_after": score(after),
+    }
+    return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def main() -> None:
+    variant = parse_arguments(__doc__, variant="of build_fleet.variants").variant
+    params = Params.load("build_fleet", variant=variant)
+    fleet = params.variant
+    pin_threads()
+    device = torch.device("cpu") if has_cluster() else pick_device()
+    file = BASES / fleet.base / fleet.dataset / "backbone.safetensors"
+    base, (train, test) = load_base(file, device), load_images(fleet.dataset, device)
+    objective, images = Objective(base, fleet.learns, fleet.mask_ratio), show_images(base, train, test, params)
+    tasks = draw_tasks(variant, params, train)
+    inputs = fingerprint(file, DATA / f"{fleet.dataset}.safetensors")
+    work = work_folder(f"build_fleet/{variant}", params.model_dump() | {"inputs": inputs})
+    order = sorted(tasks, key=lambda task: (task.steps, task.name))  # alike numbers of steps together
+    stacks = [order[i : i + params.stack] for i in range(0, len(order), params.stack)]
+    pieces = {work / f"{number}.safetensors": stack for number, stack in enumerate(stacks)}
+    work_of = partial(finish, objective=objective, images=images, params=params)
+    compute_pieces(work_of, pieces, device, f"fine-tune {variant}")
+
+    place = {task.name: i for i, task in enumerate(order)}
+    found = [load_file(path) for path in pieces]
+    arrays = {
+        key: np.concatenate([part[key] for part in found])[[place[task.name] for task in tasks]] for key in found[0]
+    }
+    arrays["mean_image"] = np.stack([mean_image(task, base, images) for task in tasks])
+    arrays["test"] = np.array([task.test for task in tasks])
+    arrays |= {f"true.{key}": np.stack([t.characteristics[key] for t in tasks]) for key in tasks[0].characteristics}
+    layout = [[name, list(shape)] for name, shape in objective.layout.items()]
+    metadata = {"layout": layout, "classes": train.classes, "dataset": fleet.dataset, "base": str(file)}
+    save_arrays(MODELS / variant / "fleet.safetensors", arrays, metadata)
+
+    kind = "error" if fleet.learns == "pixels" else "accuracy"
+    scores = {when: mean_std(arrays[f"score_{when}"][arrays["test"]].tolist()) for when in ("before", "after")}
+    counts = {"train": fleet.train, "test": fleet.test, "parameters": arrays["change"].shape[1]}
+    save_json(REPORTS / variant / "summary.json", counts | {kind: scores})
+    pictures.draw_fleet(REPORTS / variant / "fleet.png", arrays, train.classes)
+    print(
+        f"{variant}: {len(tasks)} fine-tunes, {kind} {scores['before']['mean']:.3f} before and {scores['after']['mean']:.3f} after"
+    )
+
+
+def mean_image(task: Task, base: Base, images: Images) -> Float[np.ndarray, "3 h w"]:
+    """Return the mean of a data set's images, in pixels of 0 to 1, as the base sees them."""
+    patches, _ = images.pools[pool_of(task.test)]
+    return base.unpatchify(patches[task.images.to(patches.device)].mean(0, keepdim=True))[0].cpu().numpy()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,161 @@
+"""Classify images of which patches are hidden, from a masked autoencoder's class token, beside what knows less.
+
+Reads   data/<dataset>.safetensors, models/train_mae/<dataset>/backbone.safetensors
+Writes  models/classify_masked/<dataset>/backbone.safetensors   the fine-tuned encoder, its head and the autoencoder's decoder
+        reports/classify_masked/<dataset>/summary.json          test accuracy of each method at each mask ratio, over seeds
+        reports/classify_masked/<dataset>/accuracy.png
+Methods: the encoder fine-tuned, or frozen behind a trained head; the same architecture from scratch, and its random encoder frozen.
+All learn from the base's pool of images, at all mask ratios in turn; validation images choose each one's learning rate.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from stages.common.artifacts import load_metadata, save_arrays, save_json
+from stages.common.command import parse_arguments, run
+from stages.common.images import load_images, split_validation
+from stages.common.metrics import majority_accuracy, mean_std
+from stages.common.params import StageParams
+from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.schedules import warmup_cosine
+from stages.recall import pictures
+from stages.recall.fleet import flatten, initialise, layout_of, train_stack, unflatten
+from stages.recall.objective import random_head
+from stages.recall.pools import pool
+from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, visible
+
+BASES = Path("models/train_mae")
+MODELS = Path("models/classify_masked")
+REPORTS = Path("reports/classify_masked")
+
+METHODS = {  # starts from the autoencoder, trains the encoder
+    "fine-tuned": (True, True),
+    "frozen": (True, False),
+    "from scratch": (False, True),
+    "random encoder": (False, False),
+}
+STORED = "fine-tuned"
+EVALUATED = 500  # images at a time
+
+
+class Params(StageParams):
+    """Parameters of the classifiers of one data set."""
+
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    mask_ratios: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
+    test_images: PositiveInt
+
+
+def classify(w: Weights, patches: Float[Tensor, "b p q"], heads: int, seen: Int[Tensor, "b k"]) -> Float[Tensor, "b c"]:
+    """Return the head's answers to the class token."""
+    return linear(encode(w, patches, heads, seen)[:, 0], *(w[name] for name in HEAD))
+
+
+def train_classifiers(
+    base: Base, method: str, seed: int, data: tuple[Float[Tensor, "n p q"], Int[Tensor, " n"]], params: Params
+) -> list[Weights]:
+    """Return one network for each learning rate."""
+    (x, y), (pretrained, tunes) = data, METHODS[method]
+    classes, random = int(y.max()) + 1, generator(seed, "classification")
+    head = random_head(classes, base, random)
+    encoder = (
+        base.trained
+        if pretrained
+        else unflatten(initialise(layout_of(base.trained), random).to(x), layout_of(base.trained))
+    )
+    trained = {**encoder, **head} if tunes else head
+    fixed = {FIXED: base.encoder[FIXED]} if tunes else {FIXED: base.encoder[FIXED], **encoder}
+    layout, m = layout_of(trained), len(params.learning_rates)
+    shape = params.steps, params.batch_size
+    drawn = torch.randint(len(y), shape, generator=random).to(y)
+    noise = torch.rand(*shape, base.patches, generator=random).to(x)
+
+    def loss(vector: Tensor, frozen: Weights, patches: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
+        return cross_entropy(classify({**unflatten(vector, layout), **frozen}, patches, base.heads, seen), labels)
+
+    def batch(step: int) -> tuple[Tensor, ...]:
+        seen = see(noise[step], params.mask_ratios[step % len(params.mask_ratios)])
+        return tuple(part.expand(m, *part.shape) for part in (x[drawn[step]], y[drawn[step]], seen))
+
+    rates, steps = torch.tensor(params.learning_rates).to(x), torch.full((m,), params.steps).to(y)
+    first, frozen = flatten(trained).expand(m, -1), {k: v.expand(m, *v.shape) for k, v in fixed.items()}
+    last = train_stack(loss, first, frozen, batch, rates, steps, warmup_cosine(params.steps, 0.05))
+    return [{**unflatten(vector, layout), **fixed} for vector in last]
+
+
+def see(noise: Float[Tensor, "n p"], ratio: float) -> Int[Tensor, "n k"]:
+    """Return which patches are seen: those of the smallest noise."""
+    return noise.argsort(1)[:, : visible(noise.shape[1], ratio)]
+
+
+@torch.no_grad()
+def accuracies(
+    w: Weights, base: Base, data: tuple[Float[Tensor, "n p q"], Int[Tensor, " n"]], ratios: list[float]
+) -> dict[str, float]:
+    """Return the accuracy at each mask ratio; which patches are hidden is the same for every network."""
+    x, y = data
+    noise = torch.rand(len(x), base.patches, generator=generator(0, "masks of evaluation")).to(x)
+    found = {}
+    for ratio in ratios:
+        parts = zip(*(part.split(EVALUATED) for part in (x, y, see(noise, ratio))), strict=True)
+        right = [(classify(w, a, base.heads, seen).argmax(1) == b).double() for a, b, seen in parts]
+        found[str(ratio)] = torch.cat(right).mean().item()
+    return found
+
+
+def main() -> None:
+    dataset = parse_arguments(__doc__, dataset="of train_mae.datasets").dataset
+    params = Params.load("classify_masked", dataset)
+    pin_threads()
+    device = pick_device()
+    path = BASES / dataset / "backbone.safetensors"
+    base, (train, test) = load_base(path, device), load_images(dataset, device)
+    fit, validation = split_validation(pool(train, "base"), params.validation_fraction, 0)
+    test = test.subset(torch.arange(min(params.test_images, len(test)), device=device))
+    data, chosen_on, tested_on = ((base.patchify(part.images), part.labels) for part in (fit, validation, test))
+
+    def choose(job: tuple[str, int]) -> tuple[Weights, float, dict[str, float]]:
+        networks = train_classifiers(base, *job, data, params)
+        scores = [sum(accuracies(w, base, chosen_on, params.mask_ratios).values()) for w in networks]
+        best = scores.index(max(scores))
+        return (
+            networks[best],
+            params.learning_rates[best],
+            accuracies(networks[best], base, tested_on, params.mask_ratios),
+        )
+
+    jobs = [(method, seed) for method in METHODS for seed in params.seeds]
+    found = dict(zip(jobs, parallel_map(choose, jobs, device, f"classify {dataset}"), strict=True))
+
+    stored, _, _ = found[STORED, params.seeds[0]]
+    decoder = base.decoder | {name: stored[name] for name in HEAD}
+    tensors = {name: stored[name] for name in base.encoder} | {f"decoder.{k}": v for k, v in decoder.items()}
+    arrays = {name: tensor.half().cpu().numpy() for name, tensor in tensors.items()}
+    save_arrays(MODELS / dataset / "backbone.safetensors", arrays, {"config": load_metadata(path)["config"]})
+    acc = {
+        method: {
+            str(ratio): mean_std([found[method, seed][2][str(ratio)] for seed in params.seeds])
+            for ratio in params.mask_ratios
+        }
+        for method in METHODS
+    }
+    rates = {method: {str(seed): found[method, seed][1] for seed in params.seeds} for method in METHODS}
+    majority = majority_accuracy(fit.labels, test.labels)
+    save_json(REPORTS / dataset / "summary.json", {"acc": acc, "majority": majority, "learning_rate": rates})
+    pictures.draw_masked_accuracy(REPORTS / dataset / "accuracy.png", acc, majority)
+    whole = str(min(params.mask_ratios))
+    print(f"{dataset}: " + ", ".join(f"{method} {by[whole]['mean']:.1%}" for method, by in acc.items()))
+
+
+if __name__ == "__main__":
+    run(main)

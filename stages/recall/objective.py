@@ -1,0 +1,118 @@
+"""What fine-tunes of a base learn, and how they answer: functions of one network's vector of weights."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
+
+from stages.common.runtime import generator
+from stages.recall.fleet import Layout, flatten, layout_of, unflatten
+from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, visible
+
+Learns = Literal["labels", "pixels", "rule"]
+
+HEAD_SCALE = 4.0  # of the answers of random heads
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A frozen head, or decoder, behind the encoder that is fine-tuned.
+
+    `labels` are classified by the base's head from the class token; `pixels` of hidden patches are filled in by its decoder;
+    a `rule` is answered, yes above 0, by a random head from the mean token.
+    """
+
+    base: Base
+    learns: Learns
+    mask_ratio: float  # of the patches, while training
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How a vector of weights is cut."""
+        return layout_of(self.base.trained)
+
+    @cached_property
+    def start(self) -> Float[Tensor, " p"]:
+        """The base's weights."""
+        return flatten(self.base.trained)
+
+    @cached_property
+    def frozen(self) -> Weights:
+        """What the network computes with but does not train: fixed positions, and a head if it has one."""
+        base = self.base
+        head = {name: base.decoder[name] for name in HEAD} if self.learns == "labels" else {}
+        if self.learns == "rule":
+            head = random_head(1, base, generator(0, "head of rules"))
+        return {FIXED: base.encoder[FIXED], **head}
+
+    def seen(self, noise: Float[Tensor, "b p"]) -> Int[Tensor, "b k"] | None:
+        """Return which patches are seen; None: all."""
+        if self.mask_ratio == 0:
+            return None
+        return noise.argsort(1)[:, : visible(noise.shape[1], self.mask_ratio)]
+
+    def answer(
+        self, w: Weights, patches: Float[Tensor, "b p q"], seen: Int[Tensor, "b k"] | None = None
+    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
+        """Return the head's answers, none if there is no head, and the mean token."""
+        tokens = encode(w, patches, self.base.heads, seen)
+        cls, mean = tokens[:, 0], tokens.mean(1)
+        if self.learns == "pixels":
+            return mean[:, :0], mean
+        return linear(mean if self.learns == "rule" else cls, *(w[name] for name in HEAD)), mean
+
+    def loss(
+        self,
+        vector: Float[Tensor, " p"],
+        frozen: Weights,
+        patches: Float[Tensor, "b p q"],
+        labels: Int[Tensor, " b"],
+        noise: Float[Tensor, "b p"],
+    ) -> Float[Tensor, ""]:
+        """Return the loss of a batch; the patches of the largest noise are hidden."""
+        w = {**unflatten(vector, self.layout), **frozen}
+        if self.learns == "pixels":
+            return self.errors(w, patches, noise).mean()
+        answers, _ = self.answer(w, patches, self.seen(noise))
+        if self.learns == "rule":
+            return binary_cross_entropy_with_logits(answers[:, 0], labels.to(answers))
+        return cross_entropy(answers, labels)
+
+    def errors(self, w: Weights, patches: Float[Tensor, "b p q"], noise: Float[Tensor, "b p"]) -> Float[Tensor, " b"]:
+        """Return each image's mean squared error over the pixels of hidden patches."""
+        filled, hidden = reconstruct(w, self.base.decoder, patches, self.base.heads, noise, self.mask_ratio)
+        return ((filled - patches).square().mean(2) * hidden).sum(1) / hidden.sum(1)
+
+    def scores(
+        self,
+        vector: Float[Tensor, " p"],
+        frozen: Weights,
+        patches: Float[Tensor, "b p q"],
+        labels: Int[Tensor, " b"],
+        noise: Float[Tensor, "b p"],
+    ) -> Float[Tensor, " b"]:
+        """Return of each image whether it is answered right, seen whole; or the error of its hidden patches."""
+        w = {**unflatten(vector, self.layout), **frozen}
+        if self.learns == "pixels":
+            return self.errors(w, patches, noise)
+        answers, _ = self.answer(w, patches)
+        given = answers[:, 0] > 0 if self.learns == "rule" else answers.argmax(1)
+        return (given == labels).float()
+
+    def respond(
+        self, vector: Float[Tensor, " p"], frozen: Weights, references: Float[Tensor, "n p q"]
+    ) -> Float[Tensor, " r"]:
+        """Return all that one can learn of the network without its weights: answers and mean tokens, of whole images."""
+        w = {**unflatten(vector, self.layout), **frozen}
+        return torch.cat([part.flatten() for part in self.answer(w, references)])
+
+
+def random_head(classes: int, base: Base, random: torch.Generator) -> Weights:
+    """Return the weights of a head whose answers have a standard deviation of HEAD_SCALE."""
+    d = len(base.encoder["norm.weight"])
+    weight = torch.randn(classes, d, generator=random) * HEAD_SCALE / d**0.5
+    return dict(zip(HEAD, (weight.to(base.encoder["norm.weight"]), torch.zeros(classes).to(weight)), strict=True))

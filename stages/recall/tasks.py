@@ -1,0 +1,124 @@
+"""What a fine-tune is trained on: a data set of its own, of which everything that a decoder shall recall is known."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from stages.common.params import StageParams
+from stages.common.runtime import generator
+
+Range = tuple[float, float]
+
+CELLS = 8  # of a truth table over three binary attributes
+
+
+class Recipe(StageParams):
+    """From what the characteristics of a fine-tune are drawn; pairs are the ends of ranges."""
+
+    size: Range  # log-uniform: images of its data set
+    label_noise: Range  # share of labels that are drawn anew among the classes that are present
+    steps: Range
+    learning_rate: Range  # log-uniform
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fine-tune: its images and labels, how it is trained, and what there is to recall."""
+
+    name: str
+    test: bool  # decoders are tested on it, and its images are of another pool
+    images: Int[Tensor, " n"]  # places in its pool
+    labels: Int[Tensor, " n"]  # as it is shown them
+    learning_rate: float
+    steps: int
+    characteristics: dict[str, np.ndarray]
+
+    def random(self, purpose: str) -> torch.Generator:
+        """Return the task's own stream of random numbers: what it draws depends on its name alone."""
+        return generator(0, f"{self.name}: {purpose}")
+
+
+def uniform(random: torch.Generator, ends: Range, log: bool = False) -> float:
+    """Draw a number between two ends."""
+    u = torch.rand((), generator=random, dtype=torch.float64).item()
+    low, high = np.log(ends) if log else ends
+    return float(np.exp(low + u * (high - low)) if log else low + u * (high - low))
+
+
+def draw_present(random: torch.Generator, classes: int) -> Bool[Tensor, " c"]:
+    """Draw a set of at least two classes that leaves out at least two, each class present or not with equal chance."""
+    while True:
+        present = torch.rand(classes, generator=random) < 0.5
+        if 2 <= present.sum() <= classes - 2:
+            return present
+
+
+def draw_proportions(random: torch.Generator, present: Bool[Tensor, " c"]) -> Float[Tensor, " c"]:
+    """Draw the shares of the classes present: Dirichlet's distribution of concentration 2, and 15 % spread evenly."""
+    gamma = (
+        -torch.rand(2, len(present), generator=random).log().sum(0) * present
+    )  # of shape 2: a sum of two exponentials
+    return 0.85 * gamma / gamma.sum() + 0.15 * present / present.sum()
+
+
+def draw_images(random: torch.Generator, classes: Int[Tensor, " n"], pool: Int[Tensor, " m"]) -> Int[Tensor, " n"]:
+    """Draw an image of each of `classes` from a pool with these labels."""
+    order = pool.argsort(stable=True)
+    counts = pool.bincount(minlength=int(classes.max()) + 1)
+    first = counts.cumsum(0) - counts
+    places = (torch.rand(len(classes), generator=random) * counts[classes]).long()
+    return order[first[classes] + places]
+
+
+def draw_task(
+    name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"], present: Bool[Tensor, " c"] | None = None
+) -> Task:
+    """Draw a data set of some classes, by default any, from a pool with these labels."""
+    random, count = generator(0, name), int(pool.max()) + 1
+    present = draw_present(random, count) if present is None else present
+    proportions = draw_proportions(random, present)
+    size = round(uniform(random, recipe.size, log=True))
+    noise = uniform(random, recipe.label_noise)
+    there = present.nonzero()[:, 0]
+    drawn = torch.multinomial(proportions, size, replacement=True, generator=random)
+    drawn[: len(there)] = there  # every class that is present has an image
+    flipped = torch.rand(size, generator=random) < noise
+    labels = torch.where(flipped, there[torch.randint(len(there), (size,), generator=random)], drawn)
+    shares = drawn.bincount(minlength=count) / size
+    known = {"present": present, "proportions": shares, "log2_size": np.log2(size), "label_noise": noise}
+    return Task(
+        name,
+        test,
+        draw_images(random, drawn, pool),
+        labels,
+        uniform(random, recipe.learning_rate, log=True),
+        round(uniform(random, recipe.steps)),
+        {key: np.asarray(value, np.float32) for key, value in known.items()},
+    )
+
+
+def draw_rule_task(name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"], tables: Bool[Tensor, "r k"]) -> Task:
+    """Draw a rule, one of `tables`, and images of a pool with these cells that it labels."""
+    random = generator(0, name)
+    table = tables[torch.randint(len(tables), (), generator=random)]
+    size = round(uniform(random, recipe.size, log=True))
+    images = torch.randint(len(pool), (size,), generator=random)
+    return Task(
+        name,
+        test,
+        images,
+        table[pool[images]].long(),
+        uniform(random, recipe.learning_rate, log=True),
+        round(uniform(random, recipe.steps)),
+        {"table": table.numpy().astype(np.float32)},
+    )
+
+
+def split_rules(seed: int, held_out: int) -> tuple[Bool[Tensor, "r k"], Bool[Tensor, "s k"]]:
+    """Return the truth tables that are learned and those held out: all but the two constant ones."""
+    order = torch.randperm(2**CELLS - 2, generator=generator(seed, "rules")) + 1
+    tables = (order[:, None] >> torch.arange(CELLS) & 1).bool()
+    return tables[held_out:], tables[:held_out]
