@@ -1,6 +1,7 @@
 """Backbones: the mapping from ViT-MAE, masked autoencoding, files, and no silent substitute for published weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,8 +13,10 @@ from stages.common.backbone import (
     Backbone,
     BackboneConfig,
     MaskedAutoencoder,
+    as_autoencoder,
     build_vit,
     load_backbone,
+    mae_to_decoder,
     mae_to_timm,
     save_backbone,
     vit_of_mae,
@@ -24,6 +27,10 @@ from stages.common.runtime import generator
 
 SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 CONFIG = BackboneConfig("vit_tiny_patch16_224", False, 32, SHAPE)
+
+
+def decoder_of(autoencoder: MaskedAutoencoder) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in autoencoder.state_dict().items() if not name.startswith("vit.")}
 
 
 @pytest.mark.parametrize("epsilon", [1e-12, 1e-2])
@@ -53,6 +60,34 @@ def test_a_vit_mae_computes_the_same_as_a_timm_vit(epsilon, tmp_path, monkeypatc
         assert torch.equal(read(x), vit(x))  # the same epsilon
     with pytest.raises(InputError, match="reads images of 32 pixels, not 224"):
         build_vit(BackboneConfig("somebody/vit-mae", True, 224, None))
+
+
+def test_a_vit_mae_fills_in_the_same_as_a_masked_autoencoder():
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    config = ViTMAEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=128,
+        mask_ratio=0.75, layer_norm_eps=1e-6, qkv_bias=False,
+    )  # fmt: skip
+    reference = ViTMAEForPreTraining(config).eval()
+    reference.decoder.decoder_norm.eps = 1e-5
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.1 * torch.randn_like(p)
+    state = reference.state_dict()
+    decoder = mae_to_decoder(state, 8)
+    vit = build_vit(replace(CONFIG, shape=SHAPE | {"mlp_ratio": 2, "qkv_bias": False}))
+    vit.load_state_dict(mae_to_timm(state), strict=True)
+    model = as_autoencoder(Backbone(vit, CONFIG, "", decoder))
+    x, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    with torch.no_grad():
+        expected, (predicted, hidden) = reference(x, noise=noise), model(x, noise, 0.75)
+        torch.testing.assert_close(model.loss(x, noise, 0.75), expected.loss, rtol=1e-5, atol=1e-5)
+    assert torch.equal(hidden.float(), expected.mask)
+    same_order = model.patchify(reference.unpatchify(expected.logits))
+    torch.testing.assert_close(predicted, same_order, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(predicted, expected.logits, atol=0.1)  # the orders do differ
 
 
 def test_an_autoencoder_sees_only_what_is_not_hidden():
@@ -88,20 +123,24 @@ def test_patches_are_the_image_and_in_the_order_of_the_tokens():
 
 def test_a_file_gives_back_the_weights_and_says_whose_they_are(tmp_path):
     path, vit = tmp_path / "backbone.safetensors", build_vit(CONFIG)
-    decoder = {k: v for k, v in MaskedAutoencoder(vit).state_dict().items() if not k.startswith("vit.")}
+    decoder = decoder_of(MaskedAutoencoder(vit))
     save_backbone(path, vit, CONFIG, decoder)
     stored = load_backbone(path)
     assert stored.config == CONFIG
     assert all(
         torch.equal(tensor.half().float(), stored.vit.state_dict()[name]) for name, tensor in vit.state_dict().items()
     )
-    MaskedAutoencoder(stored.vit).load_state_dict(
-        stored.decoder | {f"vit.{k}": v for k, v in stored.vit.state_dict().items()}
-    )
+    assert all(torch.equal(decoder[k].half().float(), v) for k, v in decoder_of(as_autoencoder(stored)).items())
     images = Glyphs(3).draw(torch.arange(3), 32, generator(0, "test"))
     again = load_backbone(path)
     assert torch.equal(stored.features(images), again.features(images))
     assert load_metadata(path)["sha256"] == stored.sha256 == again.sha256
+
+
+def test_a_missing_file_says_what_makes_it(project):
+    for path, stage in (("pretrain_backbone", "pretrain_backbone"), ("train_mae/glyphs", "train_mae@glyphs")):
+        with pytest.raises(InputError, match=f"is missing: run 'dvc repro {stage}'$"):
+            load_backbone(project.relative_to(project) / "models" / path / "backbone.safetensors")
 
 
 def test_of_published_weights_name_and_hash_are_stored_and_others_are_refused(tmp_path, monkeypatch):

@@ -2,19 +2,26 @@
 
 import hashlib
 import io
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from reproduction import ROOT
 from safetensors.numpy import load_file
 
 from stages.common.artifacts import load_metadata
 from stages.common.command import InputError
+from stages.common.drawings import Shapes
+from stages.common.runtime import generator
 from stages.datasets import fetch_data
 from stages.datasets.image_folder import decode, read_image_folder
 
@@ -67,6 +74,68 @@ def test_digits_are_scikit_learns(project, monkeypatch):
     assert sorted(map(bytes, both)) == sorted(map(bytes, expected))
     assert set(np.bincount(got["test_labels"])) <= {35, 36, 37}
     assert load_metadata(project / "data/digits.safetensors") == {"classes": list("0123456789")}
+
+
+def test_digits_need_no_torch(project):
+    code = "import sys; from stages.datasets import fetch_data; fetch_data.main(); assert 'torch' not in sys.modules"
+    words = [sys.executable, "-c", code, "--dataset", "digits"]
+    subprocess.run(words, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def read_cells(images: np.ndarray) -> np.ndarray:
+    """Measure what colour images show, [n, 3, s, s] -> [n]: where red and blue stand out, and how much of its square they fill."""
+    colours = images[:, [0, 2]].astype(float) - 40
+    half = images.shape[-1] // 2
+    blue = colours[:, 1].sum((1, 2)) > colours[:, 0].sum((1, 2))
+    light = np.where(blue[:, None, None], colours[:, 1], colours[:, 0])
+    right = light[:, :, half:].sum((1, 2)) > light[:, :, :half].sum((1, 2))
+    lit = light > 60  # half of the least bright: five standard deviations of the noise
+    filled = lit.sum((1, 2)) / (lit.any(1).sum(1) * lit.any(2).sum(1))
+    return (filled < 0.82) + 2 * blue + 4 * right
+
+
+def test_shapes_show_their_attributes(project, monkeypatch):
+    run(monkeypatch, "shapes")
+    got = load_file(project / "data/shapes.safetensors")
+    names = load_metadata(project / "data/shapes.safetensors")["classes"]
+    assert (names[0], names[1], names[2], names[4]) == (
+        "red square left",
+        "red cross left",
+        "blue square left",
+        "red square right",
+    )
+    attributes = Shapes().attributes
+    for cell, name in enumerate(names):
+        assert [("cross" in name), ("blue" in name), ("right" in name)] == attributes[cell].tolist()
+        assert attributes[cell] @ torch.tensor([1, 2, 4]) == cell
+    for split in ("train", "test"):
+        assert got[f"{split}_images"].shape[1:] == (3, 16, 16)
+        assert (read_cells(got[f"{split}_images"]) == got[f"{split}_labels"]).mean() > 0.99
+    large = torch.arange(80) % 8
+    assert (read_cells(Shapes().draw(large, 32, generator(0, "test")).numpy()) == large.numpy()).mean() > 0.95
+
+
+@pytest.mark.parametrize(("dataset", "classes"), [("glyphs", 10), ("shapes", 8)])
+def test_drawings_are_balanced_and_the_same_for_a_seed_and_not_those_of_the_test(
+    project, monkeypatch, dataset, classes
+):
+    path = project / f"data/{dataset}.safetensors"
+    run(monkeypatch, dataset)
+    first, got = path.read_bytes(), load_file(path)
+    run(monkeypatch, dataset)
+    assert path.read_bytes() == first
+    for split in ("train", "test"):
+        counts = np.bincount(got[f"{split}_labels"], minlength=classes)
+        assert counts.max() - counts.min() <= 1
+        assert np.unique(np.diff(got[f"{split}_labels"])).size > 3  # in random order
+    train, test = (set(map(bytes, got[f"{split}_images"])) for split in ("train", "test"))
+    assert len(train) == len(got["train_images"])
+    assert not train & test
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["fetch_data"]["sources"][dataset]["seed"] = 1
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    run(monkeypatch, dataset)
+    assert not train & set(map(bytes, load_file(path)["train_images"]))
 
 
 def test_folder_and_archive_give_the_same_images_in_the_order_of_their_paths(folder):
@@ -230,5 +299,7 @@ def test_mistakes_in_params_and_environment_are_named(monkeypatch):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["fetch_data"]["sources"]["digits"] = {"kind": "digit"}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    with pytest.raises(InputError, match="kind: expected digits, torchvision, imagefolder, got 'digit'"):
+    with pytest.raises(
+        InputError, match="kind: expected digits, glyphs, shapes, torchvision, imagefolder, got 'digit'"
+    ):
         run(monkeypatch, "digits")

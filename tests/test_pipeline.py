@@ -24,6 +24,7 @@ from stages.forecast import (
     train_lenet,
     tune_jump,
 )
+from stages.recall import train_mae
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
 from stages.weightnet import build_zoo, evaluate_weightnet, networks, train_weightnet
 
@@ -204,6 +205,9 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
         assert dataset in fetched
         for stage in (extract_features, train_few_shot, train_continual, diagnose_memory):
             stage.Params.load(stage.__name__.split(".")[-1], dataset)
+    for dataset in changed["train_mae"]["datasets"]:
+        assert dataset in fetched
+        train_mae.Params.load("train_mae", dataset)
     assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]
     for dataset in changed["build_zoo"]["datasets"]:
         assert dataset in fetched

@@ -20,7 +20,7 @@ from stages.bilinear.training import load_model
 from stages.common.command import InputError
 
 PIPELINE = [
-    ("stages.datasets.fetch_data", {"dataset": "digits"}),
+    *(("stages.datasets.fetch_data", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
     ("stages.bilinear.train_bilinear", {"dataset": "digits", "variant": "regularised"}),
     ("stages.bilinear.train_bilinear", {"dataset": "digits", "variant": "unregularised"}),
     ("stages.bilinear.train_bilinear", {"dataset": "digits", "variant": "two_layer"}),
@@ -49,6 +49,7 @@ PIPELINE = [
         for variant in ("weightnet", "probe", "hybrid", "baselines", "ablations")
     ),
     ("stages.weightnet.evaluate_weightnet", {"dataset": "digits"}),
+    *(("stages.recall.train_mae", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
     ("stages.report.build_report", {}),
 ]
 
@@ -90,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 17
+    assert len(summaries) == 20
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -177,7 +178,8 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
         assert (finished / "reports" / link).is_file()
 
 
-NEEDS_INPUT = dict(PIPELINE[1:])  # one item of every stage
+NEEDS_INPUT = dict(PIPELINE)  # one item of every stage
+del NEEDS_INPUT["stages.datasets.fetch_data"]
 del NEEDS_INPUT["stages.vit_memory.pretrain_backbone"]  # draws its own images
 
 

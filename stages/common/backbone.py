@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stages.common.artifacts import load_metadata, save_arrays
+from stages.common.artifacts import load_metadata, remedy, save_arrays
 from stages.common.command import InputError, one_line
 from stages.common.runtime import autocast
 
@@ -34,7 +34,7 @@ class BackboneConfig:
     name: str
     pretrained: bool  # published weights; else trained here, and stored beside this
     image_size: int  # pixels; images of other sizes are resized
-    shape: dict[str, int] | None  # patch_size, embed_dim, depth, num_heads; None: the named model's own
+    shape: dict[str, float] | None  # patch_size, embed_dim, depth, num_heads, mlp_ratio if not 4; None: the model's own
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
 
@@ -109,25 +109,50 @@ def mae_to_timm(state: State) -> State:
     spellings = {
         r"^vit\.": "",
         r"^encoder\.layer\.": "layers.",
-        r"attention\.attention\.(query|key|value)": lambda match: f"attention.{match[1][0]}_proj",
-        r"attention\.output\.dense": "attention.o_proj",
-        r"intermediate\.dense": "mlp.fc1",
-        r"(?<!attention\.)output\.dense": "mlp.fc2",
         r"^embeddings\.cls_token": "cls_token",
         r"^embeddings\.position_embeddings": "pos_embed",
         r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
         r"^layernorm\.": "norm.",
         r"^layers\.": "blocks.",
+    }
+    return respell({name: tensor for name, tensor in state.items() if not name.startswith("decoder")}, spellings)
+
+
+def mae_to_decoder(state: State, patch_size: int) -> State:
+    """Return the decoder weights of Hugging Face's ViTMAE, as transformers 5 names them in memory, for a `MaskedAutoencoder`.
+
+    Names and the order of a patch's pixels change. They fit if the decoder has the encoder's width and heads, one block, and no
+    biases of queries, keys and values.
+    """
+    spellings = {
+        r"^decoder\.": "",
+        r"^decoder_layers\.0\.": "block.",
+        r"^decoder_pos_embed": "position",
+        r"^decoder_pred\.": "predict.",
+        r"^decoder_": "",
+    }
+    named = respell({name: tensor for name, tensor in state.items() if name.startswith("decoder")}, spellings)
+    for name in ("predict.weight", "predict.bias"):  # of pixels, theirs of a patch are (row, column, channel)
+        named[name] = named[name].unflatten(0, (patch_size, patch_size, -1)).movedim(2, 0).flatten(0, 2)
+    return named
+
+
+def respell(state: State, spellings: dict[str, str]) -> State:
+    """Return weights of ViTMAE with patterns of their names replaced, and within blocks with timm's names and matrices."""
+    within_blocks = {
+        r"attention\.attention\.(query|key|value)": lambda match: f"attention.{match[1][0]}_proj",
+        r"attention\.output\.dense": "attention.o_proj",
+        r"intermediate\.dense": "mlp.fc1",
+        r"(?<!attention\.)output\.dense": "mlp.fc2",
         r"layernorm_before": "norm1",
         r"layernorm_after": "norm2",
         r"attention\.o_proj": "attn.proj",
     }
     named = {}
     for name, tensor in state.items():
-        if not name.startswith("decoder"):
-            for pattern, spelling in spellings.items():
-                name = re.sub(pattern, spelling, name)
-            named[name] = tensor
+        for pattern, spelling in (spellings | within_blocks).items():
+            name = re.sub(pattern, spelling, name)
+        named[name] = tensor
     for query in [name for name in named if "q_proj" in name]:
         parts = [named.pop(query.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         named[query.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
@@ -213,6 +238,14 @@ class Backbone:
         return torch.cat(out)
 
 
+def as_autoencoder(backbone: Backbone) -> MaskedAutoencoder:
+    """Return a backbone trained here as the masked autoencoder that it was trained as, around the same ViT."""
+    autoencoder = MaskedAutoencoder(backbone.vit)
+    encoder = {f"vit.{name}": tensor for name, tensor in backbone.vit.state_dict().items()}
+    autoencoder.load_state_dict(encoder | backbone.decoder)
+    return autoencoder.to(backbone.vit.cls_token.device).eval()
+
+
 def weights_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 of tensors and their names, in the order of the names."""
     digest = hashlib.sha256()
@@ -233,7 +266,8 @@ def save_backbone(path: Path, vit: VisionTransformer, config: BackboneConfig, de
 def load_backbone(path: Path, device: torch.device | str = "cpu") -> Backbone:
     """Read what `save_backbone` wrote; InputError if it is missing, damaged, or its published weights are others by now."""
     if not path.is_file():
-        raise InputError(f"{path} is missing: run 'dvc repro pretrain_backbone'")
+        what_to_do = remedy(path) or ": run 'dvc repro pretrain_backbone'"
+        raise InputError(f"{path} is missing{what_to_do}")
     metadata = load_metadata(path)
     values = metadata["config"]
     config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})

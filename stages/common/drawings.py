@@ -1,4 +1,6 @@
-"""Images that the project draws itself: glyphs of Bézier strokes, in any number of classes, from no data set."""
+"""Images that the project draws itself, from no data set: glyphs of Bézier strokes, and shapes of known attributes."""
+
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -8,6 +10,9 @@ from stages.common.runtime import generator
 
 MAX_STROKES = 3
 POINTS = 24  # on a stroke
+
+BACKGROUND = 40  # of shapes, of 255
+LEVELS = 75  # of 255, to the unit that their brightness and noise are given in
 
 
 class Glyphs:
@@ -54,3 +59,35 @@ class Glyphs:
         width, softness = uniform(0.06, 0.16, 1, 1), uniform(0.02, 0.05, 1, 1)
         ink = torch.sigmoid((width - nearest.sqrt()) / softness)
         return (255 * ink).byte()[:, None]
+
+
+class Shapes:
+    """A square or a cross, red or blue, on the left or on the right: three binary attributes, eight cells.
+
+    cell = shape + 2 colour + 4 side; row c of `attributes` is cell c's (shape, colour, side), and `names[c]` says it in words.
+    """
+
+    def __init__(self) -> None:
+        sides, colours, shapes = ("left", "right"), ("red", "blue"), ("square", "cross")
+        self.names = [f"{colour} {shape} {side}" for side, colour, shape in product(sides, colours, shapes)]
+        self.attributes: Int[Tensor, "8 3"] = torch.arange(8)[:, None] >> torch.arange(3) & 1
+
+    def draw(self, cells: Int[Tensor, " n"], size: int, random: torch.Generator) -> UInt8[Tensor, "n 3 size size"]:
+        """Return an image of each cell: place within its half, extent, brightness, some green, and noise vary."""
+
+        def uniform(low: float, high: float) -> Float[Tensor, " n 1 1"]:
+            return low + (high - low) * torch.rand(len(cells), 1, 1, generator=random)
+
+        shape, colour, side = self.attributes[cells].T[..., None, None]
+        half, arm = size // 2, size // 8
+        extent = uniform(5 * size // 16, half).long()
+        top, left = (uniform(0, 1) * (size - extent + 1)).long(), (uniform(0, 1) * (half - extent + 1)).long()
+        down = torch.arange(size)[:, None] - top  # in pixels from the object's corner
+        across = torch.arange(size) - left - half * side
+        rows, columns = ((x >= 0) & (x < extent) for x in (down, across))
+        beam, post = ((x - (extent - arm) // 2).div(arm, rounding_mode="floor") == 0 for x in (down, across))
+        object_ = rows & columns & ((shape == 0) | beam | post)
+        bright, green = object_ * uniform(1.4, 2.6), object_ * uniform(0, 0.8)
+        x = torch.stack([bright * (colour == 0), green, bright * (colour == 1)], 1)
+        x = x + 0.15 * torch.randn(x.shape, generator=random)
+        return (BACKGROUND + LEVELS * x).round().clamp(0, 255).byte()

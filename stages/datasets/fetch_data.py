@@ -1,8 +1,8 @@
-"""Fetch one image data set and keep it as one file of tensors.
+"""Fetch one image data set, or draw it, and keep it as one file of tensors.
 
-Sources (params.yaml: fetch_data.sources.<dataset>): scikit-learn's bundled digits, torchvision's MNIST, Fashion-MNIST,
-CIFAR-10 and CIFAR-100 (downloaded and checked), or a folder or tar archive of images. A folder named by
-WEIGHTLENS_MIRROR is looked in first; it is laid out as torchvision lays out its root (MNIST/raw/...).
+Sources (params.yaml: fetch_data.sources.<dataset>): scikit-learn's bundled digits, glyphs and shapes that are drawn here,
+torchvision's MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 (downloaded and checked), or a folder or tar archive of images. A
+folder named by WEIGHTLENS_MIRROR is looked in first; it is laid out as torchvision lays out its root (MNIST/raw/...).
 
 Writes  data/<dataset>.safetensors: uint8 train_images [n, c, h, w], int64 train_labels [n], test_images, test_labels;
         metadata {"classes": [name of label 0, name of label 1, ...]}
@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -22,9 +22,13 @@ from stages.common.command import InputError, one_line, parse_arguments, run
 from stages.common.params import StageParams, lookup
 from stages.datasets.image_folder import read_image_folder
 
+if TYPE_CHECKING:  # it takes torch two seconds to load, which most data sets do not need
+    from stages.common.drawings import Glyphs, Shapes
+
 DATA = Path("data")
 DOWNLOADS = Path(".work/fetch_data")
 SECTION = "fetch_data.sources"
+DRAWN_AT_ONCE = 500  # images: more leave the processor's cache
 
 MNIST_SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -45,6 +49,27 @@ class Digits(StageParams):
     seed: NonNegativeInt
 
 
+class DrawnGlyphs(StageParams):
+    """Glyphs of Bézier strokes, grey, each class as often as any other."""
+
+    kind: Literal["glyphs"]
+    classes: PositiveInt
+    size: PositiveInt  # pixels
+    train_images: PositiveInt
+    test_images: PositiveInt
+    seed: NonNegativeInt
+
+
+class DrawnShapes(StageParams):
+    """Colour images of one object with three binary attributes, each of their eight combinations as often as any other."""
+
+    kind: Literal["shapes"]
+    size: Annotated[int, Field(ge=16)]  # pixels
+    train_images: PositiveInt
+    test_images: PositiveInt
+    seed: NonNegativeInt
+
+
 class Torchvision(StageParams):
     """One of torchvision's data sets, with its own train and test split."""
 
@@ -62,11 +87,20 @@ class ImageFolder(StageParams):
     mode: Literal["L", "RGB"]  # grey or colour
 
 
-def load_source(dataset: str) -> Digits | Torchvision | ImageFolder:
+Source = Digits | DrawnGlyphs | DrawnShapes | Torchvision | ImageFolder
+
+
+def load_source(dataset: str) -> Source:
     """Read where `dataset` comes from."""
     where = f"{SECTION}.{dataset}"
     values = lookup(where)
-    kinds = {"digits": Digits, "torchvision": Torchvision, "imagefolder": ImageFolder}
+    kinds = {
+        "digits": Digits,
+        "glyphs": DrawnGlyphs,
+        "shapes": DrawnShapes,
+        "torchvision": Torchvision,
+        "imagefolder": ImageFolder,
+    }
     if values.get("kind") not in kinds:
         raise InputError(f"params.yaml: {where}.kind: expected {', '.join(kinds)}, got {values.get('kind')!r}")
     return kinds[values["kind"]].parse(values, lambda path: ".".join([where, *path]))
@@ -84,6 +118,39 @@ def fetch_digits(source: Digits) -> Dataset:
         np.arange(len(labels)), test_size=source.test_fraction, random_state=source.seed, stratify=labels
     )
     return (images[train], labels[train]), (images[test], labels[test]), [str(name) for name in digits.target_names]
+
+
+def draw_glyphs(source: DrawnGlyphs) -> Dataset:
+    """Return drawn glyphs; class c is the same for every number of classes and images."""
+    from stages.common.drawings import Glyphs
+
+    train, test = draw_splits(Glyphs(source.classes, source.seed), source.classes, source)
+    return train, test, [str(c) for c in range(source.classes)]
+
+
+def draw_shapes(source: DrawnShapes) -> Dataset:
+    """Return drawn shapes, labelled by their cell."""
+    from stages.common.drawings import Shapes
+
+    shapes = Shapes()
+    train, test = draw_splits(shapes, len(shapes.names), source)
+    return train, test, shapes.names
+
+
+def draw_splits(drawing: "Glyphs | Shapes", classes: int, source: DrawnGlyphs | DrawnShapes) -> list[Split]:
+    """Return training and test images of labels in equal shares and random order, each from a generator of its own."""
+    import torch
+
+    from stages.common.runtime import generator, pin_threads
+
+    pin_threads()
+    splits = []
+    for name, n in (("train", source.train_images), ("test", source.test_images)):
+        random = generator(source.seed, f"{source.kind} {name}")
+        labels = torch.randperm(n, generator=random) % classes
+        images = [drawing.draw(part, source.size, random) for part in labels.split(DRAWN_AT_ONCE)]
+        splits.append((torch.cat(images).numpy(), labels.numpy()))
+    return splits
 
 
 def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
@@ -163,6 +230,10 @@ def main() -> None:
     match load_source(dataset):
         case Digits() as source:
             fetched = fetch_digits(source)
+        case DrawnGlyphs() as source:
+            fetched = draw_glyphs(source)
+        case DrawnShapes() as source:
+            fetched = draw_shapes(source)
         case Torchvision() as source:
             fetched = fetch_torchvision(source, mirror)
         case ImageFolder() as source:
