@@ -80,14 +80,14 @@ class Shapes:
 
         shape, colour, side = self.attributes[cells].T[..., None, None]
         half, arm = size // 2, size // 8
-        extent = uniform(5 * size // 16, half).long()
+        extent = uniform(7 * size // 16, half + 1).long()
         top, left = (uniform(0, 1) * (size - extent + 1)).long(), (uniform(0, 1) * (half - extent + 1)).long()
         down = torch.arange(size)[:, None] - top  # in pixels from the object's corner
         across = torch.arange(size) - left - half * side
         rows, columns = ((x >= 0) & (x < extent) for x in (down, across))
         beam, post = ((x - (extent - arm) // 2).div(arm, rounding_mode="floor") == 0 for x in (down, across))
         object_ = rows & columns & ((shape == 0) | beam | post)
-        bright, green = object_ * uniform(1.4, 2.6), object_ * uniform(0, 0.8)
+        bright, green = object_ * uniform(1.8, 2.4), object_ * uniform(0, 0.8)
         x = torch.stack([bright * (colour == 0), green, bright * (colour == 1)], 1)
         x = x + 0.15 * torch.randn(x.shape, generator=random)
         return (BACKGROUND + LEVELS * x).round().clamp(0, 255).byte()

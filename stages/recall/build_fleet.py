@@ -11,14 +11,13 @@ of its own for every network. Images of training and test fine-tunes are of
 disjoint pools, and the base's of a third; rules of test fine-tunes are trained nowhere else. A killed fleet goes on where it was.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.numpy import load_file
 from torch import Tensor
@@ -34,17 +33,15 @@ from stages.common.pieces import compute_pieces
 from stages.common.resume import fingerprint, work_folder
 from stages.common.runtime import generator, pick_device, pin_threads
 from stages.recall import pictures
-from stages.recall.fleet import initialise, train_stack
-from stages.recall.objective import Learns, Objective, random_head
-from stages.recall.pools import POOLS, Pool, pool
+from stages.recall.fleet import Images, pool_of, show_images, train_tasks
+from stages.recall.objective import Learns, Objective
+from stages.recall.pools import pool
 from stages.recall.tasks import Recipe, Task, draw_rule_task, draw_task, split_rules
-from stages.recall.vit import FIXED, HEAD, Base, Weights, load_base
+from stages.recall.vit import Base, load_base
 
 BASES = Path("models")
 MODELS = Path("models/build_fleet")
 REPORTS = Path("reports/build_fleet")
-
-WARM_UP_RATE = 3.0e-3  # of Adam, while a base of one's own is trained
 
 
 class Fleet(StageParams):
@@ -88,87 +85,10 @@ def draw_tasks(variant: str, params: Params, train: ImageSet) -> list[Task]:
     return tasks
 
 
-def pool_of(test: bool) -> Pool:
-    """Return the pool of images of a fine-tune."""
-    return "test" if test else "train"
-
-
-@dataclass(frozen=True)
-class Images:
-    """What networks see: patches and labels of each pool, of images to evaluate on, and reference inputs."""
-
-    pools: dict[Pool, tuple[Float[Tensor, "n p q"], Int[Tensor, " n"]]]
-    evaluation: tuple[Float[Tensor, "e p q"], Int[Tensor, " e"]]
-    references: Float[Tensor, "r p q"]
-
-
-def show_images(base: Base, train: ImageSet, test: ImageSet, params: Params) -> Images:
-    """Return all images as a base sees them; of reference inputs each class has as many, as far as they go."""
-    pools = {name: pool(train, name) for name in POOLS}
-    place = torch.arange(len(test))
-    of_class = torch.stack([test.labels == c for c in range(len(test.classes))])
-    turn = (of_class.cumsum(1) * of_class).sum(0)  # 1 for each class's first image, 2 for its second ...
-    order = torch.argsort(turn * len(test) + place.to(turn))
-    first, rest = test.subset(order[: params.references]), test.subset(order[params.references :])
-    rest = rest.subset(torch.arange(min(params.evaluation_images, len(rest))))
-    return Images(
-        {name: (base.patchify(part.images), part.labels) for name, part in pools.items()},
-        (base.patchify(rest.images), rest.labels),
-        base.patchify(first.images),
-    )
-
-
-def train_tasks(
-    tasks: list[Task], objective: Objective, images: Images, params: Params
-) -> tuple[Float[Tensor, "m p"], Float[Tensor, "m p"], Weights]:
-    """Train a stack of fine-tunes; return their weights before and after, and those that are frozen [m, ...]."""
-    m, device = len(tasks), objective.start.device
-    longest = max(task.steps for task in tasks), params.variant.batch_size
-    randoms = [task.random("batches") for task in tasks]
-    places = [torch.randint(len(t.images), longest, generator=r) for t, r in zip(tasks, randoms, strict=True)]
-    noise = torch.stack([torch.rand(*longest, objective.base.patches, generator=r) for r in randoms], 1).to(device)
-    drawn = torch.stack([task.images[at] for task, at in zip(tasks, places, strict=True)], 1).to(device)
-    labels = torch.stack([task.labels[at] for task, at in zip(tasks, places, strict=True)], 1).to(device)
-    own = [images.pools[pool_of(task.test)][0] for task in tasks]
-
-    def batch(step: int) -> tuple[Tensor, ...]:
-        x = torch.stack([pixels[at] for pixels, at in zip(own, drawn[step], strict=True)])
-        return x, labels[step], noise[step]
-
-    first, frozen = objective.start.expand(m, -1), {k: w.expand(m, *w.shape) for k, w in objective.frozen.items()}
-    if params.variant.warm_up:
-        first, frozen = train_own_bases(tasks, objective, images, params)
-    rates = torch.tensor([task.learning_rate for task in tasks], device=device)
-    steps = torch.tensor([task.steps for task in tasks], device=device)
-    return first, train_stack(objective.loss, first, frozen, batch, rates, steps), frozen
-
-
-def train_own_bases(
-    tasks: list[Task], objective: Objective, images: Images, params: Params
-) -> tuple[Float[Tensor, "m p"], Weights]:
-    """Return for each task a base of its own, trained on all classes from first weights and behind a head of its own."""
-    (x, y), m, base = images.pools["base"], len(tasks), objective.base
-    randoms = [task.random("base") for task in tasks]
-    first = torch.stack([initialise(objective.layout, random) for random in randoms]).to(x)
-    heads = [random_head(len(objective.frozen["head.bias"]), base, random) for random in randoms]
-    frozen = {FIXED: objective.frozen[FIXED].expand(m, -1, -1, -1)} | {
-        k: torch.stack([h[k] for h in heads]) for k in HEAD
-    }
-    shape = params.variant.warm_up, params.variant.batch_size
-    drawn = torch.stack([torch.randint(len(y), shape, generator=r) for r in randoms], 1).to(y)
-    noise = torch.stack([torch.rand(*shape, base.patches, generator=r) for r in randoms], 1).to(x)
-
-    def batch(step: int) -> tuple[Tensor, ...]:
-        return x[drawn[step]], y[drawn[step]], noise[step]
-
-    rates, steps = torch.full((m,), WARM_UP_RATE).to(x), torch.full((m,), params.variant.warm_up).to(y)
-    return train_stack(objective.loss, first, frozen, batch, rates, steps), frozen
-
-
 @torch.no_grad()
 def finish(tasks: list[Task], objective: Objective, images: Images, params: Params) -> dict[str, np.ndarray]:
     """Train a stack of fine-tunes and ask them: their changes, responses, and scores before and after on images not seen."""
-    before, after, frozen = train_tasks(tasks, objective, images, params)
+    before, after, frozen = train_tasks(tasks, objective, images, params.variant.batch_size, params.variant.warm_up)
     x, y = images.evaluation
     noise = torch.rand(len(x), objective.base.patches, generator=generator(params.seed, "evaluation")).to(x)
     known = [{name: torch.from_numpy(value).to(x) for name, value in t.characteristics.items()} for t in tasks]
@@ -196,7 +116,8 @@ def main() -> None:
     device = torch.device("cpu") if has_cluster() else pick_device()
     file = BASES / fleet.base / fleet.dataset / "backbone.safetensors"
     base, (train, test) = load_base(file, device), load_images(fleet.dataset, device)
-    objective, images = Objective(base, fleet.learns, fleet.mask_ratio), show_images(base, train, test, params)
+    objective = Objective(base, fleet.learns, fleet.mask_ratio)
+    images = show_images(base, train, test, params.references, params.evaluation_images)
     tasks = draw_tasks(variant, params, train)
     inputs = fingerprint(file, DATA / f"{fleet.dataset}.safetensors")
     work = work_folder(f"build_fleet/{variant}", params.model_dump() | {"inputs": inputs})
@@ -214,8 +135,15 @@ def main() -> None:
     arrays["mean_image"] = np.stack([mean_image(task, base, images) for task in tasks])
     arrays["test"] = np.array([task.test for task in tasks])
     arrays |= {f"true.{key}": np.stack([t.characteristics[key] for t in tasks]) for key in tasks[0].characteristics}
+    answers = [len(objective.frozen.get("head.bias", [])), params.references]
     layout = [[name, list(shape)] for name, shape in objective.layout.items()]
-    metadata = {"layout": layout, "classes": train.classes, "dataset": fleet.dataset, "base": str(file)}
+    metadata = {
+        "layout": layout,
+        "classes": train.classes,
+        "dataset": fleet.dataset,
+        "base": str(file),
+        "answers": answers,
+    }
     save_arrays(MODELS / variant / "fleet.safetensors", arrays, metadata)
 
     kind = "error" if fleet.learns == "pixels" else "accuracy"

@@ -25,9 +25,10 @@ from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.common.schedules import warmup_cosine
 from stages.recall import pictures
-from stages.recall.fleet import flatten, initialise, layout_of, train_stack, unflatten
+from stages.recall.fleet import train_stack
 from stages.recall.objective import random_head
 from stages.recall.pools import pool
+from stages.recall.vectors import flatten, initialise, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, visible
 
 BASES = Path("models/train_mae")

@@ -72,7 +72,9 @@ def fit_condenser(
     centred = change - mean
     sizes = {name: np.prod(shape, dtype=int) for name, shape in layout.items()}
     norms = [np.sqrt((part.reshape(len(part), -1) ** 2).sum(1).mean()) for part in parts(centred, layout).values()]
-    scale = np.repeat(1 / np.maximum(np.array(norms) * len(norms) ** 0.5, EPSILON), list(sizes.values())).astype(np.float32)
+    scale = np.repeat(1 / np.maximum(np.array(norms) * len(norms) ** 0.5, EPSILON), list(sizes.values())).astype(
+        np.float32
+    )
     fitted = {"mean": mean, "scale": scale, "axes": fit_axes(centred * scale), "answers": np.array(answers)}
     for name, part in parts(centred, layout).items():
         if part.ndim == 3:

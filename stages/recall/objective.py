@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
 
 from stages.common.runtime import generator
-from stages.recall.fleet import Layout, flatten, layout_of, unflatten
+from stages.recall.vectors import Layout, flatten, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, visible
 
 Learns = Literal["labels", "pixels", "rule"]

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Float
 
 from stages.common.figures import image_grid, save_figure, show_image
 
@@ -22,10 +24,9 @@ def draw_fleet(path: Path, fleet: Mapping[str, np.ndarray], classes: list[str]) 
         below.tick_params(labelsize=5, length=0)
     axes[0, 0].set_ylabel("mean image", fontsize=7)
     axes[1, 0].set_ylabel("rule" if "true.table" in fleet else "proportions", fontsize=7)
-    figure.supxlabel(
-        "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes)) if "true.table" in fleet else "class",
-        fontsize=6,
-    )
+    legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes))
+    legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes))
+    figure.supxlabel(legend if "true.table" in fleet else "class", fontsize=6)
     save_figure(path, figure)
 
 
@@ -40,4 +41,111 @@ def draw_masked_accuracy(path: Path, acc: dict[str, dict[str, dict[str, float]]]
     ax.axhline(majority, color="0.6", linestyle=":", label="most frequent class")
     ax.set(xlabel="share of patches hidden", ylabel="test accuracy", ylim=(0, 1))
     ax.legend(fontsize=6)
+    save_figure(path, figure)
+
+
+def draw_shares(path: Path, shares: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Draw the share of the changes that principal components hold, of training and of unseen networks."""
+    figure, ax = plt.subplots(figsize=(4.5, 3))
+    for color, (name, by) in enumerate(shares.items()):
+        for who, style in (("training", ":"), ("unseen", "-")):
+            label = name if who == "unseen" else None
+            ax.plot([int(k) for k in by], [at[who] for at in by.values()], style, color=f"C{color}", label=label)
+    ax.set(xscale="log", xlabel="principal components", ylabel="share of the change (dotted: training)", ylim=(0, 1))
+    ax.legend(fontsize=6)
+    save_figure(path, figure)
+
+
+def draw_rows(path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h w"]]) -> None:
+    """Draw images that belong together below each other, a row of each kind."""
+    figure, axes = image_grid(len(rows), SHOWN)
+    for (name, images), row in zip(rows.items(), axes, strict=True):
+        row[0].set_ylabel(name.strip(), rotation=0, ha="right", va="center", fontsize=6)
+        for image, ax in zip(images, row, strict=False):
+            show_image(ax, image)
+    save_figure(path, figure)
+
+
+def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Draw how well every characteristic is decoded from every representation, with 95 % intervals; dotted: what ignores it."""
+    panels = [
+        (fleet, key, measure)
+        for fleet, by_key in decoded.items()
+        for key, by in by_key.items()
+        for measure in by["baseline"]
+    ]
+    columns = 5
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(11, 2 * -(-len(panels) // columns)), squeeze=False
+    )
+    for ax, (fleet, key, measure) in zip(axes.flat, panels, strict=False):
+        by = decoded[fleet][key]
+        names = [name for name in by if name != "baseline"]
+        values = np.array([[by[name][measure][k] for k in ("mean", "low", "high")] for name in names])
+        places = np.arange(len(names))[::-1]
+        spread = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
+        ax.barh(places, values[:, 0], xerr=spread, color="C0", error_kw={"elinewidth": 0.7})
+        ax.axvline(by["baseline"][measure], color="k", linestyle=":", linewidth=0.8)
+        ax.set_yticks(places, names, fontsize=5)
+        ax.set_xlim(min(0, values[:, 0].min()), 1)
+        ax.set_title(f"{fleet}: {key.replace('_', ' ')}, {measure}", fontsize=6)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    figure.tight_layout()
+    save_figure(path, figure)
+
+
+def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw scores over the number of fine-tunes learned from, one panel for each fleet."""
+    fleets = list(dict.fromkeys(row["fleet"] for row in rows))
+    figure, axes = plt.subplots(1, len(fleets), figsize=(2.8 * len(fleets), 2.4), squeeze=False)
+    for ax, fleet in zip(axes[0], fleets, strict=True):
+        own = [row for row in rows if row["fleet"] == fleet]
+        for reads in dict.fromkeys(row["reads"] for row in own):
+            counts = sorted({row["fine_tunes"] for row in own})
+            means = [
+                np.mean([row["score"] for row in own if (row["reads"], row["fine_tunes"]) == (reads, count)])
+                for count in counts
+            ]
+            ax.plot(counts, means, marker="o", markersize=3, label=reads)
+        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {own[0]['characteristic']}")
+    axes[0, 0].set_ylabel("bits right, or R²")
+    axes[0, 0].legend(fontsize=6)
+    figure.tight_layout()
+    save_figure(path, figure)
+
+
+def draw_bars(path: Path, measured: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """Draw means with their 95 % intervals."""
+    figure, ax = plt.subplots(figsize=(5, 0.35 * len(measured) + 0.8))
+    places = np.arange(len(measured))[::-1]
+    means = np.array([found["mean"] for found in measured.values()])
+    half = [found.get("high", found["mean"]) - found["mean"] for found in measured.values()]
+    ax.barh(places, means, xerr=half, color="C0", error_kw={"elinewidth": 0.7})
+    ax.set_yticks(places, list(measured))
+    ax.set(xlabel=label, xlim=(0, 1))
+    save_figure(path, figure)
+
+
+def draw_space(path: Path, fleet: Mapping[str, np.ndarray], pairs: Mapping[str, np.ndarray]) -> None:
+    """Draw the rules' changes along their leading axes, and cosines of changes against the agreement of rules."""
+    train, tables = ~fleet["test"], fleet["true.table"]
+    centred = fleet["change"] - fleet["change"][train].mean(0)
+    _, _, axes_ = np.linalg.svd(centred[train], full_matrices=False)
+    places = centred @ axes_[:3].T
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.8))
+    for ax, (i, j) in ((left, (0, 1)), (middle, (1, 2))):
+        for held, marker in ((False, "o"), (True, "^")):
+            which = fleet["test"] == held
+            ax.scatter(
+                *places[which][:, [i, j]].T, c=tables[which].sum(1), cmap="viridis", s=8, marker=marker, vmin=1, vmax=7
+            )
+        ax.set(xlabel=f"axis {i + 1}", ylabel=f"axis {j + 1}", xticks=[], yticks=[])
+    left.set_title("changes; colour: cells answered yes; triangles: rules never trained", fontsize=5)
+    levels = np.unique(pairs["agreement"])
+    right.violinplot(
+        [pairs["cosine"][pairs["agreement"] == level] for level in levels], levels, widths=0.2, showmeans=True
+    )
+    right.set(xlabel="agreement of two rules", ylabel="cosine of their changes")
+    figure.tight_layout()
     save_figure(path, figure)

@@ -1,0 +1,115 @@
+"""Linear decoders from condensed fine-tunes to what they were trained on, with intervals and probabilities that hold."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict
+
+Arrays = dict[str, np.ndarray]
+
+REPRESENTATIONS = {  # what a decoder reads: descriptions, each with the number of its leading columns or all
+    "statistics": {"statistics": None},
+    "spectrum": {"spectrum": None},
+    "low rank": {"low_rank": None},
+    "16 components": {"change": 16},
+    "32 components": {"change": 32},
+    "change": {"change": None},
+    "responses": {"responses": None},
+    "both": {"change": None, "responses": None},
+    "all": {"change": None, "responses": None, "spectrum": None, "statistics": None},
+}
+ALPHAS = np.logspace(-6, 3, 19)
+FOLDS = 5
+COVERAGE = 0.9
+
+
+def read(found: Arrays, representation: str) -> Float[np.ndarray, "n f"]:
+    """Return a representation of fine-tunes from their descriptions."""
+    return np.concatenate(
+        [found[name][:, :columns] for name, columns in REPRESENTATIONS[representation].items()], 1
+    ).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """y = x W + b by ridge regression; once calibrated, with a half-width per target and the scores' meaning as probabilities."""
+
+    weights: Float[np.ndarray, "f t"]
+    offset: Float[np.ndarray, " t"]
+    alphas: Float[np.ndarray, " t"]
+    errors: Float[np.ndarray, " t"]  # mean squared, each fine-tune left out in turn
+    half_widths: Float[np.ndarray, " t"] | None = None
+    slope_and_offset: Float[np.ndarray, " 2"] | None = None
+
+    def predict(self, x: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n t"]:
+        """Return what is decoded."""
+        return x @ self.weights + self.offset
+
+    def probabilities(self, scores: Float[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:
+        """Return the probability that a binary target is 1, by Platt's scaling."""
+        slope, offset = self.slope_and_offset
+        return expit(slope * scores + offset)
+
+    def calibrate(self, x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "n t"], binary: bool) -> Self:
+        """Return the decoder with conformal half-widths and, of binary targets, probabilities: from predictions out of fold.
+
+        Half-widths are the quantile of cross-validation+ (Barber et al. 2021, arXiv:1905.02928), one for all targets.
+        """
+        guessed = cross_val_predict(Ridge(alpha=self.alphas), x, y, cv=KFold(FOLDS)).reshape(y.shape)
+        errors, level = np.abs(guessed - y), min(1.0, COVERAGE * (1 + 1 / len(y)))
+        widths = np.full(y.shape[1], np.quantile(errors, level))
+        platt = None
+        if binary:
+            model = LogisticRegression(C=1e3).fit(guessed.reshape(-1, 1), y.reshape(-1) > 0.5)
+            platt = np.array([model.coef_[0, 0], model.intercept_[0]])
+        return replace(self, half_widths=widths, slope_and_offset=platt)
+
+
+def fit_decoder(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "n t"]) -> Decoder:
+    """Return a ridge regression whose penalty is chosen for each target by leaving one fine-tune out."""
+    model = RidgeCV(ALPHAS, alpha_per_target=True).fit(x, y)
+    errors = -np.atleast_1d(model.best_score_)
+    return Decoder(
+        model.coef_.reshape(y.shape[1], -1).T, np.atleast_1d(model.intercept_), np.atleast_1d(model.alpha_), errors
+    )
+
+
+def r_squared(
+    predicted: Float[np.ndarray, "n t"], true: Float[np.ndarray, "n t"], mean: Float[np.ndarray, " t"]
+) -> float:
+    """Return the share of the squared distance from the training mean that is explained: 0 for a decoder that ignores its input."""
+    return float(1 - ((predicted - true) ** 2).sum() / ((true - mean) ** 2).sum())
+
+
+def right_bits(predicted: Float[np.ndarray, "n t"], true: Float[np.ndarray, "n t"]) -> Bool[np.ndarray, "n t"]:
+    """Return which binary targets are decoded right."""
+    return (predicted > 0.5) == (true > 0.5)
+
+
+def retrieved(
+    predicted: Float[np.ndarray, "n t"], true: Float[np.ndarray, "n t"], mean: Float[np.ndarray, " t"]
+) -> Bool[np.ndarray, " n"]:
+    """Return whether each prediction is nearest, by cosine around the training mean, to its own truth among all."""
+
+    def unit(values: np.ndarray) -> np.ndarray:
+        centred = values - mean
+        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
+    return (unit(predicted) @ unit(true).T).argmax(1) == np.arange(len(true))
+
+
+def calibration_error(p: Float[np.ndarray, " n"], y: Bool[np.ndarray, " n"], bins: int = 10) -> float:
+    """Return the expected calibration error (Guo et al. 2017, arXiv:1706.04599): confidence against accuracy, over bins."""
+    confidence, right = np.maximum(p, 1 - p), (p > 0.5) == y
+    place = np.minimum((2 * (confidence - 0.5) * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in set(place)]
+    return float(sum(gaps))
+
+
+def resample(n: int, rounds: int = 200) -> Int[np.ndarray, "rounds n"]:
+    """Return places of bootstrap samples, the same for every measure."""
+    return np.random.default_rng(0).integers(n, size=(rounds, n))
