@@ -3,6 +3,7 @@
 Reads   data/<dataset>.safetensors, models/<base>/<dataset>/backbone.safetensors: the variant's own
 Writes  models/build_fleet/<variant>/fleet.safetensors   change of the weights [n, p], responses to reference inputs [n, r], what there
                                                          is to recall, `test` [n]; metadata: layout, names
+        models/build_fleet/<variant>/example.safetensors one of the test fine-tunes as a file of its own
         reports/build_fleet/<variant>/summary.json       what fine-tuning did, on images not seen, beside the base
         reports/build_fleet/<variant>/fleet.png          some of the data sets: their mean images and proportions
 Variants: `classes` goes on classifying, the head frozen; `unlabelled` goes on filling in hidden patches; `rules` learns to answer by
@@ -37,6 +38,7 @@ from stages.recall.fleet import Images, pool_of, show_images, train_tasks
 from stages.recall.objective import Learns, Objective
 from stages.recall.pools import pool
 from stages.recall.tasks import Recipe, Task, draw_rule_task, draw_task, split_rules
+from stages.recall.vectors import unflatten
 from stages.recall.vit import Base, load_base
 
 BASES = Path("models")
@@ -145,6 +147,10 @@ def main() -> None:
         "answers": answers,
     }
     save_arrays(MODELS / variant / "fleet.safetensors", arrays, metadata)
+    example = int(arrays["test"].argmax())
+    network = unflatten(objective.start.cpu() + torch.from_numpy(arrays["change"][example]), objective.layout)
+    truth = {key: value.tolist() for key, value in tasks[example].characteristics.items()}
+    save_arrays(MODELS / variant / "example.safetensors", {k: w.numpy() for k, w in network.items()}, {"true": truth})
 
     kind = "error" if fleet.learns == "pixels" else "accuracy"
     scores = {when: mean_std(arrays[f"score_{when}"][arrays["test"]].tolist()) for when in ("before", "after")}

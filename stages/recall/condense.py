@@ -11,6 +11,7 @@ Arrays = dict[str, np.ndarray]
 SINGULAR_VALUES = 16  # of each matrix
 RANK = 2  # of the low-rank core of each matrix
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FOLDS = 5
 EPSILON = 1e-8
 
 
@@ -64,18 +65,29 @@ def fit_axes(x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "k p"]:
     return ((vectors / np.sqrt(values)).T @ x).astype(np.float32)
 
 
+def fit_span(change: Float[np.ndarray, "n p"], layout: Layout) -> Arrays:
+    """Return the mean of changes, scales by which each tensor weighs alike, and the axes that the scaled changes span."""
+    mean = change.mean(0)
+    centred = change - mean
+    pieces = parts(centred, layout).values()
+    norms = np.array([np.sqrt((piece.reshape(len(piece), -1) ** 2).sum(1).mean()) for piece in pieces])
+    sizes = [np.prod(shape, dtype=int) for shape in layout.values()]
+    scale = np.repeat(1 / np.maximum(norms * len(norms) ** 0.5, EPSILON), sizes).astype(np.float32)
+    return {"mean": mean, "scale": scale, "axes": fit_axes(centred * scale)}
+
+
+def fit_limit(change: Float[np.ndarray, "n p"], layout: Layout) -> float:
+    """Return the largest share of a change that lies outside what the others span, each fifth of the fine-tunes left out in turn."""
+    fold = np.arange(len(change)) % FOLDS
+    return max(float(outside(change[fold == k], fit_span(change[fold != k], layout)).max()) for k in range(FOLDS))
+
+
 def fit_condenser(
     change: Float[np.ndarray, "n p"], responses: Float[np.ndarray, "n r"], layout: Layout, answers: tuple[int, int]
 ) -> Arrays:
     """Return all that `condense` needs: means, scales and axes of training fine-tunes; answers: classes and reference inputs."""
-    mean = change.mean(0)
-    centred = change - mean
-    sizes = {name: np.prod(shape, dtype=int) for name, shape in layout.items()}
-    norms = [np.sqrt((part.reshape(len(part), -1) ** 2).sum(1).mean()) for part in parts(centred, layout).values()]
-    scale = np.repeat(1 / np.maximum(np.array(norms) * len(norms) ** 0.5, EPSILON), list(sizes.values())).astype(
-        np.float32
-    )
-    fitted = {"mean": mean, "scale": scale, "axes": fit_axes(centred * scale), "answers": np.array(answers)}
+    fitted = fit_span(change, layout) | {"answers": np.array(answers), "limit": np.array(fit_limit(change, layout))}
+    centred = change - fitted["mean"]
     for name, part in parts(centred, layout).items():
         if part.ndim == 3:
             rows, columns = np.einsum("nij,nkj->ik", part, part), np.einsum("nij,nik->jk", part, part)

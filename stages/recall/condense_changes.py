@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 from safetensors.numpy import load_file
+from threadpoolctl import threadpool_limits
 
 from stages.common.artifacts import load_metadata, save_arrays, save_json
 from stages.common.command import parse_arguments, run
@@ -35,6 +36,7 @@ class Params(StageParams):
 def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("condense_changes")
+    threadpool_limits(1)  # the number of threads changes sums
     shares: dict[str, dict[str, Any]] = {}
     for name in FLEETS:
         path = INPUTS / name / "fleet.safetensors"

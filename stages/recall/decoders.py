@@ -14,6 +14,7 @@ Arrays = dict[str, np.ndarray]
 REPRESENTATIONS = {  # what a decoder reads: descriptions, each with the number of its leading columns or all
     "statistics": {"statistics": None},
     "spectrum": {"spectrum": None},
+    "statistics and spectrum": {"statistics": None, "spectrum": None},
     "low rank": {"low_rank": None},
     "16 components": {"change": 16},
     "32 components": {"change": 32},
@@ -40,8 +41,8 @@ class Decoder:
 
     weights: Float[np.ndarray, "f t"]
     offset: Float[np.ndarray, " t"]
-    alphas: Float[np.ndarray, " t"]
-    errors: Float[np.ndarray, " t"]  # mean squared, each fine-tune left out in turn
+    alphas: Float[np.ndarray, " t"] | None = None
+    errors: Float[np.ndarray, " t"] | None = None  # mean squared, each fine-tune left out in turn
     half_widths: Float[np.ndarray, " t"] | None = None
     slope_and_offset: Float[np.ndarray, " 2"] | None = None
 

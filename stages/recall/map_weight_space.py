@@ -20,6 +20,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.func import vmap
 
@@ -251,6 +252,7 @@ def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("map_weight_space")
     pin_threads()
+    threadpool_limits(1)  # NumPy's, too: they change sums
     rules, objective, images = open_fleet("rules", 0.0, params.evaluation_images)
     written = write_rules(rules, objective, images, params)
     geometry, pairs = rule_geometry(rules)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.numpy import load_file
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -59,7 +60,8 @@ CHARACTERISTICS = {  # of each fleet, what is decoded; bits are binary
 }
 BITS = ("present", "table")
 AUDITED = ("present", "proportions", "log2_size", "label_noise")
-SOURCES = ("change", "responses", "both", "all")  # of which the audit takes the one that leave-one-out errors prefer
+# of which the audit takes the one that leave-one-out errors prefer
+SOURCES = ("change", "responses", "both", "statistics and spectrum", "all")
 GROWING = ("change", "responses", "both")
 
 
@@ -289,6 +291,7 @@ def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("recover_memory")
     pin_threads()
+    threadpool_limits(1)  # NumPy's, too: they change sums
     device = pick_device()
     fleets = {name: load_fleet(name) for name in CHARACTERISTICS}
     found = dict(
