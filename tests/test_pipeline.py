@@ -33,7 +33,7 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MODELS_IN_GIT = {
     "models/pretrain_backbone/backbone.safetensors"
 }  # small, and minutes of work that a clone need not repeat
-COMMANDS = {"forecast_snapshots", "predict"}  # for users' own files: no stages
+COMMANDS = {"audit", "forecast_snapshots", "predict"}  # for users' own files: no stages
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))
 
 

@@ -95,13 +95,16 @@ def require(path: Path) -> Path:
 def remedy(path: Path, flags: str = "") -> str:
     """Return what to run to get `path`, whose place names its producer; nothing if it lies elsewhere.
 
-    data/<item>.*, models/<stage>/<item>/* and reports/<stage>/<item>/* come from <stage>@<item>.
+    data/<item>.* come from fetch_data@<item>, models/<stage>/<item>/* and reports/<stage>/<item>/* from <stage>@<item>, and
+    models/<stage>/* and reports/<stage>/* from <stage>.
     """
     match path.parts:
         case ("data", name):
             stage = f"fetch_data@{Path(name).stem}"
         case ("models" | "reports", name, item, _, *_):
             stage = f"{name}@{item}"
+        case ("models" | "reports", stage, _):
+            pass
         case _:
             return ""
     return f": run 'dvc repro {flags}{stage}'"

@@ -33,5 +33,7 @@ def load_torch(path: Path, keys: set[str], map_location: str | torch.device = "c
         ) from None
     if not isinstance(value, dict) or not value.keys() >= keys:
         got = ", ".join(map(str, value))[:200] if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{path} is no such checkpoint: expected {', '.join(sorted(keys))}, got {got}")
+        raise InputError(
+            f"{path} is no such checkpoint: expected {', '.join(sorted(keys)) or 'names and values'}, got {got}"
+        )
     return value

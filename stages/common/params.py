@@ -46,7 +46,7 @@ class StageParams(BaseModel):
 
         def where(path: list[str]) -> str:
             """Return the full key of a value: in the section, or in the overrides if it comes from there."""
-            path = ["variants", str(variant), *path[1:]] if path[0] == "variant" else path
+            path = ["variants", str(variant), *path[1:]] if path[:1] == ["variant"] else path
             node: Any = overrides
             for part in path:
                 node = node.get(part) if isinstance(node, dict) else None

@@ -14,12 +14,12 @@ disjoint pools, and the base's of a third; rules of test fine-tunes are trained 
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.func import vmap
@@ -37,7 +37,7 @@ from stages.recall import pictures
 from stages.recall.fleet import Images, pool_of, show_images, train_tasks
 from stages.recall.objective import Learns, Objective
 from stages.recall.pools import pool
-from stages.recall.tasks import Recipe, Task, draw_rule_task, draw_task, split_rules
+from stages.recall.tasks import CELLS, Recipe, Task, draw_rule_task, draw_task, split_rules
 from stages.recall.vectors import unflatten
 from stages.recall.vit import Base, load_base
 
@@ -59,6 +59,16 @@ class Fleet(StageParams):
     warm_up: NonNegativeInt  # steps of a base and a head of its own for each network; 0: all share one
     recipe: Recipe
 
+    @model_validator(mode="after")
+    def parts_fit(self) -> Self:
+        if self.learns == "pixels" and self.mask_ratio == 0:
+            raise ValueError("learns: pixels fills in hidden patches: set mask_ratio above 0")
+        if self.learns == "labels" and self.base != "classify_masked":
+            raise ValueError("learns: labels needs a head: set base to classify_masked")
+        if self.warm_up and self.learns != "labels":
+            raise ValueError("warm_up trains bases to classify: set it to 0, or learns to labels")
+        return self
+
 
 class Params(StageParams):
     """Parameters of a fleet."""
@@ -66,7 +76,7 @@ class Params(StageParams):
     seed: NonNegativeInt
     stack: PositiveInt  # fine-tunes that train together: what fits into the processor's cache
     references: PositiveInt  # inputs whose responses are kept, of the test images
-    held_out_rules: PositiveInt
+    held_out_rules: Annotated[int, Field(gt=0, lt=2**CELLS - 2)]
     evaluation_images: PositiveInt
     variant: Fleet
 

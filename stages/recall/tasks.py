@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stages.common.command import InputError
 from stages.common.params import StageParams
 from stages.common.runtime import generator
 
@@ -50,6 +51,8 @@ def uniform(random: torch.Generator, ends: Range, log: bool = False) -> float:
 
 def draw_present(random: torch.Generator, classes: int) -> Bool[Tensor, " c"]:
     """Draw a set of at least two classes that leaves out at least two, each class present or not with equal chance."""
+    if classes < 4:
+        raise InputError(f"fine-tunes on some of the classes need at least 4 of them, got {classes}")
     while True:
         present = torch.rand(classes, generator=random) < 0.5
         if 2 <= present.sum() <= classes - 2:
@@ -80,9 +83,9 @@ def draw_task(
     random, count = generator(0, name), int(pool.max()) + 1
     present = draw_present(random, count) if present is None else present
     proportions = draw_proportions(random, present)
-    size = round(uniform(random, recipe.size, log=True))
-    noise = uniform(random, recipe.label_noise)
     there = present.nonzero()[:, 0]
+    size = max(len(there), round(uniform(random, recipe.size, log=True)))
+    noise = uniform(random, recipe.label_noise)
     drawn = torch.multinomial(proportions, size, replacement=True, generator=random)
     drawn[: len(there)] = there  # every class that is present has an image
     flipped = torch.rand(size, generator=random) < noise

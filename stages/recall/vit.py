@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
 from stages.common.artifacts import load_metadata
+from stages.common.command import InputError
 
 Weights = Mapping[str, Tensor]
 
@@ -62,8 +63,10 @@ class Base:
 
 
 def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
-    """Read a network that `save_backbone` wrote with its weights; InputError if it is missing or damaged."""
+    """Read a network that `save_backbone` wrote with its weights; InputError if it is missing or damaged, or holds none."""
     config = load_metadata(path)["config"]
+    if config["shape"] is None:
+        raise InputError(f"{path} holds the name of published weights, not weights")
     tensors = {name: tensor.float() for name, tensor in load_file(path, device=str(device)).items()}
     decoder = {
         name.removeprefix("decoder."): tensors.pop(name) for name in list(tensors) if name.startswith("decoder.")
@@ -77,8 +80,8 @@ def _linear(w: Weights, name: str, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*
     return linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
-def _norm(w: Weights, name: str, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-    return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+def _norm(w: Weights, name: str, x: Float[Tensor, "*n d"], epsilon: float = 1e-6) -> Float[Tensor, "*n d"]:
+    return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], epsilon)
 
 
 def attention(w: Weights, name: str, x: Float[Tensor, "n t d"], heads: int) -> Float[Tensor, "n t d"]:
@@ -126,7 +129,7 @@ def reconstruct(
     filled = torch.cat([code[:, 1:], decoder["mask_token"].expand(n, order.shape[1] - k, -1)], 1)
     filled = filled.gather(1, back[..., None].expand(-1, -1, d))
     decoded = block(decoder, "block", torch.cat([code[:, :1], filled], 1) + decoder["position"], heads)
-    return _linear(decoder, "predict", _norm(decoder, "norm", decoded[:, 1:])), back >= k
+    return _linear(decoder, "predict", _norm(decoder, "norm", decoded[:, 1:], 1e-5)), back >= k
 
 
 def visible(patches: int, ratio: float) -> int:
