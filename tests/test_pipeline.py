@@ -24,7 +24,14 @@ from stages.forecast import (
     train_lenet,
     tune_jump,
 )
-from stages.recall import train_mae
+from stages.recall import (
+    build_fleet,
+    classify_masked,
+    condense_changes,
+    map_weight_space,
+    recover_memory,
+    train_mae,
+)
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
 from stages.weightnet import build_zoo, evaluate_weightnet, networks, train_weightnet
 
@@ -208,6 +215,15 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for dataset in changed["train_mae"]["datasets"]:
         assert dataset in fetched
         train_mae.Params.load("train_mae", dataset)
+    assert changed["build_report"]["recall"] in changed["classify_masked"]["datasets"]
+    for dataset in changed["classify_masked"]["datasets"]:
+        classify_masked.Params.load("classify_masked", dataset)
+    for variant, fleet in changed["build_fleet"]["variants"].items():
+        assert fleet["dataset"] in changed[fleet["base"]]["datasets"]
+        build_fleet.Params.load("build_fleet", variant=variant)
+    for stage in (condense_changes, recover_memory, map_weight_space):
+        name = stage.__name__.rpartition(".")[2]
+        stage.Params.load(name)
     assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]
     for dataset in changed["build_zoo"]["datasets"]:
         assert dataset in fetched
@@ -234,6 +250,8 @@ def test_variants_are_the_same_everywhere():
         assert {*task["train"], *task["test"]} <= set(evaluate_weightnet.ARCHITECTURES)
     matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
+    fleets = PARAMS["build_fleet"]["variants"]
+    assert set(fleets) == set(condense_changes.FLEETS) == set(recover_memory.CHARACTERISTICS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
 

@@ -23,7 +23,7 @@ from stages.common.params import Loader
 from stages.common.schedules import warmup_cosine
 from stages.recall import build_fleet, classify_masked
 from stages.recall.build_fleet import Fleet, draw_tasks
-from stages.recall.classify_masked import METHODS, accuracies, train_classifiers
+from stages.recall.classify_masked import METHODS, accuracies, train_method
 from stages.recall.fleet import BETAS, Images, show_images, train_own_bases, train_stack, train_tasks
 from stages.recall.objective import HEAD_SCALE, Objective, random_head
 from stages.recall.pools import POOLS, pool
@@ -630,11 +630,13 @@ def test_accuracy_is_the_share_answered_right_and_of_an_untrained_head_near_chan
 def test_a_method_trains_and_knows_what_it_says(base, images, method):
     pretrained, tunes = METHODS[method]
     data, other = images.pools["base"], base_of(autoencoder(0.2))
-    networks = train_classifiers(base, method, 0, data, CLASSIFY)
-    elsewhere = train_classifiers(
+    networks = train_method(base, method, 0, data, CLASSIFY)
+    elsewhere = train_method(
         replace(other, encoder=other.encoder | {FIXED: base.encoder[FIXED]}), method, 0, data, CLASSIFY
     )
-    first = train_classifiers(base, method, 0, data, CLASSIFY.model_copy(update={"learning_rates": [1e-12]}))[0]
+    first = train_method(
+        base, method, 0, data, CLASSIFY.model_copy(update={"learning_rates": [1e-12], "penalties": [1e-12]})
+    )[0]
     assert len(networks) == 2
     for a, b in zip(networks, elsewhere, strict=True):
         assert a.keys() == {*base.encoder, *HEAD}
@@ -645,7 +647,7 @@ def test_a_method_trains_and_knows_what_it_says(base, images, method):
         if pretrained:
             assert all(torch.allclose(first[name], base.encoder[name], atol=1e-6) for name in base.trained)
     assert not torch.equal(networks[0]["head.weight"], networks[1]["head.weight"])
-    again = train_classifiers(base, method, 1, data, CLASSIFY)[0]
+    again = train_method(base, method, 1, data, CLASSIFY)[0]
     assert not torch.equal(again["head.weight"], networks[0]["head.weight"])
 
 

@@ -50,6 +50,12 @@ PIPELINE = [
     ),
     ("stages.weightnet.evaluate_weightnet", {"dataset": "digits"}),
     *(("stages.recall.train_mae", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
+    *(("stages.recall.classify_masked", {"dataset": dataset}) for dataset in ("glyphs", "digits")),
+    *(
+        ("stages.recall.build_fleet", {"variant": variant})
+        for variant in ("classes", "unlabelled", "rules", "independent")
+    ),
+    *((f"stages.recall.{stage}", {}) for stage in ("condense_changes", "recover_memory", "map_weight_space")),
     ("stages.report.build_report", {}),
 ]
 

@@ -67,6 +67,17 @@ def classify(w: Weights, patches: Float[Tensor, "b p q"], heads: int, seen: Int[
     return linear(encode(w, patches, heads, seen)[:, 0], *(w[name] for name in HEAD))
 
 
+def train_method(
+    base: Base, method: str, seed: int, data: tuple[Float[Tensor, "n p q"], Int[Tensor, " n"]], params: Params
+) -> list[Weights]:
+    """Return the networks of a method, of which validation images choose: one for each learning rate or penalty."""
+    pretrained, tunes = METHODS[method]
+    first, layout = base.trained, layout_of(base.trained)
+    if not pretrained:
+        first = unflatten(initialise(layout, generator(seed, "first weights")).to(base.encoder[FIXED]), layout)
+    return (fine_tune if tunes else probe)(base, first, seed, data, params)
+
+
 def fine_tune(
     base: Base, first: Weights, seed: int, data: tuple[Float[Tensor, "n p q"], Int[Tensor, " n"]], params: Params
 ) -> list[Weights]:
@@ -153,12 +164,7 @@ def main() -> None:
     data, chosen_on, tested_on = ((base.patchify(part.images), part.labels) for part in (fit, validation, test))
 
     def choose(job: tuple[str, int]) -> tuple[Weights, dict[str, float]]:
-        (method, seed), layout = job, layout_of(base.trained)
-        pretrained, tunes = METHODS[method]
-        first = base.trained
-        if not pretrained:
-            first = unflatten(initialise(layout, generator(seed, "first weights")).to(base.encoder[FIXED]), layout)
-        networks = (fine_tune if tunes else probe)(base, first, seed, data, params)
+        networks = train_method(base, *job, data, params)
         scores = [sum(accuracies(w, base, chosen_on, params.mask_ratios).values()) for w in networks]
         best = networks[scores.index(max(scores))]
         return best, accuracies(best, base, tested_on, params.mask_ratios)

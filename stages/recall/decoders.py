@@ -23,7 +23,7 @@ REPRESENTATIONS = {  # what a decoder reads: descriptions, each with the number 
     "both": {"change": None, "responses": None},
     "all": {"change": None, "responses": None, "spectrum": None, "statistics": None},
 }
-ALPHAS = np.logspace(-6, 3, 19)
+ALPHAS = np.logspace(-5, 3, 9)
 FOLDS = 5
 COVERAGE = 0.9
 

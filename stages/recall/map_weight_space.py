@@ -41,6 +41,7 @@ FLEETS = Path("models/build_fleet")
 REPORTS = Path("reports/map_weight_space")
 
 STACK = 20  # networks that are run or trained together
+ATTRIBUTES = ("cross", "blue", "right")  # of a cell, where its bits are 1
 READS = ("cells", "cells and pairs")  # what the map knows of a truth table
 PENALTIES = (0.1, 1.0, 10.0)
 
@@ -260,7 +261,10 @@ def main() -> None:
     train, _ = split(classes["test"])
     arithmetic = add_and_negate(objective, images, classes["change"][train].mean(0), params)
     save_json(REPORTS / "summary.json", {"rules": written, "geometry": geometry, "arithmetic": arithmetic})
-    pictures.draw_space(REPORTS / "space.png", rules, pairs)
+    signs = 2.0 * rules["true.table"] - 1
+    high = 2.0 * (np.arange(CELLS)[:, None] >> np.arange(3) & 1) - 1  # each cell's attributes
+    effects = dict(zip(ATTRIBUTES, (signs @ high / CELLS).T, strict=True))
+    pictures.draw_space(REPORTS / "space.png", rules, pairs, effects)
     pictures.draw_bars(REPORTS / "written.png", written["accuracy"], "accuracy on rules never trained")
     bars = arithmetic["on the union"] | arithmetic["negation"]
     pictures.draw_bars(REPORTS / "arithmetic.png", bars, "accuracy among all classes")

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 
-from stages.common.figures import image_grid, save_figure, show_image
+from stages.common.figures import image_grid, save_figure, show_image, show_signed
 
 SHOWN = 10
 
@@ -56,13 +56,13 @@ def draw_shares(path: Path, shares: dict[str, dict[str, dict[str, float]]]) -> N
     save_figure(path, figure)
 
 
-def draw_rows(path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h w"]]) -> None:
-    """Draw images that belong together below each other, a row of each kind."""
+def draw_rows(path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h w"]], signed: bool = False) -> None:
+    """Draw images that belong together below each other, a row of each kind; signed: differences, red above and blue below 0."""
     figure, axes = image_grid(len(rows), SHOWN)
     for (name, images), row in zip(rows.items(), axes, strict=True):
         row[0].set_ylabel(name.strip(), rotation=0, ha="right", va="center", fontsize=6)
         for image, ax in zip(images, row, strict=False):
-            show_image(ax, image)
+            show_signed(ax, image.mean(0, keepdims=True)) if signed else show_image(ax, image)
     save_figure(path, figure)
 
 
@@ -127,25 +127,23 @@ def draw_bars(path: Path, measured: Mapping[str, Mapping[str, float]], label: st
     save_figure(path, figure)
 
 
-def draw_space(path: Path, fleet: Mapping[str, np.ndarray], pairs: Mapping[str, np.ndarray]) -> None:
-    """Draw the rules' changes along their leading axes, and cosines of changes against the agreement of rules."""
-    train, tables = ~fleet["test"], fleet["true.table"]
+def draw_space(
+    path: Path, fleet: Mapping[str, np.ndarray], pairs: Mapping[str, np.ndarray], effects: Mapping[str, np.ndarray]
+) -> None:
+    """Draw changes along their two leading axes, coloured by the effect that each attribute has in the rule; and cosines."""
+    train = ~fleet["test"]
     centred = fleet["change"] - fleet["change"][train].mean(0)
     _, _, axes_ = np.linalg.svd(centred[train], full_matrices=False)
-    places = centred @ axes_[:3].T
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.8))
-    for ax, (i, j) in ((left, (0, 1)), (middle, (1, 2))):
-        for held, marker in ((False, "o"), (True, "^")):
-            which = fleet["test"] == held
-            ax.scatter(
-                *places[which][:, [i, j]].T, c=tables[which].sum(1), cmap="viridis", s=8, marker=marker, vmin=1, vmax=7
-            )
-        ax.set(xlabel=f"axis {i + 1}", ylabel=f"axis {j + 1}", xticks=[], yticks=[])
-    left.set_title("changes; colour: cells answered yes; triangles: rules never trained", fontsize=5)
+    x, y = (centred @ axes_[:2].T).T
+    figure, axes = plt.subplots(1, len(effects) + 1, figsize=(2.7 * (len(effects) + 1), 2.6))
+    for ax, (name, effect) in zip(axes, effects.items(), strict=False):
+        for which, marker in ((train, "o"), (~train, "^")):
+            ax.scatter(x[which], y[which], c=effect[which], cmap="coolwarm", s=10, marker=marker, vmin=-1, vmax=1)
+        ax.set(xlabel="axis 1", ylabel="axis 2", xticks=[], yticks=[])
+        ax.set_title(f"red: yes if {name}; triangles: rules never trained", fontsize=6)
     levels = np.unique(pairs["agreement"])
-    right.violinplot(
-        [pairs["cosine"][pairs["agreement"] == level] for level in levels], levels, widths=0.2, showmeans=True
-    )
-    right.set(xlabel="agreement of two rules", ylabel="cosine of their changes")
+    found = [pairs["cosine"][pairs["agreement"] == level] for level in levels]
+    axes[-1].violinplot(found, levels, widths=0.2, showmeans=True)
+    axes[-1].set(xlabel="agreement of two rules", ylabel="cosine of their changes")
     figure.tight_layout()
     save_figure(path, figure)

@@ -319,15 +319,13 @@ def main() -> None:
     pictures.draw_growth(REPORTS / "growth.png", rows)
     shown = {}
     for name in ("classes", "unlabelled"):
-        _, test = split(fleets[name]["test"])
-        decoder = found[name][1]["change"]
-        predicted = by_name(decoder.predict(read(fleets[name], "change")[test]), fleets[name], CHARACTERISTICS[name])
-        shown |= {
-            f"{name}: mean image": fleets[name]["mean_image"][test],
-            "from its weights" + " " * len(shown): predicted["mean_image"],
-        }
+        (train, test), fleet = split(fleets[name]["test"]), fleets[name]
+        predicted = by_name(found[name][1]["change"].predict(read(fleet, "change")[test]), fleet, CHARACTERISTICS[name])
+        center = fleet["mean_image"][train].mean(0)
+        shown[f"{name}: mean image"] = fleet["mean_image"][test] - center
+        shown[f"{name}: from its weights"] = predicted["mean_image"] - center
     size = base.image_size
-    pictures.draw_rows(REPORTS / "mean_images.png", {k: v.reshape(-1, 3, size, size) for k, v in shown.items()})
+    pictures.draw_rows(REPORTS / "mean_images.png", {k: v.reshape(-1, 3, size, size) for k, v in shown.items()}, True)
     pixels = {name: base.unpatchify(part[: pictures.SHOWN]).cpu().numpy() for name, part in images.items()}
     pictures.draw_rows(REPORTS / "images.png", pixels)
     bits = decoded["classes"]["present"]["both"]["bits"]["mean"]

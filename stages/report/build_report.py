@@ -13,6 +13,7 @@ from stages.common.params import StageParams
 from stages.report.bilinear import bilinear_section
 from stages.report.elements import REPORTS, Section
 from stages.report.forecast import forecast_section
+from stages.report.recall import recall_section
 from stages.report.vit_memory import vit_memory_section
 from stages.report.weightnet import weightnet_section
 
@@ -25,6 +26,7 @@ class Params(StageParams):
     bilinear: str  # the data set
     forecast: str
     weightnet: str
+    recall: str
     vit_memory: str
 
 
@@ -79,6 +81,7 @@ def main() -> None:
         forecast_section(params.forecast),
         bilinear_section(params.bilinear),
         weightnet_section(params.weightnet),
+        recall_section(params.recall),
         vit_memory_section(params.vit_memory),
     ]
     save_text(REPORTS / "report.md", render_markdown(sections))

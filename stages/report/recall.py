@@ -1,0 +1,134 @@
+"""The report's section on what networks were trained on."""
+
+from typing import Any
+
+from stages.common.artifacts import load_json
+from stages.report.elements import REPORTS, Picture, Section, Table, interval, percent
+
+SHOWN = ("statistics", "spectrum", "change", "responses", "both", "all")
+MEASURES = {"bits": "bits right", "whole": "whole sets right", "r2": "R²", "retrieved": "retrieved among the test sets"}
+
+
+def recall_section(dataset: str) -> Section:
+    """Return the section of what is recalled; its masked autoencoder and classifiers are those of one data set."""
+    recovered = load_json(REPORTS / "recover_memory/summary.json")
+    space = load_json(REPORTS / "map_weight_space/summary.json")
+    tables = [
+        decoded_table(recovered["decoded"]),
+        control_table(recovered),
+        written_table(space),
+        arithmetic_table(space["arithmetic"]),
+        masked_table(load_json(REPORTS / "classify_masked" / dataset / "summary.json")),
+        image_table(recovered["images"]),
+        calibration_table(recovered["calibration"]),
+    ]
+    captions = {
+        f"train_mae/{dataset}/reconstructions.png": "What a masked autoencoder sees and fills in.",
+        f"classify_masked/{dataset}/accuracy.png": "Accuracy on images of which patches are hidden.",
+        "build_fleet/classes/fleet.png": "Some of the data sets of fine-tunes: mean image and proportions.",
+        "recover_memory/representations.png": "What is recalled, from what: 95 % intervals; dotted: what ignores the network.",
+        "recover_memory/growth.png": "More fine-tunes to learn from help.",
+        "recover_memory/mean_images.png": "Mean images of data sets never seen, minus the fleet's, and what the weights tell of them.",
+        "recover_memory/images.png": "Images recovered from a classifier's answers: alignment alone fools the classifier, not the eye.",
+        "condense_changes/variance.png": "How many principal components hold changes of weights.",
+        "map_weight_space/space.png": "Networks that follow alike rules lie alike.",
+        "map_weight_space/written.png": "Networks written for rules never trained.",
+        "map_weight_space/arithmetic.png": "Sums and differences of changes of weights.",
+    }
+    return Section(
+        title=f"Recall: {dataset}",
+        question="What was a network trained on? Read from its change of weights, for data sets, images and rules never seen.",
+        tables=tables,
+        pictures=[Picture(REPORTS / path, caption) for path, caption in captions.items()],
+    )
+
+
+def decoded_table(decoded: dict[str, Any]) -> Table:
+    """Return every characteristic from every representation."""
+    rows = [
+        [
+            f"{fleet}: {key.replace('_', ' ')}, {MEASURES[measure]}",
+            *(interval(by[name][measure]) for name in SHOWN),
+            f"{baseline:.2f}",
+        ]
+        for fleet, characteristics in decoded.items()
+        for key, by in characteristics.items()
+        for measure, baseline in by["baseline"].items()
+    ]
+    caption = "Recalled of fine-tunes never seen, whose images and rules no other had: 95 % intervals over them."
+    return Table(["characteristic", *SHOWN, "ignoring the network"], rows, caption)
+
+
+def control_table(recovered: dict[str, Any]) -> Table:
+    """Return the controls, in which nothing can be recalled."""
+    rows = [
+        [f"{fleet}: changes permuted between {who} networks", percent(value), "50%"]
+        for fleet, by in recovered["permuted"].items()
+        for who, value in by.items()
+        if fleet != "independent"
+    ]
+    by = recovered["decoded"]["independent"]["present"]
+    rows += [
+        [f"each network has a base and a head of its own: {name}", interval(by[name]["bits"]), "50%"]
+        for name in ("change", "responses")
+    ]
+    caption = "Controls: bits right. Weights tell nothing across bases; responses to the same inputs still do."
+    return Table(["control", "bits right", "chance"], rows, caption)
+
+
+def written_table(space: dict[str, Any]) -> Table:
+    """Return how written networks follow their rules."""
+    rows = [[name, interval(found)] for name, found in space["rules"]["accuracy"].items()]
+    rows += [["written minus nearest", interval(space["rules"]["written minus nearest"])]]
+    rows += [[f"geometry: {name}", f"{value:.2f}"] for name, value in space["geometry"].items()]
+    caption = (
+        "Networks written for rules never trained: accuracy on test images. Geometry: how cosines of changes follow the agreement "
+        "of rules never trained, and mean cosines."
+    )
+    return Table(["network", "accuracy"], rows, caption)
+
+
+def arithmetic_table(arithmetic: dict[str, Any]) -> Table:
+    """Return what sums and differences of changes do."""
+    rows = [[f"on A and B: {name}", interval(found)] for name, found in arithmetic["on the union"].items()]
+    rows += [[name, interval(found)] for name, found in arithmetic["negation"].items()]
+    rows += [[f"cosine: {name}", interval(found)] for name, found in arithmetic["cosine"].items()]
+    caption = f"Changes of disjoint class sets A and B, added (times {arithmetic['scale']:g}, chosen on other pairs) and subtracted."
+    return Table(["network", "accuracy among all classes, or cosine"], rows, caption)
+
+
+def masked_table(classified: dict[str, Any]) -> Table:
+    """Return accuracies over mask ratios."""
+    ratios = list(next(iter(classified["acc"].values())))
+    rows = [[method, *(percent(by[ratio]) for ratio in ratios)] for method, by in classified["acc"].items()]
+    rows.append(["most frequent class", *[f"{classified['majority']:.1%}"] * len(ratios)])
+    header = ["encoder", *(f"{float(ratio):.0%} hidden" for ratio in ratios)]
+    return Table(header, rows, "Images classified while patches are hidden: test accuracy.")
+
+
+def image_table(images: dict[str, Any]) -> Table:
+    """Return how images are recovered from answers."""
+    rows = [
+        [name, f"{found['cycle_r2']:.3f}", f"{found['judge']:.1%}", f"{found['pixel_r2']:.2f}"]
+        for name, found in images["decoders"].items()
+    ]
+    caption = (
+        "Images recovered from a classifier's answers: R² of its answers to them, agreement of a judge that shares nothing with it "
+        f"(right on {images['judge_acc']:.1%} of originals), R² of pixels."
+    )
+    return Table(["decoder", "cycle R²", "judge agrees", "pixel R²"], rows, caption)
+
+
+def calibration_table(calibration: dict[str, Any]) -> Table:
+    """Return how true the audit's intervals and probabilities are."""
+    rows = [
+        [
+            key.replace("_", " "),
+            f"{found['coverage']:.1%}" if "coverage" in found else "",
+            f"{found['half_width']:.2f}" if "half_width" in found else "",
+            f"{found['calibration_error']:.3f}" if "calibration_error" in found else "",
+        ]
+        for key, found in calibration.items()
+    ]
+    header = ["characteristic", "inside 90 % intervals", "half-width", "calibration error"]
+    return Table(header, rows, "The audit's intervals and probabilities on fine-tunes never seen.")
