@@ -97,7 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 20
+    assert len(summaries) == 29
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -174,6 +174,13 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert {"weightnet", "stats_gbm", "nearest", "hyperparameters_gbm"} <= {row[0] for row in scores}
     assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in curve}
     assert all(float(row[2]) < 1e-6 for row in moved)  # relabelled neurons change nothing
+    (header, *recalled), (_, *controls), (_, *written), _, (_, *masked), (_, *images), _ = sections["Recall"]
+    assert header[-1] == "ignoring the network"
+    assert all(0 <= float(row[-1]) < 0.75 and "[" in row[1] for row in recalled)
+    assert {row[2] for row in controls} == {"50%"}
+    assert {"written", "nearest trained rule, copied", "base", "constant answer"} <= {row[0] for row in written}
+    assert {"fine-tuned", "from scratch", "random encoder", "most frequent class"} <= {row[0] for row in masked}
+    assert {"pixel weight 0", "mean of the class answered"} <= {row[0] for row in images}
     (_, *shots), (_, *tasks), (_, *errors) = sections["ViT memory"]
     assert {"linear probe", "memory head", "pixels", "random vit"} <= {row[0] for row in shots}
     assert sum("to" in row[2].split() for row in shots) == len(shots) - 1
