@@ -27,7 +27,6 @@ from stages.weightnet.predictors import Kept, attention_maps, load_predictors
 from stages.weightnet.program import run_stack
 from stages.weightnet.properties import PROPERTIES, REFERENCES
 from stages.weightnet.symmetry import Networks, permute, random_permutations
-from stages.weightnet.targets import true_properties
 from stages.weightnet.zoo import Zoo, load_zoo
 
 PREDICTORS = Path("models/train_weightnet")
@@ -66,7 +65,7 @@ def score_predictions(arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> 
             continue
         where = arrays[key.removesuffix("values") + "rows"]
         zoo = zoos[architecture]
-        truth = true_properties(zoo, where).numpy()
+        truth = zoo.properties(where).numpy()
         who = {"task": task, "split": int(split), "architecture": architecture}
         for k, name in enumerate(PROPERTIES):
             scores = score(truth[:, k], arrays[key][:, k].numpy())
@@ -175,7 +174,7 @@ def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> 
 def extremes(kept: Kept, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]:
     """Return WeightNet's attention, in every round, to the most and the least accurate of the final networks."""
     final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])
-    truth = true_properties(zoo, final)[:, 0]
+    truth = zoo.properties(final)[:, 0]
     chosen = final[torch.stack([truth.argmax(), truth.argmin()])]
     maps = attention_maps(kept.model.eval().float().readers[0], zoo.networks(chosen))
     labels = ("most accurate", "least accurate")
@@ -205,7 +204,7 @@ def main() -> None:
     shown = {
         name: (
             arrays[f"{name}/{params.main_task}/0/test/{architecture}/values"],
-            true_properties(zoos[architecture], arrays[f"{name}/{params.main_task}/0/test/{architecture}/rows"]),
+            zoos[architecture].properties(arrays[f"{name}/{params.main_task}/0/test/{architecture}/rows"]),
         )
         for name in ("stats_gbm", "weightnet", "hybrid")
     }

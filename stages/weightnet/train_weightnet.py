@@ -37,7 +37,7 @@ from stages.weightnet.predictors import Predictor
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.splits import Rows, Split, split_zoos
 from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
-from stages.weightnet.targets import from_scale, to_scale, true_properties
+from stages.weightnet.targets import from_scale, to_scale
 from stages.weightnet.zoo import Zoo, load_zoo, zoo_files
 
 MODELS = Path("models/train_weightnet")
@@ -160,7 +160,7 @@ def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Stat
         inputs = {name: hyperparameters(zoos[name]) for name in names}
     else:
         inputs = {name: statistics[name, len(names) > 1] for name in names}
-    targets = {name: to_scale(true_properties(zoos[name], torch.arange(len(zoos[name])))) for name in names}
+    targets = {name: to_scale(zoos[name].properties(torch.arange(len(zoos[name])))) for name in names}
     scale = {}
     for key, values in (("input", inputs), ("target", targets)):
         learnt = torch.cat([values[name][rows] for name, rows in split.train.items()])
