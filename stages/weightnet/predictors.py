@@ -349,9 +349,17 @@ class OneSided(nn.Module):
         return self.head(self.across(tokens + self.place).mean(1))
 
 
+def last_layers(width: int, properties: int) -> nn.Sequential:
+    """Return what predicts properties from features."""
+    last = nn.Linear(WIDTH, properties)
+    return nn.Sequential(Dropout(0.1), nn.Linear(width, WIDTH), nn.GELU(), last)
+
+
 class Predictor(nn.Module):
     """Networks and their statistics -> standardised properties [n, k]. kind: what it reads them with.
 
+    While a hybrid learns, each of its readers also predicts by itself: by one loss for all of them together, the one that fits
+    fastest would keep the others from learning.
     example: a few networks, of the architecture that it is for if it is for one only.
     """
 
@@ -376,18 +384,27 @@ class Predictor(nn.Module):
             self.readers = nn.ModuleList(readers)
             if self.reads_statistics:
                 self.statistics = two_layers(statistics)
-            width = WIDTH * (len(readers) + self.reads_statistics)
-            last = nn.Linear(WIDTH, config["properties"])
-            self.head = nn.Sequential(Dropout(0.1), nn.Linear(width, WIDTH), nn.GELU(), last)
+            parts = len(readers) + self.reads_statistics
+            self.head = last_layers(WIDTH * parts, config["properties"])
+            alone = parts if parts > 1 else 0  # predictions of single readers
+            self.heads = nn.ModuleList(last_layers(WIDTH, config["properties"]) for _ in range(alone))
         for module in self.modules():
             if isinstance(module, Dropout):
                 module.random = generator(seed, "dropout")
 
     def forward(self, networks: Networks, statistics: Float[Tensor, "n s"]) -> Float[Tensor, "n k"]:
+        return self.head(torch.cat(self.features(networks, statistics), 1))
+
+    def features(self, networks: Networks, statistics: Float[Tensor, "n s"]) -> list[Features]:
+        """Return what each reader makes of the networks."""
         features = [reader(networks) for reader in self.readers]
-        if self.reads_statistics:
-            features.append(self.statistics(statistics))
-        return self.head(torch.cat(features, 1))
+        return [*features, self.statistics(statistics)] if self.reads_statistics else features
+
+    def opinions(self, networks: Networks, statistics: Float[Tensor, "n s"]) -> list[Float[Tensor, "n k"]]:
+        """Return the prediction from all features, and of a hybrid also one from those of each reader."""
+        features = self.features(networks, statistics)
+        alone = [head(own) for head, own in zip(self.heads, features, strict=True)] if self.heads else []
+        return [self.head(torch.cat(features, 1)), *alone]
 
 
 @dataclass(frozen=True)
