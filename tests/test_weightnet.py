@@ -20,7 +20,7 @@ from stages.common.command import InputError
 from stages.common.images import load_images
 from stages.common.tables import load_table, save_table
 from stages.datasets import fetch_data
-from stages.weightnet import build_zoo, predict, predictors, train_weightnet
+from stages.weightnet import build_zoo, evaluate_weightnet, predict, predictors, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
 from stages.weightnet.convolution import convolve
 from stages.weightnet.evaluate_weightnet import one_sided, score
@@ -28,7 +28,7 @@ from stages.weightnet.features import pooled_statistics
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Predictor, attention_maps
 from stages.weightnet.program import Weights, run_stack, trace
-from stages.weightnet.properties import PROPERTIES, calibration_error, fgsm, measure
+from stages.weightnet.properties import PROPERTIES, REFERENCES, calibration_error, fgsm, measure
 from stages.weightnet.splits import Split, split_zoos
 from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
 from stages.weightnet.targets import from_scale, to_scale
@@ -198,6 +198,28 @@ class Hidden(nn.Module):
         return torch.flatten(x, 1) + 0
 
 
+class Twice(nn.Module):
+    """What a convolution gives is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(torch.flatten(self.b(torch.relu(x) + x), 1))
+
+
+def test_what_is_read_twice_is_not_overwritten():
+    program = trace(Twice(), (1, 8, 8))
+    weights, images = random_weights(program.shapes), torch.randn(2, 1, 8, 8, generator=seeded()).double()
+    y = torch.conv2d(images, weights["a.weight"][0], weights["a.bias"][0])
+    y = torch.conv2d(torch.relu(y) + y, weights["b.weight"][0], weights["b.bias"][0])
+    expected = y.flatten(1) @ weights["head.weight"][0].T + weights["head.bias"][0]
+    got = run_stack(program, weights, images, torch.tensor([False] * 3))
+    torch.testing.assert_close(got[0], expected)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -215,11 +237,13 @@ def test_what_is_not_understood_is_refused_by_name(model, message):
 
 
 @pytest.mark.parametrize(
-    ("side", "taps", "stride", "padding"), [(8, 3, 2, 1), (4, 3, 2, 1), (2, 3, 2, 1), (9, 5, 1, 2), (6, 1, 1, 0)]
+    ("side", "taps", "stride", "padding"),
+    [(8, 3, 2, 1), (4, 3, 2, 1), (2, 3, 2, 1), (9, 5, 1, 2), (6, 1, 1, 0), (9, 2, 3, 1), (12, 5, 2, 0)],
 )
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_convolutions_and_their_gradients_are_torch_s(side, taps, stride, padding, shared):
-    n, c, d = 2, 3, 4
+def test_convolutions_and_their_gradients_are_torch_s(side, taps, stride, padding, channels, shared):
+    n, c, d = 2, channels, 4
     x = torch.randn(1 if shared else n, 5, side, side, c, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(n, d, c, taps, taps, dtype=torch.float64, requires_grad=True)
     y = convolve(x, weight, (stride, stride), (padding, padding))
@@ -512,6 +536,31 @@ def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
     assert score(clean, attacked)["tau"] < 0.95
 
 
+@pytest.mark.parametrize(("kind", "readers"), [("weightnet", 0), ("stats", 0), ("hybrid", 3)])
+def test_each_reader_of_a_hybrid_also_learns_to_predict_alone(kind, readers):
+    networks, statistics = zoo_networks("cnn3"), torch.randn(3, 5).double()
+    model = untrained(kind, networks)
+    whole, *alone = model.opinions(networks, statistics)
+    assert torch.equal(whole, model(networks, statistics))
+    assert len(alone) == readers
+    for i, opinion in enumerate(alone):
+        found = torch.autograd.grad(opinion.sum(), [*model.parameters()], retain_graph=True, allow_unused=True)
+        learn = {
+            name.split(".")[0:2][-1]
+            for (name, _), g in zip(model.named_parameters(), found, strict=True)
+            if g is not None and name.startswith("heads")
+        }
+        assert learn == {str(i)}
+
+
+def test_of_large_networks_a_few_weights_are_read_at_a_time(monkeypatch):
+    networks = zoo_networks("residual")
+    model = untrained("weightnet", networks)
+    expected = model(networks, torch.zeros(3, 5))
+    monkeypatch.setattr(predictors, "PAIRS", 60)
+    torch.testing.assert_close(model(networks, torch.zeros(3, 5)), expected)
+
+
 @pytest.mark.parametrize("kind", ["weightnet", "stats", "gbm"])
 def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
     """What predictors may read is the weights and the activation: the other columns of the index could be anything."""
@@ -557,6 +606,20 @@ def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(proje
     shutil.rmtree(".work/train_weightnet")
     start(monkeypatch, train_weightnet, dataset="digits", variant="ablations")
     assert predictions.read_bytes() == resumed
+
+
+def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
+    skipped = ["probe", "stats_gbm", "stats", "mlp", "nfn", "no_cross", "no_intra", "no_augmentation", "canonical"]
+    apply_overrides(project / "params.yaml", [f"train_weightnet.skipped=[{','.join([*skipped, 'one_sided'])}]"])
+    start(monkeypatch, fetch_data, dataset="digits")
+    for variant in evaluate_weightnet.ARCHITECTURES:
+        start(monkeypatch, build_zoo, dataset="digits", variant=variant)
+    for variant in evaluate_weightnet.FAMILIES:
+        start(monkeypatch, train_weightnet, dataset="digits", variant=variant)
+    start(monkeypatch, evaluate_weightnet, dataset="digits")
+    scores = (project / "reports/evaluate_weightnet/digits/scores.csv").read_text().splitlines()[1:]
+    trained = {"weightnet", "hybrid", "nearest", "hyperparameters_gbm"}
+    assert {line.split(",")[0] for line in scores} == trained | set(REFERENCES)
 
 
 def select(zoo: Zoo, rows: Tensor) -> Zoo:

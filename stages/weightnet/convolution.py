@@ -90,15 +90,13 @@ class Unfolded(torch.autograd.Function):
         o, p = _outputs(h, k, stride[0], padding[0]), _outputs(w, q, stride[1], padding[1])
         padded = x.new_zeros(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
         padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w] = x
-        s = padded.stride()
-        windows = padded.as_strided(
-            (m, b, o, p, k, q, c), (s[0], s[1], s[2] * stride[0], s[3] * stride[1], s[2], s[3], s[4])
-        )
-        patches = windows.reshape(m, b * o * p, k * q * c)
+        patches = _unfold(_windows(padded, (o, p), (k, q), stride))
         matrix = kernel.reshape(n, k * q * c, d)
         ctx.save_for_backward(patches if kernel.requires_grad else None, matrix)
         ctx.geometry = (x.shape, kernel.shape, stride, padding, (o, p))
-        return torch.matmul(patches, matrix).view(n, b, o, p, d)
+        y = x.new_empty(n, b, o, p, d)
+        torch.matmul(patches, matrix, out=y.view(n, b * o * p, d))
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,10 +110,26 @@ class Unfolded(torch.autograd.Function):
             moved = torch.matmul(gradient, matrix.mT)
             moved = (moved if m == n else moved.sum(0, keepdim=True)).view(m, b, o, p, k, q, c)
             padded = gradient.new_zeros(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
-            for i in range(k):
-                for j in range(q):
-                    rows = slice(i, i + stride[0] * (o - 1) + 1, stride[0])
-                    columns = slice(j, j + stride[1] * (p - 1) + 1, stride[1])
-                    padded[:, :, rows, columns] += moved[:, :, :, :, i, j]
+            for i in range(0, k, stride[0]):  # blocks of taps no larger than the stride do not overlap
+                for j in range(0, q, stride[1]):
+                    block = moved[:, :, :, :, i : i + stride[0], j : j + stride[1]]
+                    _windows(padded[:, :, i:, j:], (o, p), block.shape[4:6], stride).add_(block)
             for_x = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
         return for_x, for_kernel, None, None
+
+
+def _windows(
+    x: Stack, outputs: tuple[int, int], taps: tuple[int, int], stride: tuple[int, int]
+) -> Float[Tensor, "n b o p k q c"]:
+    """Return a view of the pixels that each output sees."""
+    s = x.stride()
+    strides = (s[0], s[1], s[2] * stride[0], s[3] * stride[1], s[2], s[3], s[4])
+    return x.as_strided((*x.shape[:2], *outputs, *taps, x.shape[4]), strides)
+
+
+def _unfold(windows: Float[Tensor, "n b o p k q c"]) -> Float[Tensor, "n b*o*p k*q*c"]:
+    """Return patches as rows, transposed in memory if that copies longer runs of numbers."""
+    n, b, o, p, k, q, c = windows.shape
+    if q * c < p:
+        return windows.permute(0, 4, 5, 6, 1, 2, 3).reshape(n, k * q * c, b * o * p).mT
+    return windows.reshape(n, b * o * p, k * q * c)

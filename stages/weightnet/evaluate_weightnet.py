@@ -18,7 +18,7 @@ from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
 from stages.common.artifacts import load_metadata, require, save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.command import InputError, parse_arguments, run
 from stages.common.metrics import mean_std
 from stages.common.params import StageParams
 from stages.common.runtime import generator, pin_threads
@@ -27,12 +27,12 @@ from stages.weightnet.predictors import Kept, attention_maps, load_predictors
 from stages.weightnet.program import run_stack
 from stages.weightnet.properties import PROPERTIES, REFERENCES
 from stages.weightnet.symmetry import Networks, permute, random_permutations
-from stages.weightnet.targets import true_properties
 from stages.weightnet.zoo import Zoo, load_zoo
 
 PREDICTORS = Path("models/train_weightnet")
 REPORTS = Path("reports/evaluate_weightnet")
 
+SHOWN = ("stats_gbm", "weightnet", "hybrid")  # in pictures and in the last line, if they were trained
 FAMILIES = ("weightnet", "probe", "hybrid", "baselines", "ablations")
 ARCHITECTURES = ("cnn3", "flat", "residual")
 
@@ -66,7 +66,7 @@ def score_predictions(arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> 
             continue
         where = arrays[key.removesuffix("values") + "rows"]
         zoo = zoos[architecture]
-        truth = true_properties(zoo, where).numpy()
+        truth = zoo.properties(where).numpy()
         who = {"task": task, "split": int(split), "architecture": architecture}
         for k, name in enumerate(PROPERTIES):
             scores = score(truth[:, k], arrays[key][:, k].numpy())
@@ -175,7 +175,7 @@ def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> 
 def extremes(kept: Kept, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]:
     """Return WeightNet's attention, in every round, to the most and the least accurate of the final networks."""
     final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])
-    truth = true_properties(zoo, final)[:, 0]
+    truth = zoo.properties(final)[:, 0]
     chosen = final[torch.stack([truth.argmax(), truth.argmin()])]
     maps = attention_maps(kept.model.eval().float().readers[0], zoo.networks(chosen))
     labels = ("most accurate", "least accurate")
@@ -198,16 +198,17 @@ def main() -> None:
     architecture, main_scores = next(iter(scores[params.main_task].items()))
     curve = learning_curve(scores, architecture, learnt)
     kept = kept_predictors(dataset, zoos[architecture])
+    if "weightnet" not in kept:
+        raise InputError("params.yaml: train_weightnet: weightnet is skipped or keeps no predictor, but is to be drawn")
     folder = REPORTS / dataset
     save_csv(folder / "scores.csv", rows)
     moved = relabelling(kept, zoos, params)
     save_json(folder / "summary.json", {"scores": scores, "learning_curve": curve, "relabelling": moved})
+    first = {name: f"{name}/{params.main_task}/0/test/{architecture}/" for name in SHOWN}
     shown = {
-        name: (
-            arrays[f"{name}/{params.main_task}/0/test/{architecture}/values"],
-            true_properties(zoos[architecture], arrays[f"{name}/{params.main_task}/0/test/{architecture}/rows"]),
-        )
-        for name in ("stats_gbm", "weightnet", "hybrid")
+        name: (arrays[key + "values"], zoos[architecture].properties(arrays[key + "rows"]))
+        for name, key in first.items()
+        if key + "values" in arrays
     }
     pictures.draw_predictions(
         folder / "predictions.png", {name: (p.numpy(), t.numpy()) for name, (p, t) in shown.items()}
@@ -215,11 +216,8 @@ def main() -> None:
     pictures.draw_scores(folder / "scores.png", main_scores["test_acc"])
     pictures.draw_learning_curve(folder / "learning_curve.png", curve)
     pictures.draw_attention(folder / "attention.png", extremes(kept["weightnet"], zoos[architecture]))
-    taus = {name: found["tau"]["mean"] for name, found in main_scores["test_acc"].items()}
-    print(
-        f"{dataset}: Kendall's tau of test accuracy, {params.main_task}: "
-        + ", ".join(f"{name} {taus[name]:.3f}" for name in ("stats_gbm", "weightnet", "probe", "hybrid"))
-    )
+    taus = [f"{name} {main_scores['test_acc'][name]['tau']['mean']:.3f}" for name in shown]
+    print(f"{dataset}: Kendall's tau of test accuracy, {params.main_task}: {', '.join(taus)}")
 
 
 if __name__ == "__main__":

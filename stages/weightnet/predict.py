@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import kendalltau
 from torch import nn
 
 from stages.common.artifacts import load_json
@@ -32,7 +31,7 @@ from stages.common.runtime import generator, pin_threads
 from stages.common.weights import load_state_dict
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Kept, load_predictors
-from stages.weightnet.program import MODULES, trace
+from stages.weightnet.program import MODULES, Program, trace
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
 from stages.weightnet.targets import from_scale
@@ -120,15 +119,16 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ]
         if len(pairs) < 3:
             continue
+        from scipy.stats import kendalltau  # here: 60 MB that most calls do without
+
         tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
         if math.isfinite(tau):  # of values that are all the same there is none
             found[name] = {"tau": tau, "n": len(pairs)}
     return found
 
 
-def read_network(path: Path, arch: str, model: nn.Module, shape: tuple[int, ...], tanh: bool) -> Networks:
+def read_network(path: Path, arch: str, program: Program, tanh: bool) -> Networks:
     """Return one network with its derived symmetry, which is tried out on it; InputError if it does not hold."""
-    program = trace(model, shape)
     symmetry = derive_symmetry(program)
     found = load_state_dict(path)
     for name, expected in program.shapes.items():
@@ -186,8 +186,8 @@ def main() -> None:
         arch, tanh = known.get("arch", arguments.arch), arguments.tanh or known.get("activation") == "tanh"
         if arch is None:
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
-        model = build_user_network(arch, shape, classes, arguments.allow_code)
-        networks = read_network(file, arch, model, shape, tanh)
+        program = trace(build_user_network(arch, shape, classes, arguments.allow_code), shape)
+        networks = read_network(file, arch, program, tanh)
         measured = {name: float(known[name]) for name in PROPERTIES if name in known}
         results[str(file)] = describe(kept, networks) | {"measured": measured}
     answer = {"predictor": family, "networks": results, "agreement": agreement(results)}

@@ -5,6 +5,7 @@ to the order of hidden neurons, because every operation treats the neurons of a 
 that it learns; a hybrid does both. The others are what they are measured against.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
+PAIRS = 1 << 14  # of neurons, whose weights are read at a time
 
 
 def signed_log(x: Tensor) -> Tensor:
@@ -42,20 +44,24 @@ def cosines(size: int) -> Float[Tensor, "f s"]:
     return basis
 
 
-def read_edge(networks: Networks, edge: Edge) -> Float[Tensor, "n d c f"]:
+def read_edge(networks: Networks, edge: Edge, embed: Callable[[Tensor], Tensor]) -> Float[Tensor, "n d c f"]:
     """Return what WeightNet reads of the weights between two groups' neurons: low frequencies of the taps, in two units.
 
     In units of He's standard deviation, logarithmic; and in units of the network's own. A wider layer looks the same.
+    embed: what is made of it, of a few rows at a time: of all, it would not fit into memory for large networks.
     """
     weight = networks.weights[edge.tensor]
     weight = (
         weight[:, :, edge.columns].unflatten(2, (-1, *edge.taps)) if weight.dim() == 3 else weight[:, :, edge.columns]
     )
     rows, columns = (cosines(size).to(weight) for size in edge.taps)
-    taps = torch.einsum("ui,ndcij,vj->ndcuv", rows, weight, columns).flatten(3)
     fan_in = networks.weights[edge.tensor][0, 0].numel()
     own = weight.flatten(1).std(1)[:, None, None, None] + 1e-6
-    return torch.cat([signed_log(taps * (4 * fan_in**0.5)), taps / own], 3)
+    parts = []
+    for part in weight.split(max(1, PAIRS // (len(networks) * weight.shape[2])), 1):
+        taps = torch.einsum("ui,ndcij,vj->ndcuv", rows, part, columns).flatten(3)
+        parts.append(embed(torch.cat([signed_log(taps * (4 * fan_in**0.5)), taps / own], 3)))
+    return torch.cat(parts, 1)
 
 
 class Dropout(nn.Module):
@@ -156,7 +162,7 @@ class WeightNet(nn.Module):
     def forward(self, networks: Networks) -> Features:
         symmetry, weights, n = networks.symmetry, networks.weights, len(networks)
         sizes = symmetry.sizes
-        edges = [(e, self.edge(read_edge(networks, e)).permute(0, 3, 1, 2).contiguous()) for e in symmetry.edges]
+        edges = [(e, read_edge(networks, e, self.edge).permute(0, 3, 1, 2).contiguous()) for e in symmetry.edges]
         one = edges[0][1]
         # mean and maximum of what comes in, mean of what goes out
         seen: Heard = {group: ([], [], []) for group in sizes}
@@ -253,7 +259,7 @@ class NeuralFunctional(nn.Module):
 
     def forward(self, networks: Networks) -> Features:
         symmetry = networks.symmetry
-        values = [read_edge(networks, edge) for edge in symmetry.edges]
+        values = [read_edge(networks, edge, nn.Identity()) for edge in symmetry.edges]
         like, sizes = values[0], symmetry.sizes
         vectors = {group: like.new_zeros(len(networks), size, 1) for group, size in sizes.items()}
         for name, group in symmetry.vectors:
@@ -343,9 +349,17 @@ class OneSided(nn.Module):
         return self.head(self.across(tokens + self.place).mean(1))
 
 
+def last_layers(width: int, properties: int) -> nn.Sequential:
+    """Return what predicts properties from features."""
+    last = nn.Linear(WIDTH, properties)
+    return nn.Sequential(Dropout(0.1), nn.Linear(width, WIDTH), nn.GELU(), last)
+
+
 class Predictor(nn.Module):
     """Networks and their statistics -> standardised properties [n, k]. kind: what it reads them with.
 
+    While a hybrid learns, each of its readers also predicts by itself: by one loss for all of them together, the one that fits
+    fastest would keep the others from learning.
     example: a few networks, of the architecture that it is for if it is for one only.
     """
 
@@ -370,18 +384,27 @@ class Predictor(nn.Module):
             self.readers = nn.ModuleList(readers)
             if self.reads_statistics:
                 self.statistics = two_layers(statistics)
-            width = WIDTH * (len(readers) + self.reads_statistics)
-            last = nn.Linear(WIDTH, config["properties"])
-            self.head = nn.Sequential(Dropout(0.1), nn.Linear(width, WIDTH), nn.GELU(), last)
+            parts = len(readers) + self.reads_statistics
+            self.head = last_layers(WIDTH * parts, config["properties"])
+            alone = parts if parts > 1 else 0  # predictions of single readers
+            self.heads = nn.ModuleList(last_layers(WIDTH, config["properties"]) for _ in range(alone))
         for module in self.modules():
             if isinstance(module, Dropout):
                 module.random = generator(seed, "dropout")
 
     def forward(self, networks: Networks, statistics: Float[Tensor, "n s"]) -> Float[Tensor, "n k"]:
+        return self.head(torch.cat(self.features(networks, statistics), 1))
+
+    def features(self, networks: Networks, statistics: Float[Tensor, "n s"]) -> list[Features]:
+        """Return what each reader makes of the networks."""
         features = [reader(networks) for reader in self.readers]
-        if self.reads_statistics:
-            features.append(self.statistics(statistics))
-        return self.head(torch.cat(features, 1))
+        return [*features, self.statistics(statistics)] if self.reads_statistics else features
+
+    def opinions(self, networks: Networks, statistics: Float[Tensor, "n s"]) -> list[Float[Tensor, "n k"]]:
+        """Return the prediction from all features, and of a hybrid also one from those of each reader."""
+        features = self.features(networks, statistics)
+        alone = [head(own) for head, own in zip(self.heads, features, strict=True)] if self.heads else []
+        return [self.head(torch.cat(features, 1)), *alone]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from it, and probes are sent through it. A step that is not understood is refuse
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +104,14 @@ class Program:
     def tensors_of(self, step: Step) -> list[str]:
         """Return the names of the tensors that a step uses."""
         return self._tensors.get(step.name, [])
+
+    def may_overwrite(self, place: int) -> bool:
+        """Return whether the reader of a step's result may write over it: a convolution's, if nothing else reads it."""
+        return self.steps[place].kind == "conv" and self._reads[place] == 1
+
+    @cached_property
+    def _reads(self) -> Counter[int]:
+        return Counter(place for step in self.steps for place in step.inputs)
 
     @cached_property
     def _tensors(self) -> dict[str, list[str]]:
@@ -213,13 +222,13 @@ def run_stack(
             case "conv":
                 y = convolve(x, tensor["weight"], option["stride"], option["padding"], option["groups"])
                 if "bias" in tensor:
-                    y = y + tensor["bias"][:, None, None, None]
+                    y += tensor["bias"][:, None, None, None]
             case "linear":
                 y = torch.matmul(x, tensor["weight"].mT)
                 if "bias" in tensor:
                     y = y + tensor["bias"][:, None]
             case "relu" if tanh is not None:
-                y = _relu_or_tanh(x, tanh)
+                y = _relu_or_tanh(x, tanh, program.may_overwrite(step.inputs[0]))
             case "group_norm":
                 grouped = x.unflatten(4, (option["groups"], -1)).movedim(4, 2)
                 y = F.layer_norm(grouped, grouped.shape[3:], eps=option["eps"]).movedim(2, 4).flatten(4)
@@ -259,10 +268,10 @@ def _by_channel(function: Callable[..., Tensor], x: Float[Tensor, "n b h w c"], 
     return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
-def _relu_or_tanh(x: Tensor, tanh: Bool[Tensor, " n"]) -> Tensor:
-    """Return tanh of the networks that are flagged and ReLU of the others."""
+def _relu_or_tanh(x: Tensor, tanh: Bool[Tensor, " n"], overwrite: bool) -> Tensor:
+    """Return tanh of the networks that are flagged and ReLU of the others, in the memory of x if it may be overwritten."""
     if tanh.all():
-        return torch.tanh(x)
+        return x.tanh_() if overwrite else x.tanh()
     if not tanh.any():
-        return torch.relu(x)
+        return x.relu_() if overwrite else x.relu()
     return torch.where(tanh.view(-1, *[1] * (x.dim() - 1)), torch.tanh(x), torch.relu(x))

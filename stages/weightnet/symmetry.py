@@ -245,12 +245,17 @@ def permute(weights: Weights, symmetry: Symmetry, permutations: Permutations) ->
     """Return n networks whose hidden neurons are relabelled, the same way in all; groups not named stay as they are."""
     result = dict(weights)
     for axis in symmetry.axes:
-        index = []
-        for part in axis.parts:
-            neurons = permutations.get(part.group, torch.arange(part.size))
-            index.append(part.start + (neurons[:, None] * part.block + torch.arange(part.block)).flatten())
-        result[axis.tensor] = result[axis.tensor].index_select(axis.axis + 1, torch.cat(index))
+        result[axis.tensor] = permute_axis(result[axis.tensor], axis, permutations)
     return result
+
+
+def permute_axis(weight: Float[Tensor, "n ..."], axis: Axis, permutations: Permutations) -> Float[Tensor, "n ..."]:
+    """Return a tensor of n networks with the neurons of one of its axes relabelled."""
+    index = []
+    for part in axis.parts:
+        neurons = permutations.get(part.group, torch.arange(part.size))
+        index.append(part.start + (neurons[:, None] * part.block + torch.arange(part.block)).flatten())
+    return weight.index_select(axis.axis + 1, torch.cat(index))
 
 
 def rescale(weights: Weights, symmetry: Symmetry, factors: Mapping[str, Float[Tensor, "n size"]]) -> Weights:
@@ -275,12 +280,26 @@ def rescale(weights: Weights, symmetry: Symmetry, factors: Mapping[str, Float[Te
     return result
 
 
+@dataclass(frozen=True)
+class Relabelled:
+    """Weights in float64, relabelled, each tensor while it is used: all of a large network's at once are too much memory."""
+
+    weights: Weights
+    symmetry: Symmetry
+    permutations: Permutations
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.weights[name].double()
+        for axis in self.symmetry.axes:
+            weight = permute_axis(weight, axis, self.permutations) if axis.tensor == name else weight
+        return weight
+
+
 def symmetry_error(program: Program, symmetry: Symmetry, weights: Weights, random: torch.Generator) -> float:
     """Return how far a random relabelling moves the outputs of n networks on random images, over their size, in float64."""
-    exact = {name: tensor.double() for name, tensor in weights.items()}
     images = torch.randn(4, *program.input_shape, generator=random).double()
-    before = run_stack(program, exact, images)
-    after = run_stack(program, permute(exact, symmetry, random_permutations(symmetry, random)), images)
+    before = run_stack(program, Relabelled(weights, symmetry, {}), images)
+    after = run_stack(program, Relabelled(weights, symmetry, random_permutations(symmetry, random)), images)
     return ((before - after).abs().amax() / before.abs().amax().clamp(min=1e-12)).item()
 
 

@@ -1,12 +1,10 @@
 """The properties as predictors learn them: on scales on which errors are alike, in units of their spread."""
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from stages.weightnet.properties import PROPERTIES
-from stages.weightnet.zoo import Zoo
 
 EDGE = 0.005  # accuracies nearer to 0 or 1 are taken for this
 
@@ -28,8 +26,3 @@ def from_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     for name, value in zip(PROPERTIES, values.unbind(1), strict=True):
         columns.append(value.sigmoid() if name.endswith("_acc") else value.exp() if name == "test_loss" else value)
     return torch.stack(columns, 1)
-
-
-def true_properties(zoo: Zoo, rows: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
-    """Return what was measured of some networks."""
-    return torch.from_numpy(np.stack([zoo.column(name) for name in PROPERTIES], 1)).float()[rows]

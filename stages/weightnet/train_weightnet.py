@@ -37,7 +37,7 @@ from stages.weightnet.predictors import Predictor
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.splits import Rows, Split, split_zoos
 from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
-from stages.weightnet.targets import from_scale, to_scale, true_properties
+from stages.weightnet.targets import from_scale, to_scale
 from stages.weightnet.zoo import Zoo, load_zoo, zoo_files
 
 MODELS = Path("models/train_weightnet")
@@ -97,6 +97,7 @@ class Params(StageParams):
     boosting_rounds: PositiveInt
     tasks: dict[str, Task]
     kept: str  # the task whose predictors are kept
+    skipped: list[str]  # members that this data set does without
     member: dict[str, Any]  # values of all members
     variant: Family
 
@@ -160,7 +161,7 @@ def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Stat
         inputs = {name: hyperparameters(zoos[name]) for name in names}
     else:
         inputs = {name: statistics[name, len(names) > 1] for name in names}
-    targets = {name: to_scale(true_properties(zoos[name], torch.arange(len(zoos[name])))) for name in names}
+    targets = {name: to_scale(zoos[name].properties(torch.arange(len(zoos[name])))) for name in names}
     scale = {}
     for key, values in (("input", inputs), ("target", targets)):
         learnt = torch.cat([values[name][rows] for name, rows in split.train.items()])
@@ -220,12 +221,13 @@ def train_predictor(job: Job, data: Data, params: Params) -> tuple[Predictor, li
             networks = data.zoos[name].networks(rows)
             if member.augment:
                 networks = augmented(networks, params.rescaling, random)
-            loss = huber_loss(model(networks, data.inputs[name][rows]), data.targets[name][rows])
+            opinions = model.opinions(networks, data.inputs[name][rows])
+            loss = sum(huber_loss(opinion, data.targets[name][rows]) for opinion in opinions)
             optimizer.zero_grad()
             loss.backward()
             clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            total += loss.item() * len(rows)
+            total += loss.item() / len(opinions) * len(rows)
             step += 1
         tau = mean_tau(truth, predict(model, data, data.split.validation))
         if not history or tau > max(row["val_tau"] for row in history):
@@ -308,7 +310,7 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
 
 def job_folder(job: Job, params: Params, data: str) -> Path:
     """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
-    recipe = params.model_dump(exclude={"variant": True, "tasks": True, "member": True})
+    recipe = params.model_dump(exclude={"variant": True, "tasks": True, "member": True, "skipped": True})
     recipe |= vars(job) | {"member": job.member.model_dump(), "task": params.tasks[job.task].model_dump(), "data": data}
     return work_folder(f"train_weightnet/{job.name}-{job.task}-{job.split}", recipe)
 
@@ -321,6 +323,7 @@ def main() -> None:
     members = {
         label: Member.parse(params.member | changes, lambda path: ".".join(["train_weightnet.member", *path]))
         for label, changes in params.variant.members.items()
+        if label not in params.skipped
     }
     jobs = [
         Job(label, member, task, split)

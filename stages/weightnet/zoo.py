@@ -17,6 +17,7 @@ from stages.common.params import StageParams
 from stages.common.tables import load_table
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
+from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.symmetry import Networks, Symmetry
 from stages.weightnet.training import unflatten
 
@@ -85,6 +86,10 @@ class Zoo:
     def column(self, name: str) -> Float[np.ndarray, " m"]:
         """Return a column of numbers."""
         return np.array(self.index[name], dtype=float)
+
+    def properties(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
+        """Return what was measured of some networks."""
+        return torch.from_numpy(np.stack([self.column(name) for name in PROPERTIES], 1)).float()[rows]
 
 
 def zoo_files(dataset: str, architecture: str) -> list[Path]:
