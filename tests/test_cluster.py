@@ -12,6 +12,7 @@ from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT
 from running import start
 
+from stages.common import pieces
 from stages.common.cluster import cluster_map
 from stages.common.command import InputError
 from stages.datasets import fetch_data
@@ -51,7 +52,7 @@ def test_a_zoo_built_on_a_cluster_has_the_same_bytes(cluster, project, monkeypat
     shutil.rmtree(".work")
     shutil.rmtree("models/build_zoo")
     monkeypatch.setenv("RAY_ADDRESS", cluster[0].address)
-    monkeypatch.setattr(build_zoo, "parallel_map", None)  # nothing trains here
+    monkeypatch.setattr(pieces, "parallel_map", None)  # nothing trains here
     start(monkeypatch, build_zoo, dataset="digits", variant="flat")
     assert {path.name: path.read_bytes() for path in Path("models/build_zoo/digits-flat").iterdir()} == first
 

@@ -21,11 +21,12 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from safetensors.numpy import load_file
 
 from stages.common.artifacts import save_arrays, save_json
-from stages.common.cluster import cluster_map, has_cluster
+from stages.common.cluster import has_cluster
 from stages.common.command import parse_arguments, run
 from stages.common.params import StageParams
+from stages.common.pieces import compute_pieces
 from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.runtime import generator, pick_device, pin_threads
 from stages.common.tables import save_table
 from stages.weightnet import pictures
 from stages.weightnet.networks import zoo_program
@@ -141,16 +142,9 @@ def main() -> None:
         names = hashlib.sha256(" ".join(one.name for one in stack).encode()).hexdigest()[:16]
         return work / f"{names}.safetensors"
 
-    def keep(stack: list[Run], arrays: dict[str, np.ndarray]) -> None:
-        save_arrays(stack_path(stack), arrays, {"runs": [one.name for one in stack]})
-
-    missing = [stack for shard in shards for stack in shard if not stack_path(stack).is_file()]
+    stacks = {stack_path(stack): stack for shard in shards for stack in shard}
     finish = partial(train_and_measure, traced=traced, images=images, params=params)
-    if has_cluster():
-        for place, arrays in cluster_map(finish, missing, f"train {name}"):
-            keep(missing[place], arrays)
-    else:
-        parallel_map(lambda stack: keep(stack, finish(stack)), missing, device, f"train {name}")
+    compute_pieces(finish, stacks, device, f"train {name}")
 
     rows, dropped = [], 0
     for number, shard in enumerate(shards):
