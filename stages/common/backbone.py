@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stages.common.artifacts import load_metadata, remedy, save_arrays
+from stages.common.artifacts import load_metadata, save_arrays
 from stages.common.command import InputError, one_line
 from stages.common.runtime import autocast
 
@@ -265,9 +265,6 @@ def save_backbone(path: Path, vit: VisionTransformer, config: BackboneConfig, de
 
 def load_backbone(path: Path, device: torch.device | str = "cpu") -> Backbone:
     """Read what `save_backbone` wrote; InputError if it is missing, damaged, or its published weights are others by now."""
-    if not path.is_file():
-        what_to_do = remedy(path) or ": run 'dvc repro pretrain_backbone'"
-        raise InputError(f"{path} is missing{what_to_do}")
     metadata = load_metadata(path)
     values = metadata["config"]
     config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
