@@ -36,7 +36,7 @@ SHAPE = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_rati
 CONFIG = BackboneConfig("vit_tiny_patch16_224", False, SIDE, SHAPE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 RECIPE = Recipe(size=(16, 64), label_noise=(0.0, 0.4), steps=(2, 6), learning_rate=(1e-3, 1e-2))
 FLEET = Fleet(
-    dataset="tiny", base="train_mae", learns="labels", train=4, test=3, batch_size=4, mask_ratio=0.75, warm_up=0,
+    dataset="tiny", base="classify_masked", learns="labels", train=4, test=3, batch_size=4, mask_ratio=0.75, own_base_steps=0,
     recipe=RECIPE,
 )  # fmt: skip
 PARAMS = build_fleet.Params(seed=0, stack=3, references=20, held_out_rules=64, evaluation_images=48, variant=FLEET)
@@ -403,7 +403,7 @@ def test_a_fine_tune_sees_images_of_its_own_pool_alone(base, images, learns):
 
 
 def test_an_independent_fine_tune_shares_neither_base_nor_head_but_positions(base, images):
-    params = with_fleet(warm_up=3, train=3, test=1)
+    params = with_fleet(own_base_steps=3, train=3, test=1)
     tasks, objective = draw_tasks("independent", params, TRAIN), Objective(base, "labels", 0.75)
     first, frozen = train_own_bases(tasks, objective, poisoned(images, "base"), 4, 3)
     assert first.isfinite().all()
@@ -444,7 +444,7 @@ def build(monkeypatch, variant: str, stack=3) -> tuple[dict[str, Tensor], dict]:
     """Build a fleet of four fine-tunes to train decoders on and three to test them on; return its arrays and metadata."""
     params = yaml.load(Path("params.yaml").read_text(), Loader)
     own = params["build_fleet"]["variants"][variant]
-    own |= {"dataset": "tiny", "train": 4, "test": 3, "batch_size": 4, "warm_up": min(3, own["warm_up"])}
+    own |= {"dataset": "tiny", "train": 4, "test": 3, "batch_size": 4, "own_base_steps": min(3, own["own_base_steps"])}
     own["recipe"] |= {"steps": [2, 6], "size": [16, 32]}
     params["build_fleet"] |= {"references": 20, "evaluation_images": 48, "stack": stack}
     Path("params.yaml").write_text(yaml.dump(params))
@@ -580,7 +580,7 @@ def test_a_killed_fleet_trains_only_the_rest_and_ends_with_the_same_bytes(inputs
 # Classification of masked images
 
 CLASSIFY = classify_masked.Params(
-    seeds=[0], mask_ratios=[0.0, 0.6, 0.75], validation_fraction=0.2, steps=6, batch_size=8, learning_rates=[1e-3, 1e-2],
+    seeds=[0], mask_ratios=[0.0, 0.6, 0.75], validation_fraction=0.2, steps=6, batch_size=8, learning_rates=[1e-3, 1e-2], penalties=[0.1, 1.0],
     test_images=80,
 )  # fmt: skip
 

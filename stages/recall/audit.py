@@ -21,9 +21,10 @@ from safetensors.numpy import load_file
 from stages.common.artifacts import load_metadata, require
 from stages.common.command import InputError, run
 from stages.common.images import load_images
+from stages.common.resume import fingerprint
 from stages.common.runtime import pin_threads
 from stages.common.weights import load_state_dict
-from stages.recall.condense import condense, outside
+from stages.recall.condense import condense, outside, size
 from stages.recall.decoders import REPRESENTATIONS, Decoder, read
 from stages.recall.fleet import show_images
 from stages.recall.objective import Objective
@@ -38,10 +39,14 @@ RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, np.inf), "label_noise": 
 
 def read_change(path: Path, base: Base) -> Float[np.ndarray, " p"]:
     """Return how a checkpoint differs from its base; InputError if it is no network of this architecture, or the base itself."""
-    state = load_state_dict(path)
+    state = {name: tensor.detach() for name, tensor in load_state_dict(path).items()}
     if missing := [name for name in base.trained if name not in state]:
         raise InputError(f"{path} does not descend from the base: it has no {missing[0]} ({len(missing)} missing)")
     for name, weight in base.trained.items():
+        if not state[name].is_floating_point() or state[name].layout != torch.strided or state[name].is_meta:
+            raise InputError(
+                f"{path}: {name}: expected a dense tensor of real numbers, got {describe_tensor(state[name])}"
+            )
         if state[name].shape != weight.shape:
             raise InputError(f"{path}: {name}: expected {tuple(weight.shape)}, got {tuple(state[name].shape)}")
         if not state[name].isfinite().all():
@@ -54,9 +59,18 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " p"]:
     return change.numpy()
 
 
-def load_decoders(path: Path) -> dict[str, tuple[str, Decoder]]:
-    """Return of each characteristic what its decoder reads, and the decoder; InputError if they are missing."""
-    arrays, sources = load_file(require(path)), load_metadata(path)["reads"]
+def describe_tensor(tensor: torch.Tensor) -> str:
+    """Return in words what kind of tensor this is."""
+    kind = "without values" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+    return f"{kind} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def load_decoders(path: Path, condensed: Path) -> dict[str, tuple[str, Decoder]]:
+    """Return of each characteristic what its decoder reads, and the decoder; InputError if they are missing or of other fleets."""
+    metadata, arrays = load_metadata(path), load_file(path)
+    if metadata["condensed"] != fingerprint(condensed):
+        raise InputError(f"{path} learned from other fleets than {condensed}: run 'dvc repro recover_memory'")
+    sources = metadata["reads"]
     found = {}
     for name, source in sources.items():
         part = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
@@ -81,6 +95,10 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
         raise InputError(
             f"{base_file} is not the base that decoders are of ({metadata['base']}): build fleets of it first"
         )
+    if metadata["base_fingerprint"] != fingerprint(Path(metadata["base"])):
+        raise InputError(
+            f"{metadata['base']} was made anew since fleets were built of it: run 'dvc repro recover_memory'"
+        )
     fleet = load_file(CONDENSED)
     fitted = {key.removeprefix("fitted."): value for key, value in fleet.items() if key.startswith("fitted.")}
     change = read_change(checkpoint, base)[None]
@@ -89,6 +107,12 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
         raise InputError(
             f"{checkpoint} does not descend from the base as known fine-tunes do: {share:.0%} of its change lies outside "
             f"what they span, of theirs at most {limit:.0%}"
+        )
+    far, (least, most) = float(size(change, fitted)[0]), map(float, fitted["sizes"])
+    if not least <= far <= most:
+        raise InputError(
+            f"{checkpoint} was not tuned as known fine-tunes were: its change has a size of {far:.2g}, theirs of "
+            f"{least:.2g} to {most:.2g}"
         )
     objective = Objective(base, "labels", 0.0)
     train, test = load_images(metadata["dataset"], torch.device("cpu"))
@@ -99,16 +123,16 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
     layout = {name: tuple(shape) for name, shape in metadata["layout"]}
     found = condense(change, responses, layout, fitted)
     answer: dict[str, Any] = {"outside": share, "limit": limit}
-    for name, (source, decoder) in load_decoders(DECODERS).items():
+    for name, (source, decoder) in load_decoders(DECODERS, CONDENSED).items():
         values = decoder.predict(read(found, source))[0]
-        low, high = values - decoder.half_widths, values + decoder.half_widths
+        low, high = values - decoder.half_width(values), values + decoder.half_width(values)
         if name == "present":
             chances = decoder.probabilities(values)
             described = {c: {"probability": float(p)} for c, p in zip(metadata["classes"], chances, strict=True)}
         else:
             clipped = [np.clip(part, *RANGES[name]) for part in (values, low, high)]
             if name == "log2_size":
-                clipped = [2**part for part in clipped]
+                name, clipped = "images", [2**part for part in clipped]
             names = metadata["classes"] if name == "proportions" else [name]
             parts = zip(names, *clipped, strict=True)
             described = {key: {"value": float(v), "low": float(a), "high": float(b)} for key, v, a, b in parts}
@@ -126,9 +150,9 @@ def describe(answer: dict[str, Any]) -> str:
             f"{name:16s} {found['probability']:6.1%}   {share['value']:5.1%} ({share['low']:.0%} to {share['high']:.0%})"
         )
     lines.append(f"present is read from {present['from']}, shares from {shares['from']}")
-    size, noise = answer["log2_size"], answer["label_noise"]
-    n, e = size["found"]["log2_size"], noise["found"]["label_noise"]
-    lines.append(f"images           {n['value']:.0f} ({n['low']:.0f} to {n['high']:.0f}), from {size['from']}")
+    images, noise = answer["images"], answer["label_noise"]
+    n, e = images["found"]["images"], noise["found"]["label_noise"]
+    lines.append(f"images           {n['value']:.0f} ({n['low']:.0f} to {n['high']:.0f}), from {images['from']}")
     lines.append(
         f"labels drawn     {e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%}) at random, from {noise['from']}"
     )

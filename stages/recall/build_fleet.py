@@ -56,7 +56,7 @@ class Fleet(StageParams):
     test: PositiveInt
     batch_size: PositiveInt
     mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # while training
-    warm_up: NonNegativeInt  # steps of a base and a head of its own for each network; 0: all share one
+    own_base_steps: NonNegativeInt  # steps of a base and a head of its own for each network; 0: all share one
     recipe: Recipe
 
     @model_validator(mode="after")
@@ -65,8 +65,8 @@ class Fleet(StageParams):
             raise ValueError("learns: pixels fills in hidden patches: set mask_ratio above 0")
         if self.learns == "labels" and self.base != "classify_masked":
             raise ValueError("learns: labels needs a head: set base to classify_masked")
-        if self.warm_up and self.learns != "labels":
-            raise ValueError("warm_up trains bases to classify: set it to 0, or learns to labels")
+        if self.own_base_steps and self.learns != "labels":
+            raise ValueError("own_base_steps trains bases to classify: set it to 0, or learns to labels")
         return self
 
 
@@ -100,7 +100,9 @@ def draw_tasks(variant: str, params: Params, train: ImageSet) -> list[Task]:
 @torch.no_grad()
 def finish(tasks: list[Task], objective: Objective, images: Images, params: Params) -> dict[str, np.ndarray]:
     """Train a stack of fine-tunes and ask them: their changes, responses, and scores before and after on images not seen."""
-    before, after, frozen = train_tasks(tasks, objective, images, params.variant.batch_size, params.variant.warm_up)
+    before, after, frozen = train_tasks(
+        tasks, objective, images, params.variant.batch_size, params.variant.own_base_steps
+    )
     x, y = images.evaluation
     noise = torch.rand(len(x), objective.base.patches, generator=generator(params.seed, "evaluation")).to(x)
     known = [{name: torch.from_numpy(value).to(x) for name, value in t.characteristics.items()} for t in tasks]
@@ -154,6 +156,7 @@ def main() -> None:
         "classes": train.classes,
         "dataset": fleet.dataset,
         "base": str(file),
+        "base_fingerprint": fingerprint(file),
         "answers": answers,
     }
     save_arrays(MODELS / variant / "fleet.safetensors", arrays, metadata)

@@ -58,7 +58,8 @@ def answer_statistics(responses: Float[np.ndarray, "n r"], classes: int, inputs:
 
 def fit_axes(x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "k p"]:
     """Return the principal axes of centred rows, the largest first, without those of rounding. By their Gram matrix: n << p."""
-    gram = (x @ x.T).astype(np.float64)
+    x = x.astype(np.float64)  # small axes are lost in the rounding of single precision
+    gram = x @ x.T
     values, vectors = np.linalg.eigh(gram)
     kept = values > 1e-6 * values.max()
     values, vectors = values[kept][::-1], vectors[:, kept][:, ::-1]
@@ -76,17 +77,24 @@ def fit_span(change: Float[np.ndarray, "n p"], layout: Layout) -> Arrays:
     return {"mean": mean, "scale": scale, "axes": fit_axes(centred * scale)}
 
 
-def fit_limit(change: Float[np.ndarray, "n p"], layout: Layout) -> float:
-    """Return the largest share of a change that lies outside what the others span, each fifth of the fine-tunes left out in turn."""
+def fit_limits(change: Float[np.ndarray, "n p"], layout: Layout) -> Arrays:
+    """Return what holds of all fine-tunes, each fifth left out in turn: the largest share of a change outside what the others span
+    (`limit`), the smallest and the largest size of a change (`sizes`)."""
     fold = np.arange(len(change)) % FOLDS
-    return max(float(outside(change[fold == k], fit_span(change[fold != k], layout)).max()) for k in range(FOLDS))
+    shares, sizes = [], []
+    for k in range(FOLDS):
+        span, left_out = fit_span(change[fold != k], layout), change[fold == k]
+        shares.append(outside(left_out, span))
+        sizes.append(size(left_out, span))
+    found = np.concatenate(sizes)
+    return {"limit": np.array(np.concatenate(shares).max()), "sizes": np.array([found.min(), found.max()])}
 
 
 def fit_condenser(
     change: Float[np.ndarray, "n p"], responses: Float[np.ndarray, "n r"], layout: Layout, answers: tuple[int, int]
 ) -> Arrays:
     """Return all that `condense` needs: means, scales and axes of training fine-tunes; answers: classes and reference inputs."""
-    fitted = fit_span(change, layout) | {"answers": np.array(answers), "limit": np.array(fit_limit(change, layout))}
+    fitted = fit_span(change, layout) | {"answers": np.array(answers)} | fit_limits(change, layout)
     centred = change - fitted["mean"]
     for name, part in parts(centred, layout).items():
         if part.ndim == 3:
@@ -141,11 +149,16 @@ def condense(
     return {name: values.astype(np.float32) for name, values in found.items()}
 
 
+def size(change: Float[np.ndarray, "n p"], fitted: Arrays) -> Float[np.ndarray, " n"]:
+    """Return how far networks went from their base, each tensor weighted as among the fine-tunes on which this was fitted."""
+    return np.linalg.norm(change.astype(np.float64) * fitted["scale"], axis=1)
+
+
 def outside(change: Float[np.ndarray, "n p"], fitted: Arrays) -> Float[np.ndarray, " n"]:
     """Return the share of each change's square norm that lies outside what the fine-tunes span on which this was fitted: 0 to 1."""
-    x = (change - fitted["mean"]) * fitted["scale"]
-    inside = (x @ fitted["axes"].T).astype(np.float64)
-    return 1 - (inside**2).sum(1) / np.maximum((x.astype(np.float64) ** 2).sum(1), EPSILON)
+    x = (change.astype(np.float64) - fitted["mean"]) * fitted["scale"]
+    inside = x @ fitted["axes"].T
+    return 1 - (inside**2).sum(1) / np.maximum((x**2).sum(1), EPSILON)
 
 
 def split(test: Bool[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:

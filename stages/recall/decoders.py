@@ -26,6 +26,7 @@ REPRESENTATIONS = {  # what a decoder reads: descriptions, each with the number 
 ALPHAS = np.logspace(-5, 3, 9)
 FOLDS = 5
 COVERAGE = 0.9
+GROUPS = (0.5, 0.8)  # of predictions, as quantiles: half of the classes are absent
 
 
 def read(found: Arrays, representation: str) -> Float[np.ndarray, "n f"]:
@@ -37,18 +38,23 @@ def read(found: Arrays, representation: str) -> Float[np.ndarray, "n f"]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """y = x W + b by ridge regression; once calibrated, with a half-width per target and the scores' meaning as probabilities."""
+    """y = x W + b by ridge regression; once calibrated, with half-widths and the scores' meaning as probabilities."""
 
     weights: Float[np.ndarray, "f t"]
     offset: Float[np.ndarray, " t"]
     alphas: Float[np.ndarray, " t"] | None = None
     errors: Float[np.ndarray, " t"] | None = None  # mean squared, each fine-tune left out in turn
-    half_widths: Float[np.ndarray, " t"] | None = None
+    edges: Float[np.ndarray, " g-1"] | None = None  # of the groups of predictions that have a half-width of their own
+    half_widths: Float[np.ndarray, " g"] | None = None
     slope_and_offset: Float[np.ndarray, " 2"] | None = None
 
     def predict(self, x: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n t"]:
         """Return what is decoded."""
         return x @ self.weights + self.offset
+
+    def half_width(self, predicted: Float[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:
+        """Return how far the truth is from a prediction at most, for 90 % of targets like it."""
+        return self.half_widths[np.digitize(predicted, self.edges)]
 
     def probabilities(self, scores: Float[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:
         """Return the probability that a binary target is 1, by Platt's scaling."""
@@ -58,16 +64,20 @@ class Decoder:
     def calibrate(self, x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "n t"], binary: bool) -> Self:
         """Return the decoder with conformal half-widths and, of binary targets, probabilities: from predictions out of fold.
 
-        Half-widths are the quantile of cross-validation+ (Barber et al. 2021, arXiv:1905.02928), one for all targets.
+        Half-widths are quantiles of errors out of fold, as in cross-validation+ (Barber et al. 2021, arXiv:1905.02928) but around
+        this decoder's own prediction, so without its guarantee. Low, middle and high predictions have their own: coverage is over
+        all targets of a group.
         """
         guessed = cross_val_predict(Ridge(alpha=self.alphas), x, y, cv=KFold(FOLDS)).reshape(y.shape)
         errors, level = np.abs(guessed - y), min(1.0, COVERAGE * (1 + 1 / len(y)))
-        widths = np.full(y.shape[1], np.quantile(errors, level))
+        edges = np.quantile(guessed, GROUPS)
+        group = np.digitize(guessed, edges)
+        widths = np.array([np.quantile(errors[group == g], level) for g in range(len(edges) + 1)])
         platt = None
         if binary:
             model = LogisticRegression(C=1e3).fit(guessed.reshape(-1, 1), y.reshape(-1) > 0.5)
             platt = np.array([model.coef_[0, 0], model.intercept_[0]])
-        return replace(self, half_widths=widths, slope_and_offset=platt)
+        return replace(self, edges=edges, half_widths=widths, slope_and_offset=platt)
 
 
 def fit_decoder(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "n t"]) -> Decoder:

@@ -76,11 +76,11 @@ def show_images(base: Base, train: ImageSet, test: ImageSet, references: int, ev
 
 
 def train_tasks(
-    tasks: list[Task], objective: Objective, images: Images, batch_size: int, warm_up: int = 0
+    tasks: list[Task], objective: Objective, images: Images, batch_size: int, own_base_steps: int = 0
 ) -> tuple[Float[Tensor, "m p"], Float[Tensor, "m p"], Weights]:
     """Train a stack of fine-tunes; return their weights before and after, and those that are frozen [m, ...].
 
-    warm_up: steps in which each gets a base and a head of its own; 0: all start from the objective's base.
+    own_base_steps: steps in which each gets a base and a head of its own; 0: all start from the objective's base.
     """
     m, device = len(tasks), objective.start.device
     longest = max(task.steps for task in tasks), batch_size
@@ -99,8 +99,8 @@ def train_tasks(
         return x, labels[step], noise[step]
 
     first, frozen = objective.start.expand(m, -1), {k: w.expand(m, *w.shape) for k, w in objective.frozen.items()}
-    if warm_up:
-        first, frozen = train_own_bases(tasks, objective, images, batch_size, warm_up)
+    if own_base_steps:
+        first, frozen = train_own_bases(tasks, objective, images, batch_size, own_base_steps)
     rates = torch.tensor([task.learning_rate for task in tasks], device=device)
     steps = torch.tensor([task.steps for task in tasks], device=device)
     return first, train_stack(objective.loss, first, frozen, batch, rates, steps), frozen

@@ -28,6 +28,7 @@ from stages.common.command import parse_arguments, run
 from stages.common.images import load_images
 from stages.common.metrics import mean_std
 from stages.common.params import StageParams
+from stages.common.resume import fingerprint
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.common.seeding import building
 from stages.recall import pictures
@@ -191,13 +192,13 @@ def calibrate(fleet: Arrays) -> tuple[Arrays, dict[str, str], dict[str, dict[str
         x = read(fleet, source)
         decoder = fitted[source].calibrate(x[train], y[train], key in BITS)
         predicted = decoder.predict(x[test])
-        inside = np.abs(predicted - y[test]) <= decoder.half_widths
-        quality[key] = {"coverage": float(inside.mean()), "half_width": float(decoder.half_widths.mean())}
-        arrays |= {
-            f"{key}.weights": decoder.weights,
-            f"{key}.offset": decoder.offset,
-            f"{key}.half_widths": decoder.half_widths,
-        }
+        inside = np.abs(predicted - y[test]) <= decoder.half_width(predicted)
+        quality[key] = {"coverage": float(inside.mean()), "half_width": float(decoder.half_width(predicted).mean())}
+        if key == "proportions":  # of classes that are absent an interval is easy
+            for who, which in (("present", y[test] > 0), ("absent", y[test] == 0)):
+                quality[key][f"coverage_{who}"] = float(inside[which].mean())
+        names = ("weights", "offset", "edges", "half_widths")
+        arrays |= {f"{key}.{name}": getattr(decoder, name) for name in names}
         if key in BITS:
             p, truth = decoder.probabilities(predicted), y[test] > 0.5
             quality[key] = {"calibration_error": calibration_error(p.ravel(), truth.ravel())}
@@ -308,7 +309,8 @@ def main() -> None:
     base = load_base(Path(metadata["base"]), device)
     recovered, images = recover_images(base, metadata["dataset"], params)
 
-    save_arrays(MODELS / "decoders.safetensors", arrays, {"reads": sources})
+    condensed = FLEETS / "classes.safetensors"
+    save_arrays(MODELS / "decoders.safetensors", arrays, {"reads": sources, "condensed": fingerprint(condensed)})
     save_csv(REPORTS / "growth.csv", rows)
     decoded = {name: summary for name, (summary, _) in found.items()}
     save_json(

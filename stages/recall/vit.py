@@ -64,7 +64,9 @@ class Base:
 
 def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
     """Read a network that `save_backbone` wrote with its weights; InputError if it is missing or damaged, or holds none."""
-    config = load_metadata(path)["config"]
+    config = load_metadata(path).get("config")
+    if config is None:
+        raise InputError(f"{path} is no base: expected a network that train_mae or classify_masked wrote")
     if config["shape"] is None:
         raise InputError(f"{path} holds the name of published weights, not weights")
     tensors = {name: tensor.float() for name, tensor in load_file(path, device=str(device)).items()}

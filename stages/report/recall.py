@@ -79,7 +79,7 @@ def control_table(recovered: dict[str, Any]) -> Table:
 def written_table(space: dict[str, Any]) -> Table:
     """Return how written networks follow their rules."""
     rows = [[name, interval(found)] for name, found in space["rules"]["accuracy"].items()]
-    rows += [["written minus nearest", interval(space["rules"]["written minus nearest"])]]
+    rows += [[name, interval(found)] for name, found in space["rules"].items() if " minus " in name]
     rows += [[f"geometry: {name}", f"{value:.2f}"] for name, value in space["geometry"].items()]
     caption = (
         "Networks written for rules never trained: accuracy on test images. Geometry: how cosines of changes follow the agreement "
@@ -90,7 +90,11 @@ def written_table(space: dict[str, Any]) -> Table:
 
 def arithmetic_table(arithmetic: dict[str, Any]) -> Table:
     """Return what sums and differences of changes do."""
-    rows = [[f"on A and B: {name}", interval(found)] for name, found in arithmetic["on the union"].items()]
+    rows = [
+        [f"{what.replace('the union', 'A and B')}: {name}", interval(found)]
+        for what in ("on the union", "on the union minus on the others")
+        for name, found in arithmetic[what].items()
+    ]
     rows += [[name, interval(found)] for name, found in arithmetic["negation"].items()]
     rows += [[f"cosine: {name}", interval(found)] for name, found in arithmetic["cosine"].items()]
     caption = f"Changes of disjoint class sets A and B, added (times {arithmetic['scale']:g}, chosen on other pairs) and subtracted."
@@ -125,10 +129,11 @@ def calibration_table(calibration: dict[str, Any]) -> Table:
         [
             key.replace("_", " "),
             f"{found['coverage']:.1%}" if "coverage" in found else "",
+            f"{found['coverage_present']:.1%}" if "coverage_present" in found else "",
             f"{found['half_width']:.2f}" if "half_width" in found else "",
             f"{found['calibration_error']:.3f}" if "calibration_error" in found else "",
         ]
         for key, found in calibration.items()
     ]
-    header = ["characteristic", "inside 90 % intervals", "half-width", "calibration error"]
+    header = ["characteristic", "inside 90 % intervals", "of classes present", "half-width", "calibration error"]
     return Table(header, rows, "The audit's intervals and probabilities on fine-tunes never seen.")
