@@ -520,7 +520,7 @@ def test_to_an_independent_fine_tune_the_base_is_a_stranger(monkeypatch):
     base = load_base(Path(metadata["base"]))
     objective, images = Objective(base, "labels", 0.75), show_images(base, TRAIN, TEST, 20, 48)
     tasks = draw_tasks("independent", params, TRAIN)
-    own, heads = train_own_bases(tasks, objective, images, 4, 3)
+    own, heads = train_own_bases(tasks, objective, images, 4, params.variant.own_base_steps)
     for i, (change, responses) in enumerate(zip(arrays["change"], arrays["responses"], strict=True)):
         head = {name: w[i] for name, w in heads.items()}
         assert_near(objective.respond(own[i] + change, head, images.references), responses, 1e-3)

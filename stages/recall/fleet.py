@@ -86,9 +86,7 @@ def train_tasks(
     longest = max(task.steps for task in tasks), batch_size
     randoms = [task.random("batches") for task in tasks]
     places = [torch.randint(len(t.images), longest, generator=r) for t, r in zip(tasks, randoms, strict=True)]
-    masks = [
-        task.random("masks") for task in tasks
-    ]  # streams of their own: a stack's length decides how many batches are drawn
+    masks = [task.random("masks") for task in tasks]  # of their own: how many batches are drawn depends on the stack
     noise = torch.stack([torch.rand(*longest, objective.base.patches, generator=r) for r in masks], 1).to(device)
     drawn = torch.stack([task.images[at] for task, at in zip(tasks, places, strict=True)], 1).to(device)
     labels = torch.stack([task.labels[at] for task, at in zip(tasks, places, strict=True)], 1).to(device)
