@@ -580,8 +580,8 @@ def test_a_killed_fleet_trains_only_the_rest_and_ends_with_the_same_bytes(inputs
 # Classification of masked images
 
 CLASSIFY = classify_masked.Params(
-    seeds=[0], mask_ratios=[0.0, 0.6, 0.75], validation_fraction=0.2, steps=6, batch_size=8, learning_rates=[1e-3, 1e-2], penalties=[0.1, 1.0],
-    test_images=80,
+    seeds=[0], mask_ratios=[0.0, 0.6, 0.75], validation_fraction=0.2, steps=6, batch_size=8, learning_rates=[1e-3, 1e-2],
+    penalties=[0.1, 1.0], test_images=80,
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ REPORTS = Path("reports/map_weight_space")
 STACK = 20  # networks that are run or trained together
 ATTRIBUTES = ("cross", "blue", "right")  # of a cell, where its bits are 1
 READS = ("cells", "cells and pairs")  # what the map knows of a truth table
-PENALTIES = (0.1, 1.0, 10.0)
+PENALTIES = (1.0, 10.0)
 
 
 class Params(StageParams):
