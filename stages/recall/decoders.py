@@ -27,6 +27,7 @@ ALPHAS = np.logspace(-5, 3, 9)
 FOLDS = 5
 COVERAGE = 0.9
 GROUPS = (0.5, 0.8)  # of predictions, as quantiles: half of the classes are absent
+ENOUGH = 1000  # errors to tell groups apart
 
 
 def read(found: Arrays, representation: str) -> Float[np.ndarray, "n f"]:
@@ -65,12 +66,12 @@ class Decoder:
         """Return the decoder with conformal half-widths and, of binary targets, probabilities: from predictions out of fold.
 
         Half-widths are quantiles of errors out of fold, as in cross-validation+ (Barber et al. 2021, arXiv:1905.02928) but around
-        this decoder's own prediction, so without its guarantee. Low, middle and high predictions have their own: coverage is over
-        all targets of a group.
+        this decoder's own prediction, so without its guarantee. Where errors are many, low, middle and high predictions have
+        their own. Coverage is over all targets of a group.
         """
         guessed = cross_val_predict(Ridge(alpha=self.alphas), x, y, cv=KFold(FOLDS)).reshape(y.shape)
         errors, level = np.abs(guessed - y), min(1.0, COVERAGE * (1 + 1 / len(y)))
-        edges = np.quantile(guessed, GROUPS)
+        edges = np.quantile(guessed, GROUPS if errors.size >= ENOUGH else ())
         group = np.digitize(guessed, edges)
         widths = np.array([np.quantile(errors[group == g], level) for g in range(len(edges) + 1)])
         platt = None

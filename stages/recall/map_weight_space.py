@@ -93,7 +93,6 @@ def average_nearest(
     return np.stack([changes[row == row.min()].mean(0) for row in distance])
 
 
-@torch.no_grad()
 def accuracy(
     objective: Objective,
     changes: Float[np.ndarray, "m p"],
@@ -105,11 +104,13 @@ def accuracy(
     x, _ = images
     frozen, noise = objective.frozen, torch.zeros(len(x), objective.base.patches).to(x)
     score = vmap(objective.scores, in_dims=(0, None, None, 0, None))
-    found = []
-    for some in torch.arange(len(changes)).split(STACK):
-        vectors = objective.start + torch.from_numpy(changes[some.numpy()]).to(x)
-        found.append(score(vectors, frozen, x, labels[some.to(x.device)], noise))
-    right = torch.cat(found)
+
+    def run_some(some: Tensor) -> Tensor:
+        with torch.no_grad():  # each thread has its own
+            vectors = objective.start + torch.from_numpy(changes[some.numpy()]).to(x)
+            return score(vectors, frozen, x, labels[some.to(x.device)], noise)
+
+    right = torch.cat(parallel_map(run_some, torch.arange(len(changes)).split(STACK), x.device))
     counted = torch.ones_like(right) if counted is None else counted.to(right)
     return ((right * counted).sum(1) / counted.sum(1)).double().cpu().numpy()
 

@@ -150,10 +150,11 @@ def permuted(name: str, fleet: Arrays, seed: int) -> dict[str, dict[str, float]]
     key = next(key for key in CHARACTERISTICS[name] if key in BITS)
     (train, test), x, y = split(fleet["test"]), read(fleet, "change"), fleet[key].astype(np.float64)
     found: dict[str, list[float]] = {"test": [], "training": []}
+    decoder = fit_decoder(x[train], y[train])
     for repeat in range(5):
         random = np.random.default_rng([seed, repeat])
         wrong = fit_decoder(x[random.permutation(train)], y[train]).predict(x[test])
-        right = fit_decoder(x[train], y[train]).predict(x[random.permutation(test)])
+        right = decoder.predict(x[random.permutation(test)])
         found["training"].append(float(right_bits(wrong, y[test]).mean()))
         found["test"].append(float(right_bits(right, y[test]).mean()))
     return {who: mean_std(values) for who, values in found.items()}
