@@ -594,8 +594,11 @@ def test_rules_that_are_chosen_on_are_not_learned_from_and_test_rules_never_are(
     trained, tested = set(tables[:150]), set(tables[150:])
     held = {tuple(row) for reported, rules, _ in measured if not reported for row in rules.astype(float)}
     assert len(held) == round(0.2 * len(trained)) and held < trained
-    assert all(not reported for reported, _, _ in measured[:28]) and all(reported for reported, _, _ in measured[28:])
-    assert all(not rules & held and rules == trained - held for rules in fitted[:-1]) and len(fitted) == 7
+    maps = len(map_weight_space.READS) * len(map_weight_space.PENALTIES)
+    tried = (maps + 1) * len(params.scales)  # and the averages that are copied
+    assert [reported for reported, _, _ in measured[: tried + 1]] == [False] * tried + [True]
+    assert all(reported for reported, _, _ in measured[tried:])
+    assert all(not rules & held and rules == trained - held for rules in fitted[:-1]) and len(fitted) == maps + 1
     assert fitted[-1] == trained and not trained & tested
     asked = {tuple(row) for reported, rules, _ in measured if reported for row in rules.astype(float)}
     assert asked == tested

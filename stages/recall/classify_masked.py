@@ -5,7 +5,8 @@ Writes  models/classify_masked/<dataset>/backbone.safetensors   the fine-tuned e
         reports/classify_masked/<dataset>/summary.json          test accuracy of each method at each mask ratio, over seeds
         reports/classify_masked/<dataset>/accuracy.png
 Methods: the encoder fine-tuned, or frozen behind a trained head; the same architecture from scratch, and its random encoder frozen.
-All learn from the base's pool of images, at all mask ratios in turn; validation images choose each one's learning rate or penalty.
+All learn from the base's pool of images, at all mask ratios in turn; validation images choose each one's learning rate or penalty,
+by the first seed.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy, linear
 from stages.common.artifacts import load_metadata, save_arrays, save_json
 from stages.common.command import parse_arguments, run
 from stages.common.images import load_images, split_validation
-from stages.common.metrics import majority_accuracy, mean_std
+from stages.common.metrics import majority_accuracy, over_seeds
 from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.common.schedules import warmup_cosine
@@ -131,6 +132,12 @@ def probe(
     return networks
 
 
+def only(params: Params, method: str, place: int) -> Params:
+    """Return the parameters with the one learning rate, or penalty, of a method that was chosen."""
+    name = "learning_rates" if METHODS[method][1] else "penalties"
+    return params.model_copy(update={name: [getattr(params, name)[place]]})
+
+
 def see(noise: Float[Tensor, "n p"], ratio: float) -> Int[Tensor, "n k"]:
     """Return which patches are seen: those of the smallest noise."""
     return noise.argsort(1)[:, : visible(noise.shape[1], ratio)]
@@ -163,27 +170,23 @@ def main() -> None:
     test = test.subset(torch.arange(min(params.test_images, len(test)), device=device))
     data, chosen_on, tested_on = ((base.patchify(part.images), part.labels) for part in (fit, validation, test))
 
-    def choose(job: tuple[str, int]) -> tuple[Weights, dict[str, float]]:
-        networks = train_method(base, *job, data, params)
+    def choose(method: str) -> tuple[Weights, list[dict[str, float]]]:
+        first, *others = params.seeds
+        networks = train_method(base, method, first, data, params)
         scores = [sum(accuracies(w, base, chosen_on, params.mask_ratios).values()) for w in networks]
-        best = networks[scores.index(max(scores))]
-        return best, accuracies(best, base, tested_on, params.mask_ratios)
+        best = scores.index(max(scores))
+        chosen = only(params, method, best)
+        alike = [networks[best], *(train_method(base, method, seed, data, chosen)[0] for seed in others)]
+        return alike[0], [accuracies(w, base, tested_on, params.mask_ratios) for w in alike]
 
-    jobs = [(method, seed) for method in METHODS for seed in params.seeds]
-    found = dict(zip(jobs, parallel_map(choose, jobs, device, f"classify {dataset}"), strict=True))
+    found = dict(zip(METHODS, parallel_map(choose, list(METHODS), device, f"classify {dataset}"), strict=True))
 
-    stored, _ = found[STORED, params.seeds[0]]
+    stored, _ = found[STORED]
     decoder = base.decoder | {name: stored[name] for name in HEAD}
     tensors = {name: stored[name] for name in base.encoder} | {f"decoder.{k}": v for k, v in decoder.items()}
     arrays = {name: tensor.half().cpu().numpy() for name, tensor in tensors.items()}
     save_arrays(MODELS / dataset / "backbone.safetensors", arrays, {"config": load_metadata(path)["config"]})
-    acc = {
-        method: {
-            str(ratio): mean_std([found[method, seed][1][str(ratio)] for seed in params.seeds])
-            for ratio in params.mask_ratios
-        }
-        for method in METHODS
-    }
+    acc = {method: over_seeds(by_seed) for method, (_, by_seed) in found.items()}
     majority = majority_accuracy(fit.labels, test.labels)
     save_json(REPORTS / dataset / "summary.json", {"acc": acc, "majority": majority})
     pictures.draw_masked_accuracy(REPORTS / dataset / "accuracy.png", acc, majority)
