@@ -84,9 +84,8 @@ def gives(source: str) -> str:
     return " and ".join(sorted(kinds, reverse=True))
 
 
-def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
-    """Return what a checkpoint was trained on, as far as its weights and responses tell."""
-    metadata = load_metadata(require(CONDENSED))
+def read_base(base_file: Path, metadata: dict[str, Any]) -> Base:
+    """Return the base; InputError if it is not the one whose fine-tunes the decoders know."""
     base, known = load_base(base_file), load_base(Path(metadata["base"]))
     same = base.encoder.keys() == known.encoder.keys() and all(
         torch.equal(weight, known.encoder[name]) for name, weight in base.encoder.items()
@@ -99,9 +98,14 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
         raise InputError(
             f"{metadata['base']} was made anew since fleets were built of it: run 'dvc repro recover_memory'"
         )
-    fleet = load_file(CONDENSED)
-    fitted = {key.removeprefix("fitted."): value for key, value in fleet.items() if key.startswith("fitted.")}
-    change = read_change(checkpoint, base)[None]
+    return base
+
+
+def check_descent(checkpoint: Path, change: Float[np.ndarray, "1 p"], fitted: dict[str, np.ndarray]) -> float:
+    """Return the share of a change that lies outside what known fine-tunes span; InputError if theirs never was so large.
+
+    InputError, too, if the network went less far or farther from the base than any of them.
+    """
     share, limit = float(outside(change, fitted)[0]), float(fitted["limit"])
     if share > limit:
         raise InputError(
@@ -114,6 +118,16 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
             f"{checkpoint} was not tuned as known fine-tunes were: its change has a size of {far:.2g}, theirs of "
             f"{least:.2g} to {most:.2g}"
         )
+    return share
+
+
+def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
+    """Return what a checkpoint was trained on, as far as its weights and responses tell."""
+    metadata = load_metadata(require(CONDENSED))
+    base, fleet = read_base(base_file, metadata), load_file(CONDENSED)
+    fitted = {key.removeprefix("fitted."): value for key, value in fleet.items() if key.startswith("fitted.")}
+    change = read_change(checkpoint, base)[None]
+    share = check_descent(checkpoint, change, fitted)
     objective = Objective(base, "labels", 0.0)
     train, test = load_images(metadata["dataset"], torch.device("cpu"))
     references = show_images(base, train, test, metadata["answers"][1], 1).references
@@ -122,7 +136,7 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
         responses = objective.respond(vector, objective.frozen, references).numpy()[None]
     layout = {name: tuple(shape) for name, shape in metadata["layout"]}
     found = condense(change, responses, layout, fitted)
-    answer: dict[str, Any] = {"outside": share, "limit": limit}
+    answer: dict[str, Any] = {"outside": share, "limit": float(fitted["limit"])}
     for name, (source, decoder) in load_decoders(DECODERS, CONDENSED).items():
         values = decoder.predict(read(found, source))[0]
         low, high = values - decoder.half_width(values), values + decoder.half_width(values)
