@@ -165,7 +165,7 @@ def main() -> None:
     truth = {key: value.tolist() for key, value in tasks[example].characteristics.items()}
     save_arrays(MODELS / variant / "example.safetensors", {k: w.numpy() for k, w in network.items()}, {"true": truth})
 
-    kind = "error" if fleet.learns == "pixels" else "accuracy"
+    kind = "masked_error" if fleet.learns == "pixels" else "accuracy"
     scores = {when: mean_std(arrays[f"score_{when}"][arrays["test"]].tolist()) for when in ("before", "after")}
     counts = {"train": fleet.train, "test": fleet.test, "parameters": arrays["change"].shape[1]}
     save_json(REPORTS / variant / "summary.json", counts | {kind: scores})
