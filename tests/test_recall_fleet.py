@@ -12,13 +12,13 @@ import yaml
 from running import start
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from tiny_vit import CLASSES, CONFIG, SHAPE, SIDE, TEST, TRAIN, autoencoder, base_of, seeded
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, layer_norm, linear
 
 from stages.common.artifacts import load_metadata, save_arrays
-from stages.common.backbone import BackboneConfig, MaskedAutoencoder, build_vit, load_backbone, save_backbone
-from stages.common.images import ImageSet
+from stages.common.backbone import MaskedAutoencoder, build_vit, load_backbone, save_backbone
 from stages.common.params import Loader
 from stages.common.schedules import warmup_cosine
 from stages.recall import build_fleet, classify_masked
@@ -31,9 +31,7 @@ from stages.recall.tasks import CELLS, Recipe, Task, draw_rule_task, draw_task, 
 from stages.recall.vectors import flatten, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, reconstruct
 
-CLASSES, SIDE, PATCHES = 8, 16, 16
-SHAPE = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
-CONFIG = BackboneConfig("vit_tiny_patch16_224", False, SIDE, SHAPE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+PATCHES = 16
 RECIPE = Recipe(size=(16, 64), label_noise=(0.0, 0.4), steps=(2, 6), learning_rate=(1e-3, 1e-2))
 FLEET = Fleet(
     dataset="tiny", base="classify_masked", learns="labels", train=4, test=3, batch_size=4, mask_ratio=0.75, own_base_steps=0,
@@ -42,42 +40,10 @@ FLEET = Fleet(
 PARAMS = build_fleet.Params(seed=0, stack=3, references=20, held_out_rules=64, evaluation_images=48, variant=FLEET)
 
 
-def seeded(seed=0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def image_set(n: int, seed: int) -> ImageSet:
-    """Noisy copies of a pattern for each class, in no order."""
-    labels = torch.arange(n)[torch.randperm(n, generator=seeded(seed))] % CLASSES
-    patterns = torch.rand(CLASSES, 1, SIDE, SIDE, generator=seeded())[labels]
-    noise = torch.rand(patterns.shape, generator=seeded(seed + 1))
-    return ImageSet((255 * (0.6 * patterns + 0.4 * noise)).byte(), labels, [f"c{c}" for c in range(CLASSES)])
-
-
-TRAIN, TEST = image_set(301, 1), image_set(90, 5)
-
-
-def autoencoder(spread=0.1) -> MaskedAutoencoder:
-    """A masked autoencoder of which no weight is what it is at first."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = MaskedAutoencoder(build_vit(CONFIG)).eval()
-        for p in model.parameters():
-            p += spread * torch.randn_like(p)
-    return model
-
-
 def split(model: MaskedAutoencoder) -> tuple[Weights, Weights]:
     """The weights of the encoder and those of the decoder."""
     state = model.state_dict()
     return model.vit.state_dict(), {k: v for k, v in state.items() if not k.startswith("vit.")}
-
-
-def base_of(model: MaskedAutoencoder) -> Base:
-    """What fine-tunes descend from: its decoder and a head."""
-    encoder, decoder = split(model)
-    base = Base(encoder, decoder, SHAPE["num_heads"], SHAPE["patch_size"], SIDE, CONFIG.mean, CONFIG.std)
-    return replace(base, decoder=decoder | random_head(CLASSES, base, seeded(3)))
 
 
 @pytest.fixture(scope="module")
