@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from scipy.special import expit
 from sklearn.linear_model import Ridge
-from tiny_vit import CONFIG, TEST, TRAIN, autoencoder, base_of, seeded
+from tiny_vit import CONFIG, TEST, TRAIN, autoencoder, base_of, save_inputs, seeded
 from torch import Tensor
 
 from stages.common.artifacts import load_metadata, save_arrays
@@ -718,15 +718,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("WEIGHTLENS_DEVICE", "cpu")
         load_images.cache_clear()
-        arrays = {
-            f"{name}_{kind}": getattr(part, kind).numpy()
-            for name, part in (("train", TRAIN), ("test", TEST))
-            for kind in ("images", "labels")
-        }
-        save_arrays(Path("data/tiny.safetensors"), arrays, {"classes": TRAIN.classes})
-        model = autoencoder()
-        file = Path("models/classify_masked/tiny/backbone.safetensors")
-        save_backbone(file, model.vit, CONFIG, base_of(model).decoder)
+        save_inputs("classify_masked")
         params = yaml.load((ROOT / "params.yaml").read_text(), Loader)
         own = params["build_fleet"]["variants"]["classes"]
         own |= {"dataset": "tiny", "train": 60, "test": 8, "batch_size": 8}

@@ -12,12 +12,12 @@ import yaml
 from running import start
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from tiny_vit import CLASSES, CONFIG, SHAPE, SIDE, TEST, TRAIN, autoencoder, base_of, seeded
+from tiny_vit import CLASSES, CONFIG, SHAPE, SIDE, TEST, TRAIN, autoencoder, base_of, save_inputs, seeded
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, layer_norm, linear
 
-from stages.common.artifacts import load_metadata, save_arrays
+from stages.common.artifacts import load_metadata
 from stages.common.backbone import MaskedAutoencoder, build_vit, load_backbone, save_backbone
 from stages.common.params import Loader
 from stages.common.schedules import warmup_cosine
@@ -393,15 +393,7 @@ def test_an_independent_fine_tune_shares_neither_base_nor_head_but_positions(bas
 @pytest.fixture
 def inputs(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a data set and two bases, whose file is that of an autoencoder and of a classifier in one."""
-    arrays = {
-        f"{name}_{kind}": getattr(part, kind).numpy()
-        for name, part in (("train", TRAIN), ("test", TEST))
-        for kind in ("images", "labels")
-    }
-    save_arrays(Path("data/tiny.safetensors"), arrays, {"classes": TRAIN.classes})
-    model = autoencoder()
-    for stage in ("train_mae", "classify_masked"):
-        save_backbone(Path(f"models/{stage}/tiny/backbone.safetensors"), model.vit, CONFIG, base_of(model).decoder)
+    save_inputs("train_mae", "classify_masked")
     monkeypatch.setattr(build_fleet.pictures, "draw_fleet", lambda *_: None)
     return project
 

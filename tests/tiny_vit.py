@@ -1,8 +1,11 @@
 """A masked autoencoder small enough to fine-tune in milliseconds, and images for it."""
 
+from pathlib import Path
+
 import torch
 
-from stages.common.backbone import BackboneConfig, MaskedAutoencoder, build_vit
+from stages.common.artifacts import save_arrays
+from stages.common.backbone import BackboneConfig, MaskedAutoencoder, build_vit, save_backbone
 from stages.common.images import ImageSet
 from stages.recall.objective import random_head
 from stages.recall.vit import Base
@@ -44,3 +47,16 @@ def base_of(model: MaskedAutoencoder) -> Base:
     base = Base(encoder, decoder, SHAPE["num_heads"], SHAPE["patch_size"], SIDE, CONFIG.mean, CONFIG.std)
     head = random_head(CLASSES, base, seeded(3))
     return Base(encoder, decoder | head, base.heads, base.patch_size, SIDE, CONFIG.mean, CONFIG.std)
+
+
+def save_inputs(*stages: str) -> None:
+    """Write the images as the data set `tiny`, and the same base, an autoencoder and a classifier in one, as each stage's."""
+    arrays = {
+        f"{name}_{kind}": getattr(part, kind).numpy()
+        for name, part in (("train", TRAIN), ("test", TEST))
+        for kind in ("images", "labels")
+    }
+    save_arrays(Path("data/tiny.safetensors"), arrays, {"classes": TRAIN.classes})
+    model = autoencoder()
+    for stage in stages:
+        save_backbone(Path(f"models/{stage}/tiny/backbone.safetensors"), model.vit, CONFIG, base_of(model).decoder)

@@ -139,12 +139,12 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {"outside": share, "limit": float(fitted["limit"])}
     for name, (source, decoder) in load_decoders(DECODERS, CONDENSED).items():
         values = decoder.predict(read(found, source))[0]
-        low, high = values - decoder.half_width(values), values + decoder.half_width(values)
+        half = decoder.half_width(values)
         if name == "present":
             chances = decoder.probabilities(values)
             described = {c: {"probability": float(p)} for c, p in zip(metadata["classes"], chances, strict=True)}
         else:
-            clipped = [np.clip(part, *RANGES[name]) for part in (values, low, high)]
+            clipped = [np.clip(part, *RANGES[name]) for part in (values, values - half, values + half)]
             if name == "log2_size":
                 name, clipped = "images", [2**part for part in clipped]
             names = metadata["classes"] if name == "proportions" else [name]
