@@ -26,7 +26,7 @@ from stages.common.runtime import pin_threads
 from stages.common.weights import load_state_dict
 from stages.recall.condense import condense, outside, size
 from stages.recall.decoders import REPRESENTATIONS, Decoder, read
-from stages.recall.fleet import show_images
+from stages.recall.fleet import split_test
 from stages.recall.objective import Objective
 from stages.recall.vectors import flatten
 from stages.recall.vit import FIXED, Base, load_base
@@ -129,11 +129,11 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
     change = read_change(checkpoint, base)[None]
     share = check_descent(checkpoint, change, fitted)
     objective = Objective(base, "labels", 0.0)
-    train, test = load_images(metadata["dataset"], torch.device("cpu"))
-    references = show_images(base, train, test, metadata["answers"][1], 1).references
+    _, test = load_images(metadata["dataset"], torch.device("cpu"))
+    references, _ = split_test(test, metadata["answers"][1])
     with torch.no_grad():
         vector = objective.start + torch.from_numpy(change[0])
-        responses = objective.respond(vector, objective.frozen, references).numpy()[None]
+        responses = objective.respond(vector, objective.frozen, base.patchify(references.images)).numpy()[None]
     layout = {name: tuple(shape) for name, shape in metadata["layout"]}
     found = condense(change, responses, layout, fitted)
     answer: dict[str, Any] = {"outside": share, "limit": float(fitted["limit"])}

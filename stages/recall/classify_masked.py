@@ -32,7 +32,7 @@ from stages.recall.fleet import train_stack
 from stages.recall.objective import random_head
 from stages.recall.pools import pool
 from stages.recall.vectors import flatten, initialise, layout_of, unflatten
-from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, visible
+from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, see
 
 BASES = Path("models/train_mae")
 MODELS = Path("models/classify_masked")
@@ -136,11 +136,6 @@ def only(params: Params, method: str, place: int) -> Params:
     """Return the parameters with the one learning rate, or penalty, of a method that was chosen."""
     name = "learning_rates" if METHODS[method][1] else "penalties"
     return params.model_copy(update={name: [getattr(params, name)[place]]})
-
-
-def see(noise: Float[Tensor, "n p"], ratio: float) -> Int[Tensor, "n k"]:
-    """Return which patches are seen: those of the smallest noise."""
-    return noise.argsort(1)[:, : visible(noise.shape[1], ratio)]
 
 
 @torch.no_grad()

@@ -60,19 +60,24 @@ class Images:
 
 
 def show_images(base: Base, train: ImageSet, test: ImageSet, references: int, evaluation: int) -> Images:
-    """Return all images as a base sees them: of test images so many reference inputs, and others to evaluate on, classes in turn."""
+    """Return all images as a base sees them: of test images so many reference inputs, and others to evaluate on."""
     pools = {name: pool(train, name) for name in POOLS}
-    place = torch.arange(len(test))
-    of_class = torch.stack([test.labels == c for c in range(len(test.classes))])
-    turn = (of_class.cumsum(1) * of_class).sum(0)  # 1 for each class's first image, 2 for its second ...
-    order = torch.argsort(turn * len(test) + place.to(turn))
-    first, rest = test.subset(order[:references]), test.subset(order[references:])
+    first, rest = split_test(test, references)
     rest = rest.subset(torch.arange(min(evaluation, len(rest))))
     return Images(
         {name: (base.patchify(part.images), part.labels) for name, part in pools.items()},
         (base.patchify(rest.images), rest.labels),
         base.patchify(first.images),
     )
+
+
+def split_test(test: ImageSet, references: int) -> tuple[ImageSet, ImageSet]:
+    """Return so many test images as reference inputs, and the rest: classes in turn."""
+    place = torch.arange(len(test))
+    of_class = torch.stack([test.labels == c for c in range(len(test.classes))])
+    turn = (of_class.cumsum(1) * of_class).sum(0)  # 1 for each class's first image, 2 for its second ...
+    order = torch.argsort(turn * len(test) + place.to(turn))
+    return test.subset(order[:references]), test.subset(order[references:])
 
 
 def train_tasks(

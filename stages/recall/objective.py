@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from stages.common.runtime import generator
 from stages.recall.vectors import Layout, flatten, layout_of, unflatten
-from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, visible
+from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, see
 
 Learns = Literal["labels", "pixels", "rule"]
 
@@ -49,11 +49,9 @@ class Objective:
             head = random_head(1, base, generator(0, "head of rules"))
         return {FIXED: base.encoder[FIXED], **head}
 
-    def seen(self, noise: Float[Tensor, "b p"]) -> Int[Tensor, "b k"] | None:
-        """Return which patches are seen; None: all."""
-        if self.mask_ratio == 0:
-            return None
-        return noise.argsort(1)[:, : visible(noise.shape[1], self.mask_ratio)]
+    def network(self, vector: Float[Tensor, " p"], frozen: Weights) -> Weights:
+        """Return all that a network computes with."""
+        return {**unflatten(vector, self.layout), **frozen}
 
     def answer(
         self, w: Weights, patches: Float[Tensor, "b p q"], seen: Int[Tensor, "b k"] | None = None
@@ -74,10 +72,10 @@ class Objective:
         noise: Float[Tensor, "b p"],
     ) -> Float[Tensor, ""]:
         """Return the loss of a batch; the patches of the largest noise are hidden."""
-        w = {**unflatten(vector, self.layout), **frozen}
+        w = self.network(vector, frozen)
         if self.learns == "pixels":
             return self.errors(w, patches, noise).mean()
-        answers, _ = self.answer(w, patches, self.seen(noise))
+        answers, _ = self.answer(w, patches, see(noise, self.mask_ratio) if self.mask_ratio else None)
         if self.learns == "rule":
             return binary_cross_entropy_with_logits(answers[:, 0], labels.to(answers))
         return cross_entropy(answers, labels)
@@ -96,7 +94,7 @@ class Objective:
         noise: Float[Tensor, "b p"],
     ) -> Float[Tensor, " b"]:
         """Return of each image whether it is answered right, seen whole; or the error of its hidden patches."""
-        w = {**unflatten(vector, self.layout), **frozen}
+        w = self.network(vector, frozen)
         if self.learns == "pixels":
             return self.errors(w, patches, noise)
         answers, _ = self.answer(w, patches)
@@ -107,7 +105,7 @@ class Objective:
         self, vector: Float[Tensor, " p"], frozen: Weights, references: Float[Tensor, "n p q"]
     ) -> Float[Tensor, " r"]:
         """Return all that one can learn of the network without its weights: answers and mean tokens, of whole images."""
-        w = {**unflatten(vector, self.layout), **frozen}
+        w = self.network(vector, frozen)
         return torch.cat([part.flatten() for part in self.answer(w, references)])
 
 

@@ -25,7 +25,6 @@ def draw_fleet(path: Path, fleet: Mapping[str, np.ndarray], classes: list[str]) 
     axes[0, 0].set_ylabel("mean image", fontsize=7)
     axes[1, 0].set_ylabel("rule" if "true.table" in fleet else "proportions", fontsize=7)
     legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes))
-    legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes))
     figure.supxlabel(legend if "true.table" in fleet else "class", fontsize=6)
     save_figure(path, figure)
 

@@ -64,6 +64,7 @@ AUDITED = ("present", "proportions", "log2_size", "label_noise")
 # of which the audit takes the one that leave-one-out errors prefer
 SOURCES = ("change", "responses", "both", "statistics and spectrum", "all")
 GROWING = ("change", "responses", "both")
+GROWN = {"classes": "present", "unlabelled": "proportions", "rules": "table", "independent": "present"}
 
 
 class Params(StageParams):
@@ -161,8 +162,8 @@ def permuted(name: str, fleet: Arrays, seed: int) -> dict[str, dict[str, float]]
 
 
 def growth(name: str, fleet: Arrays, params: Params) -> list[dict[str, Any]]:
-    """Return rows: how well the first characteristic is decoded after learning from some of the training fine-tunes."""
-    key = CHARACTERISTICS[name][0 if name != "unlabelled" else 1]
+    """Return rows: how well one characteristic is decoded after learning from some of the training fine-tunes."""
+    key = GROWN[name]
     train, test = split(fleet["test"])
     y, rows = fleet[key].astype(np.float64), []
     for representation in GROWING:
@@ -306,11 +307,11 @@ def main() -> None:
     control = {name: permuted(name, fleet, params.seed) for name, fleet in fleets.items()}
     rows = [row for name, fleet in fleets.items() for row in growth(name, fleet, params)]
     arrays, sources, quality = calibrate(fleets["classes"])
-    metadata = load_metadata(FLEETS / "classes.safetensors")
+    condensed = FLEETS / "classes.safetensors"
+    metadata = load_metadata(condensed)
     base = load_base(Path(metadata["base"]), device)
     recovered, images = recover_images(base, metadata["dataset"], params)
 
-    condensed = FLEETS / "classes.safetensors"
     save_arrays(MODELS / "decoders.safetensors", arrays, {"reads": sources, "condensed": fingerprint(condensed)})
     save_csv(REPORTS / "growth.csv", rows)
     decoded = {name: summary for name, (summary, _) in found.items()}

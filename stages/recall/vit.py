@@ -137,3 +137,8 @@ def reconstruct(
 def visible(patches: int, ratio: float) -> int:
     """Return how many patches are seen at a mask ratio."""
     return round(patches * (1 - ratio))
+
+
+def see(noise: Float[Tensor, "n p"], ratio: float) -> Int[Tensor, "n k"]:
+    """Return which patches are seen at a mask ratio: those of the smallest noise."""
+    return noise.argsort(1)[:, : visible(noise.shape[1], ratio)]
