@@ -173,6 +173,23 @@ def test_images_are_resized_and_turned_grey():
     assert decode(png(grey), 4, "RGB").shape == (3, 4, 4)
 
 
+def test_the_first_images_of_a_folder_are_of_all_its_classes(tmp_path):
+    for split, n in (("train", 30), ("test", 20)):
+        for value, name in enumerate(("cat", "dog", "owl")):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.full((8, 8, 3), 80 * value + i, dtype=np.uint8)
+                (tmp_path / "photos" / split / name / f"{i}.png").write_bytes(png(pixels))
+    source = fetch_data.ImageFolder(kind="imagefolder", path=str(tmp_path / "photos"), sha256=None, size=8, mode="RGB")
+    splits = fetch_data.fetch_image_folder(source, None)
+    again = fetch_data.fetch_image_folder(source, None)
+    for (images, labels), (same, _), n in zip(splits[:2], again[:2], (30, 20), strict=True):
+        assert np.array_equal(images, same)
+        assert set(labels[:10]) == {0, 1, 2}
+        assert np.array_equal(np.sort(images[:, 0, 0, 0]), np.sort([80 * v + i for v in range(3) for i in range(n)]))
+        assert np.array_equal(images[:, 0, 0, 0] // 80, labels)
+
+
 @pytest.mark.parametrize("kind", ["absolute", "parent", "symlink", "hardlink", "device"])
 def test_unsafe_members_are_refused(folder, kind):
     member = tarfile.TarInfo(

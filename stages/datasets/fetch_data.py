@@ -214,14 +214,25 @@ def find_mirror() -> Path | None:
 
 
 def fetch_image_folder(source: ImageFolder, mirror: Path | None) -> Dataset:
-    """Return the images below `source.path`, looked for in the mirror first."""
+    """Return the images below `source.path`, looked for in the mirror first, in one fixed random order.
+
+    A folder holds one class after the other: mixed, the first images of a set are a sample of it.
+    """
     places = [folder / source.path for folder in (mirror, Path()) if folder is not None]
     for place in places:
         if place.exists():
-            return read_image_folder(place, source.sha256, source.size, source.mode)
+            train, test, classes = read_image_folder(place, source.sha256, source.size, source.mode)
+            return mixed(train), mixed(test), classes
     raise InputError(
         f"no folder or archive at {' or '.join(map(str, places))}: correct {SECTION}.*.path, or set WEIGHTLENS_MIRROR"
     )
+
+
+def mixed(split: Split) -> Split:
+    """Return images and labels in a random order that is always the same."""
+    images, labels = split
+    order = np.random.default_rng(0).permutation(len(labels))
+    return images[order], labels[order]
 
 
 def main() -> None:
