@@ -31,7 +31,12 @@ def work_folder(stage: str, recipe: dict[str, Any]) -> Path:
 
 def fingerprint(*paths: Path) -> str:
     """Return a hash of the files' contents."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:  # piece by piece: a zoo may be larger than memory
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def remembered(path: Path, compute: Callable[[], T]) -> T:
