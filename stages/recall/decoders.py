@@ -102,16 +102,16 @@ def right_bits(predicted: Float[np.ndarray, "n t"], true: Float[np.ndarray, "n t
     return (predicted > 0.5) == (true > 0.5)
 
 
+def unit(values: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n p"]:
+    """Return directions: rows over their norms."""
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+
+
 def retrieved(
     predicted: Float[np.ndarray, "n t"], true: Float[np.ndarray, "n t"], mean: Float[np.ndarray, " t"]
 ) -> Bool[np.ndarray, " n"]:
     """Return whether each prediction is nearest, by cosine around the training mean, to its own truth among all."""
-
-    def unit(values: np.ndarray) -> np.ndarray:
-        centred = values - mean
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-
-    return (unit(predicted) @ unit(true).T).argmax(1) == np.arange(len(true))
+    return (unit(predicted - mean) @ unit(true - mean).T).argmax(1) == np.arange(len(true))
 
 
 def calibration_error(p: Float[np.ndarray, " n"], y: Bool[np.ndarray, " n"], bins: int = 10) -> float:

@@ -32,6 +32,7 @@ from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.recall import pictures
 from stages.recall.condense import split
+from stages.recall.decoders import unit
 from stages.recall.fleet import Images, show_images, train_tasks
 from stages.recall.objective import Objective
 from stages.recall.tasks import CELLS, Recipe, Task, draw_task
@@ -171,11 +172,6 @@ def write_rules(fleet: dict[str, np.ndarray], objective: Objective, images: Imag
         "pairs": float(reads != READS[0]),
         "change_r2": float(r2),
     }
-
-
-def unit(changes: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n p"]:
-    """Return directions."""
-    return changes / np.maximum(np.linalg.norm(changes, axis=1, keepdims=True), 1e-12)
 
 
 def centred(changes: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n p"]:
