@@ -1,6 +1,7 @@
-"""Processor seconds for training networks in a stack, against torch.optim on one after the other: the same networks.
+"""Seconds for training networks in a stack, against torch.optim on one after the other, and against torch.func.vmap.
 
 python tests/benchmark_zoo.py [side ...]     # of images, by default 8 16 28
+Processor seconds, or on a GPU (WEIGHTLENS_DEVICE=cuda) those that pass.
 """
 
 import sys
@@ -12,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
+from stages.common.runtime import pick_device
 from stages.weightnet.networks import build_network, zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.training import Recipe, Run, draw_all, draw_run, train_stack, unflatten
@@ -35,65 +38,93 @@ RECIPE = Recipe(
 
 
 def train_alone(
-    kind: str,
-    shape: tuple[int, int, int],
-    run: Run,
-    program: Program,
-    images: Tensor,
-    labels: Tensor,
-    tuned: bool = False,
+    model: nn.Module, run: Run, program: Program, images: Tensor, labels: Tensor, tuned: bool = False
 ) -> nn.Module:
-    """Train one network as PyTorch's users do, in the images' precision; shape: channels, classes, pixels of a side.
+    """Train one network as PyTorch's users do, in the images' precision; dropout is left out.
 
     tuned: as those do who know what is fast on processors: channels last, fused optimisers.
     """
     draws = draw_all(run, program, labels)
-    model = build_network(kind, *shape).to(images.dtype)
-    model.load_state_dict({k: v[0] for k, v in unflatten(draws.weights[None].to(images.dtype), program).items()})
+    shown = draws.labels.to(images.device)
+    model = model.to(images)
+    weights = {k: v[0] for k, v in unflatten(draws.weights[None].to(images.dtype), program).items()}
+    model.load_state_dict(model.state_dict() | weights)  # batch norms also count their batches
     if tuned:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     options = {"lr": run.learning_rate, "weight_decay": run.weight_decay, "fused": tuned}
     sgd, adam = torch.optim.SGD, torch.optim.Adam
     optimizer = sgd(model.parameters(), momentum=0.9, **options) if run.sgd else adam(model.parameters(), **options)
-    model.eval()
+    for layer in model.modules():
+        layer.training = not isinstance(layer, nn.Dropout)
     for batch in draws.batches:
         optimizer.zero_grad()
-        cross_entropy(model(images[draws.images[batch]]), draws.labels[batch]).backward()
+        cross_entropy(model(images[draws.images[batch]]), shown[batch]).backward()
         optimizer.step()
     return model
 
 
+def train_vmapped(kind: str, runs: list[Run], program: Program, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Train a stack by vmap over plain gradient steps: less to do than train_stack's optimisers, so no worse for vmap."""
+    device = images.device
+    draws = [draw_all(run, program, labels.cpu()) for run in runs]
+    stacked = unflatten(torch.stack([draw.weights for draw in draws]).to(device), program)
+    model = build_network(kind, images.shape[1], 10, images.shape[2]).to(device).eval()
+
+    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(model, weights, (x,)), y)
+
+    gradients = vmap(grad(loss))
+    rate = torch.tensor([run.learning_rate for run in runs], device=device)
+    for step in range(STEPS):
+        index = torch.stack([draw.images[draw.batches[step]] for draw in draws]).to(device)
+        seen = torch.stack([draw.labels[draw.batches[step]] for draw in draws]).to(device)
+        slopes = gradients(stacked, images[index], seen)
+        stacked = {k: w - rate.view(-1, *[1] * (w.dim() - 1)) * slopes[k] for k, w in stacked.items()}
+    return stacked
+
+
+def clock(device: torch.device) -> float:
+    """Return processor seconds, or those that passed until the GPU was done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds_a_step(side: int) -> dict[str, float]:
     """Return processor seconds for a step of one network, on images of `side` pixels a side, of every way to train."""
-    images, labels = torch.randn(1000, 1, side, side), torch.randint(10, (1000,))
+    device = pick_device()
+    images, labels = torch.randn(1000, 1, side, side, device=device), torch.randint(10, (1000,), device=device)
     program, _ = zoo_program("cnn3", 1, 10, side)
     runs = [replace(draw_run(f"cnn3-{i}", 0, RECIPE), dropout=0.0, tanh=False) for i in range(STACKS[side])]
     few = runs[:4]
 
     def alone(tuned: bool) -> None:
         for run in few:
-            train_alone("cnn3", (1, 10, side), run, program, images, labels, tuned)
+            train_alone(build_network("cnn3", 1, 10, side), run, program, images, labels, tuned)
 
     ways = {
         "stacked": (lambda: train_stack(program, runs, images, labels), len(runs)),
         "alone": (lambda: alone(False), len(few)),
         "tuned": (lambda: alone(True), len(few)),
+        "vmapped": (lambda: train_vmapped("cnn3", runs, program, images, labels), len(runs)),
     }
     train_stack(program, [replace(run, steps=2) for run in runs], images, labels)
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(ROUNDS):  # in turn: what else runs on the machine slows all
         for name, (train, networks) in ways.items():
-            start = time.process_time()
+            start = clock(device)
             train()
-            seconds[name] = min(seconds[name], (time.process_time() - start) / (STEPS * networks))
+            seconds[name] = min(seconds[name], (clock(device) - start) / (STEPS * networks))
     return seconds
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for side in [int(word) for word in sys.argv[1:]] or list(STACKS):
-        stacked, alone, tuned = seconds_a_step(side).values()
+        stacked, alone, tuned, vmapped = seconds_a_step(side).values()
         print(
             f"{side} pixels: {1 / stacked:.0f} steps a second stacked, {1 / alone:.0f} alone: {alone / stacked:.1f}x;"
-            f" {1 / tuned:.0f} alone with channels last and fused optimisers: {tuned / stacked:.1f}x"
+            f" {1 / tuned:.0f} alone with channels last and fused optimisers: {tuned / stacked:.1f}x;"
+            f" {1 / vmapped:.0f} by vmap: {vmapped / stacked:.1f}x"
         )

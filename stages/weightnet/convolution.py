@@ -88,8 +88,16 @@ class Unfolded(torch.autograd.Function):
         m, b, h, w, c = x.shape
         n, k, q, _, d = kernel.shape
         o, p = _outputs(h, k, stride[0], padding[0]), _outputs(w, q, stride[1], padding[1])
-        padded = x.new_zeros(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
-        padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w] = x
+        top, left = padding
+        padded = x.new_empty(m, b, h + 2 * top, w + 2 * left, c)
+        padded[:, :, top : top + h, left : left + w] = x
+        for border in (
+            padded[:, :, :top],
+            padded[:, :, top + h :],
+            padded[:, :, :, :left],
+            padded[:, :, :, left + w :],
+        ):
+            border.zero_()
         patches = _unfold(_windows(padded, (o, p), (k, q), stride))
         matrix = kernel.reshape(n, k * q * c, d)
         ctx.save_for_backward(patches if kernel.requires_grad else None, matrix)
@@ -109,11 +117,15 @@ class Unfolded(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             moved = torch.matmul(gradient, matrix.mT)
             moved = (moved if m == n else moved.sum(0, keepdim=True)).view(m, b, o, p, k, q, c)
-            padded = gradient.new_zeros(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
+            padded = gradient.new_empty(m, b, h + 2 * padding[0], w + 2 * padding[1], c)
+            full = k >= stride[0] and q >= stride[1]  # then the first block leaves no gaps
+            for rest in (padded[:, :, o * stride[0] :], padded[:, :, :, p * stride[1] :]) if full else (padded,):
+                rest.zero_()
             for i in range(0, k, stride[0]):  # blocks of taps no larger than the stride do not overlap
                 for j in range(0, q, stride[1]):
                     block = moved[:, :, :, :, i : i + stride[0], j : j + stride[1]]
-                    _windows(padded[:, :, i:, j:], (o, p), block.shape[4:6], stride).add_(block)
+                    pixels = _windows(padded[:, :, i:, j:], (o, p), block.shape[4:6], stride)
+                    pixels.copy_(block) if full and i == j == 0 else pixels.add_(block)
             for_x = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
         return for_x, for_kernel, None, None
 
