@@ -33,7 +33,7 @@ from stages.recall import (
     train_mae,
 )
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
-from stages.weightnet import build_zoo, evaluate_weightnet, networks, train_weightnet
+from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 
 DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -244,10 +244,8 @@ def test_variants_are_the_same_everywhere():
     assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
     matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
-    assert set(DVC_YAML["build_zoo"]["matrix"]["variant"]) == set(evaluate_weightnet.ARCHITECTURES)
-    assert set(evaluate_weightnet.ARCHITECTURES) <= set(PARAMS["build_zoo"]["variants"]) == set(networks.ARCHITECTURES)
-    for task in PARAMS["train_weightnet"]["tasks"].values():
-        assert {*task["train"], *task["test"]} <= set(evaluate_weightnet.ARCHITECTURES)
+    zoos = set(DVC_YAML["build_zoo"]["matrix"]["variant"])
+    assert set(PARAMS["train_weightnet"]["architectures"]) == zoos <= set(PARAMS["build_zoo"]["variants"])
     matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
     fleets = PARAMS["build_fleet"]["variants"]

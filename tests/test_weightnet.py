@@ -23,13 +23,13 @@ from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, evaluate_weightnet, predict, predictors, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
 from stages.weightnet.convolution import convolve
-from stages.weightnet.evaluate_weightnet import one_sided, score
+from stages.weightnet.evaluate_weightnet import by_architecture, learning_curve, one_sided, score
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Predictor, attention_maps
 from stages.weightnet.program import Weights, run_stack, trace
 from stages.weightnet.properties import PROPERTIES, REFERENCES, calibration_error, fgsm, measure
-from stages.weightnet.splits import Split, split_zoos
+from stages.weightnet.splits import ALL, Split, Task, plan_tasks, split_zoos
 from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
 from stages.weightnet.targets import from_scale, to_scale
 from stages.weightnet.train_weightnet import (
@@ -45,7 +45,7 @@ from stages.weightnet.train_weightnet import (
     train_and_predict,
 )
 from stages.weightnet.train_weightnet import Params as TrainParams
-from stages.weightnet.training import Recipe, draw_all, draw_run, train_stack, unflatten
+from stages.weightnet.training import Recipe, draw_all, draw_run, fit_to, train_stack, unflatten
 from stages.weightnet.zoo import Images, Zoo, load_zoo, zoo_images
 
 SHAPE = (1, 10, 8)  # channels, classes, pixels of a side
@@ -120,7 +120,21 @@ class Depthwise(nn.Module):
         return self.head(self.grouped(x).mean((2, 3)))
 
 
-NETWORKS = [*ARCHITECTURES, Dense, Depthwise]
+class Normed(nn.Module):
+    """Batch norms, which normalise by the batch in training and by running statistics afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, 2, 1, bias=False), nn.Conv2d(4, 4, 3, 1, 1, bias=False)
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=0.3, eps=1e-3)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(self.a(x)))
+        return self.head(torch.relu(self.second(self.b(x)) + x).mean((2, 3)))
+
+
+NETWORKS = [*ARCHITECTURES, Dense, Depthwise, Normed]
 
 
 def build(kind) -> nn.Module:
@@ -170,6 +184,22 @@ def test_rescaling_relu_and_flipping_tanh_leave_the_function(kind, tanh):
         assert symmetry.rigid >= {"stem", "wide"}  # SiLU
     if kind == "cnn3":
         assert not symmetry.rigid
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
+def test_torchvision_s_networks_can_be_members_of_a_zoo(name):
+    program, symmetry = zoo_program(name, 1, 10, 32)
+    assert program.steps[0].shape == (1, 32, 32)
+    assert program.steps[-1].shape == (10,)
+    assert {axis.tensor for axis in symmetry.axes} == set(program.shapes)
+    run = draw_run(f"{name}-0", 0, RECIPE)
+    weights = unflatten(draw_all(run, program, torch.zeros(9, dtype=torch.long)).weights[None], program)
+    weights = {k: torch.rand(v.shape, generator=seeded()) + 0.5 if v.dim() == 2 else v for k, v in weights.items()}
+    assert symmetry_error(program, symmetry, weights, seeded()) < 1e-9
+    edge = next(edge for edge in symmetry.edges if edge.target in symmetry.hidden)
+    broken = weights | {edge.tensor: weights[edge.tensor].roll(1, 1)}
+    images = torch.randn(2, 1, 32, 32, generator=seeded())
+    assert (run_stack(program, broken, images) - run_stack(program, weights, images)).abs().max() > 1e-3
 
 
 def test_a_residual_stream_is_one_group_and_groups_of_a_norm_are_kept():
@@ -236,17 +266,36 @@ def test_what_is_not_understood_is_refused_by_name(model, message):
         trace(model, (1, 8, 8))
 
 
+@pytest.fixture
+def empties_are_nan():
+    """Memory that is not initialised holds NaNs."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("side", "taps", "stride", "padding"),
-    [(8, 3, 2, 1), (4, 3, 2, 1), (2, 3, 2, 1), (9, 5, 1, 2), (6, 1, 1, 0), (9, 2, 3, 1), (12, 5, 2, 0)],
+    [
+        (8, (3, 3), (2, 2), (1, 1)),
+        (4, (3, 3), (2, 2), (1, 1)),
+        (2, (3, 3), (2, 2), (1, 1)),
+        (9, (5, 5), (1, 1), (2, 2)),
+        (6, (1, 1), (1, 1), (0, 0)),
+        (9, (2, 2), (3, 3), (1, 1)),
+        (12, (5, 5), (2, 2), (0, 0)),
+        (9, (3, 1), (1, 2), (1, 0)),
+        (9, (2, 3), (2, 1), (0, 1)),
+    ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.usefixtures("empties_are_nan")
 def test_convolutions_and_their_gradients_are_torch_s(side, taps, stride, padding, channels, shared):
     n, c, d = 2, channels, 4
     x = torch.randn(1 if shared else n, 5, side, side, c, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(n, d, c, taps, taps, dtype=torch.float64, requires_grad=True)
-    y = convolve(x, weight, (stride, stride), (padding, padding))
+    weight = torch.randn(n, d, c, *taps, dtype=torch.float64, requires_grad=True)
+    y = convolve(x, weight, stride, padding)
     expected = torch.stack(
         [
             torch.conv2d(x[min(i, len(x) - 1)].permute(0, 3, 1, 2), weight[i], stride=stride, padding=padding)
@@ -264,19 +313,40 @@ def training_data() -> tuple[Tensor, Tensor]:
     return torch.randn(64, 1, 8, 8, generator=seeded()).double(), torch.randint(10, (64,), generator=seeded(1))
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, Normed])
 def test_a_stack_trains_as_torch_s_optimisers_train_each_alone(kind):
     images, labels = training_data()
-    program, _ = zoo_program(kind, *SHAPE)
-    drawn = [draw_run(f"{kind}-{i}", 0, RECIPE) for i in range(4)]
+    program = trace(build(kind), (1, 8, 8))
+    drawn = [draw_run(f"it-{i}", 0, RECIPE) for i in range(4)]
     runs = [replace(run, dropout=0.0, tanh=False, sgd=i % 2 == 1) for i, run in enumerate(drawn)]
     assert len({run.steps for run in runs}) > 1
     stacked = train_stack(program, runs, images, labels)
     for i, run in enumerate(runs):
-        model = train_alone(kind, SHAPE, run, program, images, labels)
+        model = train_alone(build(kind), run, program, images, labels)
         final = unflatten(stacked[i, 2:3], program)
-        for name, tensor in model.state_dict().items():
-            torch.testing.assert_close(final[name][0], tensor, rtol=1e-9, atol=1e-11)
+        for name, expected in model.state_dict().items():
+            if expected.is_floating_point():
+                torch.testing.assert_close(final[name][0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_network_has_no_place_for_is_not_drawn():
+    drawn = replace(draw_run("it-0", 0, RECIPE), tanh=True, dropout=0.3)
+    for kind, expected in {"cnn3": (True, 0.3), "resnet18": (True, 0.0), "mobilenet_v2": (False, 0.3)}.items():
+        run = fit_to(drawn, zoo_program(kind, *SHAPE)[0])
+        assert (run.tanh, run.dropout) == expected, kind
+
+
+def test_dropouts_of_several_layers_are_torch_s():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(), nn.Linear(32, 16), nn.Dropout())
+    program = trace(nn.Sequential(*model, nn.Linear(16, 10)), (1, 8, 8))
+    weights, images = random_weights(program.shapes), torch.randn(5, 1, 8, 8, generator=seeded()).double()
+    masks = [2.0 * (torch.rand(3, 5, width, generator=seeded(width)) < 0.5) for width in program.numbers_of("dropout")]
+    got = run_stack(program, weights, images, dropout=masks)
+    for i in range(3):
+        x = images.flatten(1)
+        for layer, mask in zip((1, 3), masks, strict=True):
+            x = (x @ weights[f"{layer}.weight"][i].T + weights[f"{layer}.bias"][i]) * mask[i]
+        torch.testing.assert_close(got[i], x @ weights["5.weight"][i].T + weights["5.bias"][i])
 
 
 def test_a_run_does_not_depend_on_the_others_of_its_stack():
@@ -396,10 +466,22 @@ def test_growing_a_zoo_trains_the_rest_only_and_shrinking_drops_it(project, monk
     assert sum(trained) == 12
     assert len(zoo) == 12 * 3
     kept = [zoo.index["run"].index(name) for name in small.index["run"][::3]]
-    assert torch.equal(zoo.flat[kept], small.flat[::3])
+    assert torch.equal(zoo.flat(torch.tensor(kept)), small.flat(torch.arange(0, len(small), 3)))
     grow(monkeypatch, project, 8)
     assert sum(trained) == 12
     assert len(load_zoo("digits", "cnn3")) == 8 * 3
+
+
+def test_networks_of_a_zoo_are_those_of_its_shards_whatever_is_asked_for_first(project, monkeypatch):
+    start(monkeypatch, fetch_data, dataset="digits")
+    grow(monkeypatch, project, 10)
+    zoo = load_zoo("digits", "cnn3")
+    assert [len(shard) for shard in zoo.shards] == [12, 12, 6]
+    rows = torch.randperm(30, generator=seeded())
+    assert torch.equal(zoo.flat(rows), torch.cat(zoo.shards)[rows])
+    monkeypatch.setattr(build_zoo, "SHARD_WEIGHTS", 6 * zoo.program.size)  # two runs
+    start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
+    assert [len(shard) for shard in load_zoo("digits", "cnn3").shards] == [6] * 5
 
 
 @dataclass(frozen=True)
@@ -456,7 +538,7 @@ def test_a_run_trained_again_from_its_seed_is_the_network_in_the_zoo(built):
     stack = plan_stacks(runs, built.params.shard_runs, built.params.variant.stack)[0][0]
     at = built.zoo.index["run"].index(stack[3].name)
     again = train_stack(built.zoo.program, [stack[3]], *built.images.train)[0]
-    torch.testing.assert_close(again, built.zoo.flat[at : at + 3], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(again, built.zoo.flat(torch.arange(at, at + 3)), rtol=1e-3, atol=1e-4)
     assert built.zoo.index["config"][at] == stack[3].config
 
 
@@ -478,13 +560,13 @@ def test_no_run_is_in_two_parts_of_a_split(built):
 
 
 def member(kind: str, reads: str = "statistics", **changes) -> Member:
-    values = {"tasks": ["cnn3"], "epochs": 1, "learning_rate": 4e-3, "augment": True}
+    values = {"tasks": "main", "epochs": 1, "learning_rate": 4e-3, "augment": True}
     names = set(CONFIG) - {"properties"}
     return Member(kind=kind, reads=reads, **{k: CONFIG[k] for k in names} | values | changes)
 
 
 def data_of(zoo: Zoo, split: Split, kind: str = "gbm") -> Data:
-    return prepare({"cnn3": zoo}, split, member(kind), {("cnn3", False): statistics_of(zoo, False)})
+    return prepare({"cnn3": zoo}, split, member(kind), {("cnn3", False): statistics_of(zoo, False)}, pooled=False)
 
 
 def halves(zoo: Zoo, seed: int, snapshots: list[str]) -> Split:
@@ -536,6 +618,89 @@ def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
     assert score(clean, attacked)["tau"] < 0.95
 
 
+def test_a_held_out_architecture_is_never_learnt_from_and_all_others_are():
+    names = ["a", "b", "c"]
+    tasks = plan_tasks(names, "b", 4, 3, [0.5], 0.25)
+    assert list(tasks) == ["b", "b_0.5", ALL, "to_a", "to_b", "to_c"]
+    assert tasks["b"] == Task(["b"], ["b"], splits=4, seeds=3, pooled=False)
+    for name in names:
+        assert {*tasks[f"to_{name}"].train, name} == set(names)
+        assert tasks[f"to_{name}"].test == [name]
+        assert name not in tasks[f"to_{name}"].train
+    assert list(plan_tasks(["b"], "b", 1, 1, [], 1.0)) == ["b", ALL]
+    with pytest.raises(InputError, match="main is d, but"):
+        plan_tasks(names, "d", 1, 1, [], 1.0)
+
+
+@pytest.mark.parametrize("n", [9, 16, 27])
+def test_intervals_hold_as_many_new_networks_as_they_say(n):
+    """Errors of validation networks and of a new one are alike: the new one's is among the smallest 90 % as often as that."""
+    errors = torch.rand(n, 100_000, generator=seeded())
+    kept = predictors.Kept([], {}, errors.sort(0).values, torch.empty(0))
+    held = (torch.rand(100_000, generator=seeded(1)) <= kept.half_widths).double().mean().item()
+    assert 0.9 - 0.005 < held < 0.9 + 1 / (n + 1) + 0.005
+
+
+def test_several_predictors_predict_their_mean_from_first_weights_of_their_own(built):
+    zoos = {"cnn3": select(built.zoo, (built.zoo.run < 48).nonzero()[:, 0])}
+    params = TrainParams.load("train_weightnet", "digits", "baselines")
+    task, statistics = Task(["cnn3"], ["cnn3"], seeds=2), {("cnn3", True): statistics_of(zoos["cnn3"], True)}
+    job = Job("it", member("stats"), ALL, task, 1)
+    result = train_and_predict(job, zoos, statistics, params)
+    fractions = (params.validation_fraction, params.test_fraction)
+    split = split_zoos(zoos, ["cnn3"], ["cnn3"], fractions, params.snapshots, 1.0, params.seed + 1)
+    data = prepare(zoos, split, job.member, statistics, pooled=True)
+    models = [train_weightnet.train_predictor(job, number, data, params)[0] for number in range(2)]
+    alone = torch.stack([train_weightnet.predict([model], data, split.test) for model in models])
+    assert (alone[0] - alone[1]).abs().min() > 0
+    mean = from_scale(alone.mean(0) * data.scale["target_std"] + data.scale["target_mean"])
+    torch.testing.assert_close(result["arrays"][f"it/{ALL}/1/test/cnn3/values"], mean)
+    networks = zoos["cnn3"].networks(split.test["cnn3"])
+    kept = predictors.Kept(models, data.scale, result["kept"]["errors"], data.inputs["cnn3"])
+    torch.testing.assert_close(kept.standardised(networks), alone.mean(0))
+    low, center, high = kept.intervals(networks)
+    torch.testing.assert_close(center, mean)
+    assert ((low < center) & (center < high)).all()
+
+
+def test_large_networks_are_read_and_learnt_from_in_parts_as_if_at_once(built, monkeypatch):
+    zoo = select(built.zoo, (built.zoo.run < 32).nonzero()[:, 0])
+    params = TrainParams.load("train_weightnet", "digits", "weightnet")
+    task = Task(["cnn3"], ["cnn3"], pooled=False)
+    job = Job("it", member("weightnet", "weights", augment=False), "cnn3", task, 0)
+    found = []
+    for most in (1 << 22, 2100):  # all at once; 3 at a time
+        monkeypatch.setattr("stages.weightnet.zoo.MOST_PAIRS", most)
+        statistics = {("cnn3", False): statistics_of(zoo, False)}
+        assert zoo.at_a_time(32) == (32 if most > 2100 else 3)
+        found.append(train_and_predict(job, {"cnn3": zoo}, statistics, params)["arrays"])
+    for key, values in found[0].items():
+        torch.testing.assert_close(found[1][key], values, rtol=1e-3, atol=1e-4)
+
+
+def test_summaries_are_of_the_rows_that_they_name():
+    def row(predictor, task, split, architecture, tau, name="test_acc"):
+        who = {"predictor": predictor, "task": task, "split": split, "architecture": architecture, "property": name}
+        return who | {"tau": tau, "r2": 0.0}
+
+    held = by_architecture(
+        [row("p", "to_a", 0, "a", 0.2), row("p", "to_b", 0, "b", 0.6), row("p", "to_b", 0, "b", 0, "gap")]
+    )
+    assert {name: found["p"]["mean"] for name, found in held.items()} == pytest.approx(
+        {"a": 0.2, "b": 0.6, "mean": 0.4}
+    )
+    assert by_architecture([]) == {"mean": {}}
+    rows = [
+        row("p", "a", 0, "a", 0.5),
+        row("p", "a", 1, "a", 0.9),
+        row("p", "a_0.5", 0, "a", 0.3),
+        row("q", "a", 0, "a", 1),
+    ]
+    curve = learning_curve(rows, {"p/a": 100, "p/a_0.5": 50})
+    assert {n: point["mean"] for n, point in curve["p"].items()} == {"50": 0.3, "100": 0.5}
+    assert set(curve) == {"p"}
+
+
 @pytest.mark.parametrize(("kind", "readers"), [("weightnet", 0), ("stats", 0), ("hybrid", 3)])
 def test_each_reader_of_a_hybrid_also_learns_to_predict_alone(kind, readers):
     networks, statistics = zoo_networks("cnn3"), torch.randn(3, 5).double()
@@ -570,7 +735,7 @@ def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
     scrambled = replace(zoo, index={k: v if k in read else v[::-1] for k, v in zoo.index.items()})
     assert hyperparameters(scrambled).ne(hyperparameters(zoo)).any()
     params = TrainParams.load("train_weightnet", "digits", "baselines")
-    job = Job("it", member(kind), "cnn3", 0)
+    job = Job("it", member(kind), "cnn3", Task(["cnn3"], ["cnn3"], pooled=False), 0)
     results = [
         train_and_predict(job, {"cnn3": z}, {("cnn3", False): statistics_of(z, False)}, params)["arrays"]
         for z in (zoo, scrambled)
@@ -612,7 +777,7 @@ def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
     skipped = ["probe", "stats_gbm", "stats", "mlp", "nfn", "no_cross", "no_intra", "no_augmentation", "canonical"]
     apply_overrides(project / "params.yaml", [f"train_weightnet.skipped=[{','.join([*skipped, 'one_sided'])}]"])
     start(monkeypatch, fetch_data, dataset="digits")
-    for variant in evaluate_weightnet.ARCHITECTURES:
+    for variant in ARCHITECTURES:
         start(monkeypatch, build_zoo, dataset="digits", variant=variant)
     for variant in evaluate_weightnet.FAMILIES:
         start(monkeypatch, train_weightnet, dataset="digits", variant=variant)
@@ -624,7 +789,7 @@ def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
 
 def select(zoo: Zoo, rows: Tensor) -> Zoo:
     index = {key: [column[i] for i in rows.tolist()] for key, column in zoo.index.items()}
-    parts = {"flat": zoo.flat[rows], "tanh": zoo.tanh[rows], "run": zoo.run[rows]}
+    parts = {"shards": (zoo.flat(rows),), "tanh": zoo.tanh[rows], "run": zoo.run[rows]}
     return replace(zoo, **parts, snapshot=index["snapshot"], index=index)
 
 
@@ -666,7 +831,7 @@ def keep_untrained(project, kind="weightnet") -> None:
         "config": CONFIG | {"kind": kind},
         "input_shape": [1, 8, 8],
         "classes": 10,
-        "state_dict": model.state_dict(),
+        "state_dicts": [model.state_dict()],
     }
     kept |= {"scale": scale, "errors": torch.rand(20, len(PROPERTIES)).sort(0).values, "inputs": inputs.clamp(-6, 6)}
     save_torch(project / f"models/train_weightnet/digits-{kind}/predictors.pt", {kind: kept})
@@ -730,7 +895,9 @@ def test_a_folder_with_metadata_is_a_zoo_and_a_spec_is_the_network_that_it_descr
     [
         (["a.safetensors"], "say what it is by --arch"),
         (["a.safetensors", "--arch", "cnn4"], "of cnn4 is .* the file has"),
-        (["a.safetensors", "--arch", "alexnet"], "the zoo has cnn3"),
+        (["a.safetensors", "--arch", "cnn9"], "no architecture is called cnn9: there are cnn3"),
+        (["a.safetensors", "--arch", "timm:cnn9"], "timm:cnn9: Unknown model"),
+        (["a.safetensors", "--arch", "sys:exit", "--allow-code"], "sys:exit: its code ended the process"),
         (["a.safetensors", "--arch", "os:getcwd"], "allow it by --allow-code"),
         (["none.safetensors", "--arch", "cnn3"], "none.safetensors is missing"),
         (["evil.pt", "--arch", "cnn3"], "evil.pt is no checkpoint or is damaged"),

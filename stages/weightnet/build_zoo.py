@@ -6,7 +6,8 @@ Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m,
                                                                      hyper-parameters, what was measured, its shard
         reports/build_zoo/<dataset>-<variant>/summary.json           how many, and how what was measured is spread
         reports/build_zoo/<dataset>-<variant>/zoo.png
-A variant is an architecture. Finished stacks wait in .work/build_zoo/ so that a killed or a growing zoo trains only the rest.
+A variant is an architecture: one of ours, or one of torchvision's by its name. Finished stacks wait in .work/build_zoo/ so that
+a killed or a growing zoo trains only the rest.
 Stacks train side by side on the cores; on a Ray cluster if RAY_ADDRESS names one, to the same bytes on like processors.
 """
 
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file
 
 from stages.common.artifacts import save_arrays, save_json
 from stages.common.cluster import has_cluster
-from stages.common.command import parse_arguments, run
+from stages.common.command import InputError, parse_arguments, run
 from stages.common.params import StageParams
 from stages.common.pieces import compute_pieces
 from stages.common.resume import fingerprint, work_folder
@@ -32,12 +33,13 @@ from stages.weightnet import pictures
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
-from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, train_stack, unflatten
+from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to, train_stack, unflatten
 from stages.weightnet.zoo import ImageParams, Images, zoo_images
 
 MODELS = Path("models/build_zoo")
 REPORTS = Path("reports/build_zoo")
 
+SHARD_WEIGHTS = 1 << 28  # 1 GiB, unless one run has more: a shard is gathered in memory
 MEASURED = ("train_acc", *PROPERTIES)
 COLUMNS = (*MEASURED, *REFERENCES)
 
@@ -133,9 +135,11 @@ def main() -> None:
     device = torch.device("cpu") if has_cluster() else pick_device()  # nodes of a cluster give cores
     images = zoo_images(dataset, params.images, device)
     shape = (images.channels, images.classes, params.images.image_size)
-    traced, _ = zoo_program(architecture, *shape)
+    traced, _ = zoo_program(architecture, *shape)  # a symmetry that cannot be derived is refused before training
     runs = [draw_run(f"{architecture}-{i}", params.seed, params.recipe) for i in range(params.variant.runs)]
-    shards = plan_stacks(runs, params.shard_runs, params.variant.stack)
+    runs = [fit_to(one, traced) for one in runs]
+    fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.size))
+    shards = plan_stacks(runs, min(params.shard_runs, fitting), params.variant.stack)
     work = stack_folder(dataset, params)
 
     def stack_path(stack: list[Run]) -> Path:
@@ -160,8 +164,11 @@ def main() -> None:
                 for j in range(len(SNAPSHOTS)):
                     values = {key: float(arrays[key][i, j]) for key in COLUMNS}
                     rows.append(index_row(one, j, values, file))
-        metadata = {"shapes": [[k, list(v)] for k, v in traced.shapes.items()], "input": list(shape)}
-        save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
+        if weights:
+            metadata = {"shapes": [[k, list(v)] for k, v in traced.shapes.items()], "input": list(shape)}
+            save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
+    if not rows:
+        raise InputError(f"{name}: all {len(runs)} runs diverged: lower build_zoo.recipe.learning_rate")
     save_table(MODELS / name / "index.parquet", rows)
 
     final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}

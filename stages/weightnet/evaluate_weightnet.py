@@ -2,10 +2,12 @@
 
 Reads   models/build_zoo/<dataset>-<architecture>/, models/train_weightnet/<dataset>-<variant>/
 Writes  reports/evaluate_weightnet/<dataset>/scores.csv      a row for each predictor, task, split, architecture and property
-        reports/evaluate_weightnet/<dataset>/summary.json    means and spread over splits; how much relabelling neurons changes
+        reports/evaluate_weightnet/<dataset>/summary.json    means and spread over splits and over architectures held out;
+                                                             how often intervals hold; how much relabelling neurons changes
         reports/evaluate_weightnet/<dataset>/*.png
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
-from stages.common.artifacts import load_metadata, require, save_csv, save_json
+from stages.common.artifacts import load_metadata, remedy, require, save_csv, save_json
 from stages.common.command import InputError, parse_arguments, run
 from stages.common.metrics import mean_std
 from stages.common.params import StageParams
@@ -26,6 +28,7 @@ from stages.weightnet import pictures
 from stages.weightnet.predictors import Kept, attention_maps, load_predictors
 from stages.weightnet.program import run_stack
 from stages.weightnet.properties import PROPERTIES, REFERENCES
+from stages.weightnet.splits import ALL, HELD_OUT
 from stages.weightnet.symmetry import Networks, permute, random_permutations
 from stages.weightnet.zoo import Zoo, load_zoo
 
@@ -34,7 +37,6 @@ REPORTS = Path("reports/evaluate_weightnet")
 
 SHOWN = ("stats_gbm", "weightnet", "hybrid")  # in pictures and in the last line, if they were trained
 FAMILIES = ("weightnet", "probe", "hybrid", "baselines", "ablations")
-ARCHITECTURES = ("cnn3", "flat", "residual")
 
 Rows = list[dict[str, Any]]
 
@@ -43,8 +45,21 @@ class Params(StageParams):
     """Parameters of one data set's comparison."""
 
     seed: NonNegativeInt
-    main_task: str  # the one that pictures show
     networks: PositiveInt  # whose neurons are relabelled
+
+
+def load_predictions(dataset: str) -> tuple[dict[str, torch.Tensor], dict[str, int], str, list[str]]:
+    """Return the predictions of all families, how many networks each learnt from, the main architecture and all of them."""
+    paths = [require(PREDICTORS / f"{dataset}-{family}" / "predictions.safetensors") for family in FAMILIES]
+    arrays: dict[str, torch.Tensor] = {}
+    learnt: dict[str, int] = {}
+    found = [load_metadata(path) for path in paths]
+    for path, metadata in zip(paths, found, strict=True):
+        arrays |= load_file(path)
+        learnt |= metadata["learnt"]
+        if metadata["architectures"] != found[0]["architectures"] or metadata["main"] != found[0]["main"]:
+            raise InputError(f"{path} and {paths[0]} have learned from different zoos{remedy(path, '-f ')}")
+    return arrays, learnt, found[0]["main"], found[0]["architectures"]
 
 
 def score(truth: Float[np.ndarray, " n"], predicted: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -78,43 +93,42 @@ def score_predictions(arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> 
     return rows
 
 
-def summarise(rows: Rows, main_task: str) -> dict[str, Any]:
-    """Return mean and spread over splits: task, architecture, property, predictor, score.
-
-    Of the main task, tau of every property and R² of the test accuracy; of others, tau of the test accuracy.
-    """
+def summarise(rows: Rows) -> dict[str, Any]:
+    """Return mean and spread of some rows: property, predictor, score."""
     table: dict[str, Any] = {}
     for row in rows:
-        is_main, is_accuracy = row["task"] == main_task, row["property"] == "test_acc"
-        if not (is_main or is_accuracy):
-            continue
-        cell = table
-        for key in ("task", "architecture", "property", "predictor"):
-            cell = cell.setdefault(row[key], {})
-        for name in ("tau", "r2") if is_main and is_accuracy else ("tau",):
+        cell = table.setdefault(row["property"], {}).setdefault(row["predictor"], {})
+        for name in ("tau", "r2") if row["property"] == "test_acc" else ("tau",):
             cell.setdefault(name, []).append(row[name])
     return {
-        task: {
-            architecture: {
-                name: {who: {s: mean_std(v) for s, v in scores.items()} for who, scores in found.items()}
-                for name, found in properties.items()
-            }
-            for architecture, properties in architectures.items()
-        }
-        for task, architectures in table.items()
+        name: {who: {score: mean_std(values) for score, values in scores.items()} for who, scores in found.items()}
+        for name, found in table.items()
     }
 
 
-def learning_curve(scores: dict[str, Any], architecture: str, learnt: dict[str, int]) -> dict[str, Any]:
-    """Return tau of the test accuracy over the number of networks learnt from, of predictors that learnt from several numbers.
+def taus_of(rows: Rows) -> dict[str, Any]:
+    """Return tau of the test accuracy: mean and spread over the rows of each predictor."""
+    found = summarise([row for row in rows if row["property"] == "test_acc"])
+    return {who: scores["tau"] for who, scores in found["test_acc"].items()} if found else {}
 
-    learnt: that number, for <predictor>/<task>.
+
+def by_architecture(rows: Rows) -> dict[str, Any]:
+    """Return tau of the test accuracy for each architecture and predictor, and its mean and spread over architectures."""
+    names = dict.fromkeys(row["architecture"] for row in rows)
+    found = {name: taus_of([row for row in rows if row["architecture"] == name]) for name in names}
+    return found | {"mean": taus_of(rows)}
+
+
+def learning_curve(rows: Rows, learnt: dict[str, int]) -> dict[str, Any]:
+    """Return tau of the test accuracy over the number of networks learnt from, on the first split: predictor, number.
+
+    learnt: that number, for <predictor>/<task>; of references, which learn nothing, there is none.
     """
     curve: dict[str, Any] = {}
-    for task, found in scores.items():
-        for who, score in found.get(architecture, {}).get("test_acc", {}).items():
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for who, tau in taus_of([row for row in rows if row["task"] == task and row["split"] == 0]).items():
             if f"{who}/{task}" in learnt:
-                curve.setdefault(who, {})[str(learnt[f"{who}/{task}"])] = score["tau"]
+                curve.setdefault(who, {})[str(learnt[f"{who}/{task}"])] = tau
     return {
         who: dict(sorted(points.items(), key=lambda p: int(p[0]))) for who, points in curve.items() if len(points) > 1
     }
@@ -136,6 +150,20 @@ def kept_predictors(dataset: str, zoo: Zoo) -> dict[str, Kept]:
     return {who: kept for path in paths for who, kept in load_predictors(path, zoo.networks(torch.arange(2))).items()}
 
 
+def coverage(kept: dict[str, Kept], arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> dict[str, Any]:
+    """Return the share of unseen runs, of all architectures, whose properties lie in the intervals of each kept predictor."""
+    table = {}
+    for who, predictor in kept.items():
+        inside = []
+        for name, zoo in zoos.items():
+            for rows in arrays[f"{who}/{ALL}/0/test/{name}/rows"].split(zoo.at_a_time(64)):
+                low, _, high = predictor.intervals(zoo.networks(rows))
+                truth = zoo.properties(rows)
+                inside.append((low <= truth) & (truth <= high))
+        table[who] = dict(zip(PROPERTIES, torch.cat(inside).double().mean(0).tolist(), strict=True))
+    return table
+
+
 def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
     """Return by how much relabelling the neurons of trained networks changes their outputs, and predictions of test accuracy.
 
@@ -146,29 +174,23 @@ def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> 
     table: dict[str, Any] = {}
     for architecture, zoo in zoos.items():
         final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])[: params.networks]
-        found = zoo.networks(final)
-        exact = {name: tensor.double() for name, tensor in found.weights.items()}
-        networks = Networks(found.program, found.symmetry, exact, found.tanh)
-        moved = permute(exact, found.symmetry, random_permutations(found.symmetry, random))
-        relabelled = Networks(found.program, found.symmetry, moved, found.tanh)
-        broken = one_sided(networks, random)
-        images = torch.randn(16, *found.program.input_shape, generator=random).double()
-        before, after, other = (run_stack(n.program, n.weights, images, n.tanh) for n in (networks, relabelled, broken))
-        largest = before.abs().amax((1, 2)) + 1e-12
-        cell = {
-            "function": {
-                "relabelled": ((after - before).abs().amax((1, 2)) / largest).max().item(),
-                "one_sided": ((other - before).abs().amax((1, 2)) / largest).median().item(),
-            }
-        }
-        for name, predictor in kept.items():
-            values = [predictor.standardised(n)[:, 0] for n in (networks, relabelled, broken)]
-            spread = values[0].std().item()
-            cell[name] = {
-                "relabelled": (values[1] - values[0]).abs().max().item() / spread,
-                "one_sided": (values[2] - values[0]).abs().median().item() / spread,
-            }
-        table[architecture] = cell
+        orders = random_permutations(zoo.symmetry, random)
+        images = torch.randn(16, *zoo.program.input_shape, generator=random).double()
+        answers: dict[str, list[torch.Tensor]] = {name: [] for name in ("function", *kept)}
+        for rows in final.split(zoo.at_a_time(params.networks)):
+            found = zoo.networks(rows)
+            networks = replace(found, weights={name: tensor.double() for name, tensor in found.weights.items()})
+            relabelled = replace(networks, weights=permute(networks.weights, zoo.symmetry, orders))
+            three = (networks, relabelled, one_sided(networks, random))
+            outputs = torch.stack([run_stack(n.program, n.weights, images, n.tanh) for n in three])
+            answers["function"].append(outputs / (outputs[0].abs().amax((1, 2), keepdim=True) + 1e-12))
+            for name, predictor in kept.items():
+                answers[name].append(torch.stack([predictor.standardised(n)[:, :1, None] for n in three]))
+        table[architecture] = {}
+        for name, parts in answers.items():
+            values = torch.cat(parts, 1)  # [3, networks, ...]
+            moved = (values - values[0]).abs().amax((2, 3)) / (1.0 if name == "function" else values[0].std())
+            table[architecture][name] = {"relabelled": moved[1].max().item(), "one_sided": moved[2].median().item()}
     return table
 
 
@@ -177,7 +199,7 @@ def extremes(kept: Kept, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray,
     final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])
     truth = zoo.properties(final)[:, 0]
     chosen = final[torch.stack([truth.argmax(), truth.argmin()])]
-    maps = attention_maps(kept.model.eval().float().readers[0], zoo.networks(chosen))
+    maps = attention_maps(kept.models[0].eval().float().readers[0], zoo.networks(chosen))
     labels = ("most accurate", "least accurate")
     return {label: [{g: x[i].numpy() for g, x in layers.items()} for layers in maps] for i, label in enumerate(labels)}
 
@@ -186,38 +208,42 @@ def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of build_zoo.datasets").dataset
     params = Params.load("evaluate_weightnet", dataset)
     pin_threads()
-    zoos = {architecture: load_zoo(dataset, architecture) for architecture in ARCHITECTURES}
-    arrays: dict[str, torch.Tensor] = {}
-    learnt: dict[str, int] = {}
-    for family in FAMILIES:
-        path = require(PREDICTORS / f"{dataset}-{family}" / "predictions.safetensors")
-        arrays |= load_file(path)
-        learnt |= load_metadata(path)["learnt"]
+    arrays, learnt, main_name, architectures = load_predictions(dataset)
+    zoos = {architecture: load_zoo(dataset, architecture) for architecture in architectures}
     rows = score_predictions(arrays, zoos)
-    scores = summarise(rows, params.main_task)
-    architecture, main_scores = next(iter(scores[params.main_task].items()))
-    curve = learning_curve(scores, architecture, learnt)
-    kept = kept_predictors(dataset, zoos[architecture])
+    scores = summarise([row for row in rows if row["task"] == main_name])
+    curve = learning_curve(
+        [row for row in rows if row["task"] == main_name or row["task"].startswith(f"{main_name}_")], learnt
+    )
+    kept = kept_predictors(dataset, zoos[main_name])
     if "weightnet" not in kept:
         raise InputError("params.yaml: train_weightnet: weightnet is skipped or keeps no predictor, but is to be drawn")
     folder = REPORTS / dataset
     save_csv(folder / "scores.csv", rows)
     moved = relabelling(kept, zoos, params)
-    save_json(folder / "summary.json", {"scores": scores, "learning_curve": curve, "relabelling": moved})
-    first = {name: f"{name}/{params.main_task}/0/test/{architecture}/" for name in SHOWN}
+    summary = {
+        "scores": scores,
+        "learning_curve": curve,
+        "all_architectures": by_architecture([row for row in rows if row["task"] == ALL]),
+        "held_out": by_architecture([row for row in rows if row["task"].startswith(HELD_OUT)]),
+        "coverage": coverage(kept, arrays, zoos),
+        "relabelling": moved,
+    }
+    save_json(folder / "summary.json", {"main": main_name} | summary)
+    first = {name: f"{name}/{main_name}/0/test/{main_name}/" for name in SHOWN}
     shown = {
-        name: (arrays[key + "values"], zoos[architecture].properties(arrays[key + "rows"]))
+        name: (arrays[key + "values"], zoos[main_name].properties(arrays[key + "rows"]))
         for name, key in first.items()
         if key + "values" in arrays
     }
     pictures.draw_predictions(
         folder / "predictions.png", {name: (p.numpy(), t.numpy()) for name, (p, t) in shown.items()}
     )
-    pictures.draw_scores(folder / "scores.png", main_scores["test_acc"])
+    pictures.draw_scores(folder / "scores.png", scores["test_acc"])
     pictures.draw_learning_curve(folder / "learning_curve.png", curve)
-    pictures.draw_attention(folder / "attention.png", extremes(kept["weightnet"], zoos[architecture]))
-    taus = [f"{name} {main_scores['test_acc'][name]['tau']['mean']:.3f}" for name in shown]
-    print(f"{dataset}: Kendall's tau of test accuracy, {params.main_task}: {', '.join(taus)}")
+    pictures.draw_attention(folder / "attention.png", extremes(kept["weightnet"], zoos[main_name]))
+    taus = [f"{name} {scores['test_acc'][name]['tau']['mean']:.3f}" for name in shown]
+    print(f"{dataset}: Kendall's tau of test accuracy, {main_name}: {', '.join(taus)}")
 
 
 if __name__ == "__main__":

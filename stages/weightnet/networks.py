@@ -1,4 +1,7 @@
-"""The architectures of the zoo: ordinary modules, from whose programs everything else follows. ReLU stands for the activation."""
+"""The architectures of the zoo: ordinary modules, from whose programs everything else follows. ReLU stands for the activation.
+
+Six small ones of our own, and torchvision's, whose millions of weights want an accelerator.
+"""
 
 from functools import cache
 from itertools import pairwise
@@ -6,8 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from stages.common.command import InputError
 from stages.weightnet.program import Program, trace
 from stages.weightnet.symmetry import Symmetry, derive_symmetry
+
+ARCHITECTURES = ("cnn3", "cnn4", "flat", "lenet", "residual", "wide")  # our own
 
 
 def convolutional(widths: list[int], strides: list[int], channels: int, classes: int) -> nn.Sequential:
@@ -60,7 +66,7 @@ class Residual(nn.Module):
 
 
 def build_network(name: str, channels: int, classes: int, side: int) -> nn.Module:
-    """Return the network called `name` for images [channels, side, side]."""
+    """Return the network called `name` for images [channels, side, side]: one of ours, or of torchvision's; else InputError."""
     match name:
         case "cnn3":
             return convolutional([16, 16, 16], [2, 2, 2], channels, classes)
@@ -74,10 +80,21 @@ def build_network(name: str, channels: int, classes: int, side: int) -> nn.Modul
             return Residual(channels, classes)
         case "lenet":
             return lenet(channels, classes, side)
-    raise ValueError(f"no architecture is called {name}")
+    return of_torchvision(name, channels, classes)
 
 
-ARCHITECTURES = ("cnn3", "cnn4", "flat", "wide", "residual", "lenet")
+def of_torchvision(name: str, channels: int, classes: int) -> nn.Module:
+    """Return torchvision's network called `name`, untrained; its first convolution reads images of `channels` channels."""
+    from torchvision import models  # here: 1 s and 160 MB that our own do without
+
+    if name not in models.list_models(models):
+        raise InputError(f"no architecture is called {name}: there are {', '.join(ARCHITECTURES)}, and torchvision's")
+    network = models.get_model(name, weights=None, num_classes=classes)
+    where, first = next((where, layer) for where, layer in network.named_modules() if isinstance(layer, nn.Conv2d))
+    if first.in_channels != channels:
+        sizes = (first.kernel_size, first.stride, first.padding)
+        network.set_submodule(where, nn.Conv2d(channels, first.out_channels, *sizes, bias=first.bias is not None))
+    return network
 
 
 @cache

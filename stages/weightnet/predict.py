@@ -1,23 +1,28 @@
 """Predict how good networks are from their weights: python -m stages.weightnet.predict model.safetensors --arch cnn3
 
 A model is a .safetensors file, a .pt file of tensors, or a folder of .safetensors. --arch says what it is: an architecture of
-the zoo; torchvision:<name> or timm:<name>; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]},
-of torch.nn's layers one after the other; or, with --allow-code, package.module:function, which is called without arguments. By
-default weights alone are read. --allow-probe also runs the network on inputs that were learned (images of the zoo's shape only).
+the zoo (one of torchvision's too: by its name alone, for the zoo's images and classes); torchvision:<name> or timm:<name>, as they
+come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]}, of torch.nn's layers one after the
+other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
+--allow-probe also runs the network on inputs that were learned (images of the zoo's shape only).
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements.
 
 The symmetry is derived from the network and tried out on it first. Prints a table, or JSON with --json: each property with an
-interval that held 90 % of the validation networks, and how far the weights lie from those that were learnt from: the share of
-the zoo's networks that lie nearer to their own neighbours (above 0.95, do not trust the prediction).
+interval for 90 % of networks, by the errors on validation networks, and how far the weights lie from those that were learnt from:
+the share of the zoo's networks that lie nearer to their own neighbours (above 0.95, do not trust the prediction).
 """
 
 import argparse
 import importlib
 import json
 import math
+import multiprocessing
+import signal
 import sys
+from contextlib import redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +39,63 @@ from stages.weightnet.predictors import Kept, load_predictors
 from stages.weightnet.program import MODULES, Program, trace
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
-from stages.weightnet.targets import from_scale
 
 PREDICTORS = Path("models/train_weightnet")
-COVERAGE = 0.9
 ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
 
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
-    """Return an untrained network of the architecture that `arch` names; InputError if there is none."""
+    """Return an untrained network of the architecture that `arch` names; what others' code raises is not translated."""
     if arch.endswith(".json"):
         return build_from_spec(Path(arch))
     origin, _, name = arch.rpartition(":")
+    if not origin:
+        return build_network(arch, shape[0], classes, shape[1])
+    if origin == "torchvision":
+        return importlib.import_module("torchvision.models").get_model(name, weights=None)
+    if origin == "timm":
+        return importlib.import_module("timm").create_model(name, pretrained=False)
+    if not allow_code:
+        raise InputError(f"--arch {arch} runs code of yours: allow it by --allow-code")
+    return getattr(importlib.import_module(origin), name)()
+
+
+def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> Program:
+    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none.
+
+    What is not the zoo's own runs in a process of its own: what it imports (torchvision: 160 MB) ends with it, and so do crashes.
+    """
+    if arch in ARCHITECTURES:
+        return trace(build_user_network(arch, shape, classes, allow_code), shape)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")  # a new interpreter would import torch again
+    child = fork.Process(target=_send_program, args=(receive, send, arch, shape, classes, allow_code))
+    child.start()
+    send.close()
     try:
-        if not origin:
-            if arch not in ARCHITECTURES:
-                raise InputError(f"--arch {arch}: the zoo has {', '.join(ARCHITECTURES)}")
-            return build_network(arch, shape[0], classes, shape[1])
-        if origin == "torchvision":
-            return importlib.import_module("torchvision.models").get_model(name, weights=None)
-        if origin == "timm":
-            return importlib.import_module("timm").create_model(name, pretrained=False)
-        if not allow_code:
-            raise InputError(f"--arch {arch} runs code of yours: allow it by --allow-code")
-        return getattr(importlib.import_module(origin), name)()
-    except (ImportError, AttributeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--arch {arch}: {one_line(error)}") from None
+        result = receive.recv()
+    except (EOFError, OSError):
+        result = InputError(f"--arch {arch}: its code ended the process that ran it")
+    finally:
+        child.kill()  # it may have threads that go on
+        child.join()
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def _send_program(receive: Connection, send: Connection, arch: str, *rest: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is reported once, by the parent
+    receive.close()
+    shape = rest[0]
+    try:
+        with redirect_stdout(sys.stderr):  # what others' code prints is no answer of ours
+            result: Program | InputError = trace(build_user_network(arch, *rest), shape)
+    except InputError as error:
+        result = error
+    except Exception as error:  # others' code may raise anything
+        result = InputError(f"--arch {arch}: {one_line(error)}")
+    send.send(result)
 
 
 LAYERS = {module.__name__: module for module in MODULES}
@@ -146,12 +182,9 @@ def read_network(path: Path, arch: str, program: Program, tanh: bool) -> Network
 
 def describe(kept: Kept, networks: Networks) -> dict[str, Any]:
     """Return the predictions for one network, with intervals, and how unlike the zoo's it is."""
-    center = kept.standardised(networks)
-    width = kept.errors[min(len(kept.errors) - 1, round(COVERAGE * len(kept.errors)))]
-    mean, std = kept.scale["target_mean"], kept.scale["target_std"]
-    ends = [from_scale((center + sign * width) * std + mean)[0] for sign in (-1, 0, 1)]
+    ends = kept.intervals(networks)[:, 0].tolist()
     properties = {
-        name: {"low": low.item(), "value": value.item(), "high": high.item()}
+        name: {"low": low, "value": value, "high": high}
         for name, low, value, high in zip(PROPERTIES, *ends, strict=True)
     }
     own = torch.cdist(kept.inputs, kept.inputs).fill_diagonal_(torch.inf).amin(1)
@@ -182,12 +215,14 @@ def main() -> None:
         raise InputError(f"probes have the zoo's shape {zoo_shape}, not {shape}: leave --allow-probe out")
     models = {file: known for path in arguments.models for file, known in list_models(path).items()}
     results: dict[str, dict[str, Any]] = {}
+    programs: dict[str, Program] = {}
     for file, known in models.items():
         arch, tanh = known.get("arch", arguments.arch), arguments.tanh or known.get("activation") == "tanh"
         if arch is None:
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
-        program = trace(build_user_network(arch, shape, classes, arguments.allow_code), shape)
-        networks = read_network(file, arch, program, tanh)
+        if arch not in programs:
+            programs[arch] = user_program(arch, shape, classes, arguments.allow_code)
+        networks = read_network(file, arch, programs[arch], tanh)
         measured = {name: float(known[name]) for name in PROPERTIES if name in known}
         results[str(file)] = describe(kept, networks) | {"measured": measured}
     answer = {"predictor": family, "networks": results, "agreement": agreement(results)}

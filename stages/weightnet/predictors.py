@@ -5,6 +5,7 @@ to the order of hidden neurons, because every operation treats the neurons of a 
 that it learns; a hybrid does both. The others are what they are measured against.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from stages.common.seeding import building
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
 from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks
+from stages.weightnet.targets import from_scale
 
 Features = Float[Tensor, "n f"]
 Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical", "one_sided"]
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
+COVERAGE = 0.9  # of intervals
 PAIRS = 1 << 14  # of neurons, whose weights are read at a time
 
 
@@ -409,18 +412,35 @@ class Predictor(nn.Module):
 
 @dataclass(frozen=True)
 class Kept:
-    """A trained predictor with its units. errors: sorted absolute errors on validation runs, in units of the spread."""
+    """Trained predictors, whose mean counts. errors: sorted absolute errors on validation runs, in units of the spread."""
 
-    model: Predictor
+    models: list[Predictor]
     scale: dict[str, Tensor]
     errors: Float[Tensor, "v k"]
     inputs: Float[Tensor, "m f"]  # statistics of the networks that it learned from, standardised
+
+    @property
+    def half_widths(self) -> Float[Tensor, " k"]:
+        """Half the widths of intervals for 90 % of new networks, in units of the spread.
+
+        The quantile of split conformal prediction (Lei et al. 2018, section 2.2), so on average over the zoo's architectures; on
+        runs that also chose the epoch, so a little narrow; the largest error if fewer than 9 networks validate.
+        """
+        n = len(self.errors)
+        return self.errors[min(n, math.ceil(COVERAGE * (n + 1))) - 1]
 
     @torch.no_grad()
     def standardised(self, networks: Networks) -> Float[Tensor, "n k"]:
         """Return predictions in units of the properties' spread, in the precision of the weights."""
         dtype = next(iter(networks.weights.values())).dtype
-        return self.model.to(dtype).eval()(networks, self.statistics(networks))
+        statistics = self.statistics(networks)
+        return torch.stack([model.to(dtype).eval()(networks, statistics) for model in self.models]).mean(0)
+
+    def intervals(self, networks: Networks) -> Float[Tensor, "3 n k"]:
+        """Return lower ends, predictions and upper ends, in the properties' own units."""
+        center = self.standardised(networks)
+        ends = torch.stack([center - self.half_widths, center, center + self.half_widths])
+        return torch.stack([from_scale(end * self.scale["target_std"] + self.scale["target_mean"]) for end in ends])
 
     def statistics(self, networks: Networks) -> Float[Tensor, "n f"]:
         """Return the standardised statistics of some networks."""
@@ -454,7 +474,8 @@ def load_predictors(path: Path, example: Networks) -> dict[str, Kept]:
     """Return the kept predictors of a family; `example`: networks of an architecture that they learned from."""
     found = {}
     for name, kept in load_torch(path, set()).items():
-        model = Predictor(kept["config"], example, kept["inputs"].shape[1], seed=0)
-        model.load_state_dict(kept["state_dict"])
-        found[name] = Kept(model, kept["scale"], kept["errors"], kept["inputs"])
+        models = [Predictor(kept["config"], example, kept["inputs"].shape[1], seed=0) for _ in kept["state_dicts"]]
+        for model, state in zip(models, kept["state_dicts"], strict=True):
+            model.load_state_dict(state)
+        found[name] = Kept(models, kept["scale"], kept["errors"], kept["inputs"])
     return found

@@ -4,9 +4,10 @@ Everything that treats networks as data reads this list: the trainer runs stacks
 from it, and probes are sent through it. A step that is not understood is refused by name, never guessed.
 """
 
+import math
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from stages.common.command import InputError, one_line
 from stages.weightnet.convolution import convolve
@@ -120,18 +120,31 @@ class Program:
             found.setdefault(name.rpartition(".")[0], []).append(name)
         return found
 
+    def numbers_of(self, kind: str) -> list[int]:
+        """Return how many numbers each step of a kind gives for one image."""
+        return [math.prod(step.shape) for step in self.steps if step.kind == kind]
+
     @property
     def size(self) -> int:
         """The number of weights of one network."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
+class Shapes(fx.Interpreter):
+    """Runs a traced network, and notes the shape of every result. (torch.fx's own ShapeProp imports sympy: 0.4 s and 40 MB.)"""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["shape"] = tuple(result.shape[1:]) if isinstance(result, Tensor) else ()
+        return result
+
+
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     """Return the program of a network of images [c, h, w]; InputError names what cannot be followed."""
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             graph = fx.symbolic_trace(model.eval())
-            ShapeProp(graph).propagate(torch.zeros(1, *input_shape))
+            Shapes(graph).run(torch.zeros(1, *input_shape))
     except Exception as error:  # torch.fx runs the user's code, which may raise anything
         raise InputError(f"{type(model).__name__} cannot be traced by torch.fx: {one_line(error)}") from None
     steps: list[Step] = []
@@ -146,7 +159,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
         inputs = tuple(place[argument] for argument in node.all_input_nodes)
         place[node] = len(steps)
         name = str(node.target) if module is not None else node.name
-        steps.append(Step(kind, name, inputs, tuple(node.meta["tensor_meta"].shape[1:]), options))
+        steps.append(Step(kind, name, inputs, node.meta["shape"], options))
     held = {name.rpartition(".")[0] for name in model.state_dict()}
     if unread := sorted(held - {step.name for step in steps}):
         raise InputError(f"tensors of {unread[0] or 'the network itself'} are used in a way that cannot be followed")
@@ -173,7 +186,8 @@ def _describe(node: fx.Node, module: nn.Module | None) -> tuple[str, dict[str, A
         case nn.GroupNorm() | nn.BatchNorm2d():
             if not module.affine or (isinstance(module, nn.BatchNorm2d) and not module.track_running_stats):
                 raise InputError(f"step {node.name}: a norm without weights or running statistics is not supported")
-            return kind, {"eps": module.eps, "groups": getattr(module, "num_groups", 0)}
+            own = {"groups": module.num_groups} if kind == "group_norm" else {"momentum": module.momentum}
+            return kind, {"eps": module.eps} | own
         case nn.MaxPool2d() | nn.AvgPool2d():
             names = ("kernel_size", "stride", "padding", "ceil_mode")
             return kind, {name: getattr(module, name) for name in names}
@@ -204,14 +218,17 @@ def run_stack(
     weights: Weights,
     images: Float[Tensor, "b c h w"] | Float[Tensor, "n b c h w"],
     tanh: Bool[Tensor, " n"] | None = None,
-    dropout: Float[Tensor, "n b f"] | None = None,
+    dropout: Sequence[Float[Tensor, "n b f"]] = (),
+    running: Weights | None = None,
 ) -> Float[Tensor, "n b k"]:
     """Return the outputs of n networks: on the same images, or on images of each one's own.
 
-    tanh: the networks whose ReLUs are replaced by tanh. dropout: what the input of a dropout step is multiplied by; none
-    outside of training. Inside, results are [n, b, h, w, c] or [n, b, f], with n = 1 as long as all networks share them.
+    tanh: the networks whose ReLUs are replaced by tanh. In training: dropout, what the inputs of each dropout step are multiplied
+    by; running, a dictionary for the running statistics that batch norms have after these images, by which they then normalise.
+    Inside, results are [n, b, h, w, c] or [n, b, f], with n = 1 as long as all networks share them.
     """
     results: list[Tensor] = []
+    masks = iter(dropout)
     for step in program.steps:
         x, y = (results[step.inputs[0]] if step.inputs else images), None
         option = step.options
@@ -234,10 +251,15 @@ def run_stack(
                 y = F.layer_norm(grouped, grouped.shape[3:], eps=option["eps"]).movedim(2, 4).flatten(4)
                 y = torch.addcmul(tensor["bias"][:, None, None, None], y, tensor["weight"][:, None, None, None])
             case "batch_norm":
-                mean, variance, scale, shift = (
-                    tensor[key][:, None, None, None] for key in ("running_mean", "running_var", "weight", "bias")
-                )
-                y = (x - mean) * torch.rsqrt(variance + option["eps"]) * scale + shift
+                mean, variance = tensor["running_mean"], tensor["running_var"]
+                if running is not None:
+                    variance, mean = torch.var_mean(x, (1, 2, 3), correction=0)
+                    pixels = x[0, ..., 0].numel()
+                    unbiased = variance * (pixels / (pixels - 1))
+                    for key, value in (("running_mean", mean), ("running_var", unbiased)):
+                        running[f"{step.name}.{key}"] = torch.lerp(tensor[key], value, option["momentum"]).detach()
+                scale = tensor["weight"] * torch.rsqrt(variance + option["eps"])
+                y = (x - mean[:, None, None, None]) * scale[:, None, None, None] + tensor["bias"][:, None, None, None]
             case "max_pool":
                 y = _by_channel(F.max_pool2d, x, option)
             case "avg_pool":
@@ -253,7 +275,7 @@ def run_stack(
             case "cat":
                 y = torch.cat([results[i] for i in step.inputs], -1)
             case "dropout":
-                y = x if dropout is None else x * dropout
+                y = x * next(masks).view(x.shape) if dropout else x
             case "identity":
                 y = x
             case _:

@@ -12,6 +12,45 @@ from stages.weightnet.zoo import Zoo
 
 Rows = Int[Tensor, " n"]
 
+ALL, HELD_OUT = "all", "to_"  # names of tasks: of the one with all architectures, and how those start that hold one out
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which architectures are learnt from, and which are tested; one in both is split by runs.
+
+    splits: how often; seeds: predictors that are trained alike, whose mean counts; share: of the runs to learn from; pooled:
+    whether statistics are pooled over layers, as networks of several architectures need.
+    """
+
+    train: list[str]
+    test: list[str]
+    splits: int = 1
+    seeds: int = 1
+    share: float = 1.0
+    pooled: bool = True
+
+
+def plan_tasks(
+    architectures: list[str], main: str, splits: int, seeds: int, shares: list[float], share_of_others: float
+) -> dict[str, Task]:
+    """Return the tasks by name: of the main architecture, whose own is called as it is and comes first, and of all.
+
+    splits, seeds: of the main architecture's tasks; shares: for a learning curve; share_of_others: where one is held out.
+    InputError if there is no zoo of the main architecture.
+    """
+    if main not in architectures:
+        raise InputError(
+            f"train_weightnet.main is {main}, but train_weightnet.architectures are {', '.join(architectures)}"
+        )
+    tasks = {main: Task([main], [main], splits, seeds, pooled=False)}
+    tasks |= {f"{main}_{share:g}": Task([main], [main], 1, seeds, share, pooled=False) for share in shares}
+    tasks[ALL] = Task(architectures, architectures)
+    for held_out in architectures:
+        if others := [name for name in architectures if name != held_out]:
+            tasks[HELD_OUT + held_out] = Task(others, [held_out], share=share_of_others)
+    return tasks
+
 
 @dataclass(frozen=True)
 class Split:

@@ -3,14 +3,17 @@
 Reads   models/build_zoo/<dataset>-<architecture>/
 Writes  models/train_weightnet/<dataset>-<variant>/predictions.safetensors   [n, k] for each predictor, task, split, part and
                                                                              architecture, and the rows of the zoo they are of;
-                                                                             metadata: how many networks were learnt from
-        models/train_weightnet/<dataset>-<variant>/predictors.pt             those of the task that is kept, first split
+                                                                             metadata: how many networks were learnt from, of
+                                                                             which architectures, the main one
+        models/train_weightnet/<dataset>-<variant>/predictors.pt             those that learned from all architectures
         reports/train_weightnet/<dataset>-<variant>/history.csv              loss, and Kendall's tau on validation runs
-A variant is a family of predictors. A task says which architectures are learnt from and which are tested. Finished predictors
-wait in .work/train_weightnet/, so that a killed or a growing family trains only the rest.
+A variant is a family of predictors. A task says which architectures are learnt from and which are tested: the main one, by
+itself and with less to learn from; all of them; and each of them, learnt from all others. Finished predictors wait in
+.work/train_weightnet/, so that a killed or a growing family trains only the rest.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,10 +38,10 @@ from stages.common.runtime import generator, parallel_map, pin_threads
 from stages.weightnet.features import pooled_statistics, tensor_statistics
 from stages.weightnet.predictors import Predictor
 from stages.weightnet.properties import PROPERTIES
-from stages.weightnet.splits import Rows, Split, split_zoos
+from stages.weightnet.splits import ALL, Rows, Split, Task, plan_tasks, split_zoos
 from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
 from stages.weightnet.targets import from_scale, to_scale
-from stages.weightnet.zoo import Zoo, load_zoo, zoo_files
+from stages.weightnet.zoo import Zoo, load_zoo
 
 MODELS = Path("models/train_weightnet")
 REPORTS = Path("reports/train_weightnet")
@@ -48,15 +51,7 @@ BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of
 
 Statistics = dict[tuple[str, bool], Float[Tensor, "m f"]]  # of an architecture's networks; whether pooled over layers
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Task(StageParams):
-    """Which architectures are learnt from, and which are tested; one in both is split by runs."""
-
-    train: list[str]
-    test: list[str]
-    splits: PositiveInt
-    share: Annotated[float, Field(gt=0, le=1)]  # of the runs to learn from: less than all for a learning curve
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Member(StageParams):
@@ -66,7 +61,7 @@ class Member(StageParams):
         "weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical", "one_sided", "gbm", "nearest", "mean"
     ]
     reads: Literal["weights", "statistics", "hyperparameters"]
-    tasks: list[str]
+    tasks: Literal["main", "all"]
     epochs: PositiveInt
     d: PositiveInt
     rounds: PositiveInt
@@ -95,8 +90,12 @@ class Params(StageParams):
     weight_decay: NonNegativeFloat
     rescaling: PositiveFloat  # standard deviation of the logarithm of the factors of ReLU neurons
     boosting_rounds: PositiveInt
-    tasks: dict[str, Task]
-    kept: str  # the task whose predictors are kept
+    architectures: list[str]  # whose zoos are read
+    main: str  # the one that most is asked of
+    splits: PositiveInt  # of its runs
+    seeds: PositiveInt  # predictors of its tasks that are trained alike, from other first weights: their mean predicts
+    shares: list[Share]  # of its runs to learn from, for a learning curve
+    share_of_others: Share  # of the runs to learn from where an architecture is held out
     skipped: list[str]  # members that this data set does without
     member: dict[str, Any]  # values of all members
     variant: Family
@@ -104,11 +103,12 @@ class Params(StageParams):
 
 @dataclass(frozen=True)
 class Job:
-    """One predictor to train."""
+    """One predictor to train, or several alike."""
 
     name: str
     member: Member
-    task: str
+    task_name: str
+    task: Task
     split: int
 
 
@@ -151,16 +151,16 @@ class Data:
 def statistics_of(zoo: Zoo, pooled: bool) -> Float[Tensor, "m f"]:
     """Return the statistics of all networks of a zoo."""
     read = pooled_statistics if pooled else tensor_statistics
-    return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(512)])
+    return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(zoo.at_a_time(512))])
 
 
-def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Statistics) -> Data:
-    """Return inputs and targets in units of their spread over the networks to learn from."""
+def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Statistics, pooled: bool) -> Data:
+    """Return inputs and targets in units of their spread over the networks to learn from; pooled: statistics over layers."""
     names = list(dict.fromkeys([*split.train, *split.test]))
     if member.reads == "hyperparameters":
         inputs = {name: hyperparameters(zoos[name]) for name in names}
     else:
-        inputs = {name: statistics[name, len(names) > 1] for name in names}
+        inputs = {name: statistics[name, pooled] for name in names}
     targets = {name: to_scale(zoos[name].properties(torch.arange(len(zoos[name])))) for name in names}
     scale = {}
     for key, values in (("input", inputs), ("target", targets)):
@@ -178,62 +178,64 @@ def mean_tau(truth: Float[Tensor, "n k"], predicted: Float[Tensor, "n k"]) -> fl
     return float(np.mean([0.0 if math.isnan(tau) else tau for tau in taus]))
 
 
-def batches(rows: dict[str, Rows], size: int, random: torch.Generator) -> list[tuple[str, Rows]]:
-    """Return one pass over the networks in random batches, each of one architecture."""
+def batches(data: Data, size: int, random: torch.Generator) -> list[tuple[str, Rows]]:
+    """Return one pass over the networks to learn from in random batches, each of one architecture."""
     found = [
         (name, index[part])
-        for name, index in rows.items()
+        for name, index in data.split.train.items()
         for part in torch.randperm(len(index), generator=random).split(size)
     ]
     return [found[i] for i in torch.randperm(len(found), generator=random).tolist()]
 
 
 @torch.no_grad()
-def predict(model: Predictor, data: Data, rows: dict[str, Rows]) -> Float[Tensor, "n k"]:
-    """Return standardised predictions for some networks of every architecture."""
-    model.eval()
+def predict(models: Sequence[Predictor], data: Data, rows: dict[str, Rows]) -> Float[Tensor, "n k"]:
+    """Return the mean of several predictors' standardised predictions for some networks of every architecture."""
     found = [
-        model(data.zoos[name].networks(part), data.inputs[name][part])
+        torch.stack([model.eval()(data.zoos[name].networks(part), data.inputs[name][part]) for model in models]).mean(0)
         for name, index in rows.items()
-        for part in index.split(BLOCK)
+        for part in index.split(data.zoos[name].at_a_time(BLOCK))
     ]
     return torch.cat(found)
 
 
-def train_predictor(job: Job, data: Data, params: Params) -> tuple[Predictor, list[dict[str, Any]]]:
-    """Return the predictor at its best epoch on validation runs, and a history row for each epoch."""
-    member, seed = job.member, params.seed + job.split
-    random = generator(seed, f"{job.name} {job.task}")
+def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[Predictor, list[dict[str, Any]]]:
+    """Return one of a job's predictors at its best epoch on validation runs, and a history row for each epoch."""
+    member = job.member
+    seed = (params.seed + job.split) * job.task.seeds + number
+    random = generator(seed, f"{job.name} {job.task_name}")
     first = next(iter(data.split.train))
     example = data.zoos[first].networks(data.split.train[first][:2])
     config = member.model_dump() | {"properties": len(PROPERTIES)}
     model = Predictor(config, example, data.inputs[first].shape[1], seed)
-    steps = member.epochs * len(batches(data.split.train, params.batch_size, generator(0, "count")))
+    steps = member.epochs * len(batches(data, params.batch_size, generator(0, "count")))
     optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=params.weight_decay)
     truth = data.part(data.split.validation, data.targets)
     step, best, history = 0, {}, []
     for epoch in range(1, member.epochs + 1):
         model.train()
         total = 0.0
-        for name, rows in batches(data.split.train, params.batch_size, random):
+        for name, rows in batches(data, params.batch_size, random):
             warm_up, cosine = min(1.0, (step + 1) / (0.15 * steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = member.learning_rate * warm_up * cosine
-            networks = data.zoos[name].networks(rows)
-            if member.augment:
-                networks = augmented(networks, params.rescaling, random)
-            opinions = model.opinions(networks, data.inputs[name][rows])
-            loss = sum(huber_loss(opinion, data.targets[name][rows]) for opinion in opinions)
             optimizer.zero_grad()
-            loss.backward()
+            for part in rows.split(data.zoos[name].at_a_time(len(rows))):
+                networks = data.zoos[name].networks(part)
+                if member.augment:
+                    networks = augmented(networks, params.rescaling, random)
+                opinions = model.opinions(networks, data.inputs[name][part])
+                loss = sum(huber_loss(opinion, data.targets[name][part]) for opinion in opinions)
+                (loss * (len(part) / len(rows))).backward()
+                total += loss.item() / len(opinions) * len(part)
             clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            total += loss.item() / len(opinions) * len(rows)
             step += 1
-        tau = mean_tau(truth, predict(model, data, data.split.validation))
+        tau = mean_tau(truth, predict([model], data, data.split.validation))
         if not history or tau > max(row["val_tau"] for row in history):
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         n = sum(len(rows) for rows in data.split.train.values())
-        who = {"predictor": job.name, "task": job.task, "split": job.split, "run": f"{job.name} {job.task} {job.split}"}
+        who = {"predictor": job.name, "task": job.task_name, "split": job.split, "number": number}
+        who["run"] = " ".join(map(str, who.values()))
         history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
     model.load_state_dict(best)
     return model, history
@@ -263,10 +265,10 @@ def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, 
 
 
 def nearest(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
-    """Return the properties of the network to learn from whose weights are nearest. Of one architecture only."""
+    """Return the properties of the network to learn from whose weights are nearest. Of one architecture, read as a whole."""
     (name,) = data.zoos
     known = data.split.train[name]
-    flat = data.zoos[name].flat
+    flat = data.zoos[name].flat(torch.arange(len(data.zoos[name])))
     scaled = (flat - flat[known].mean(0)) / (flat[known].std(0) + 1e-6)
     return tuple(
         data.targets[name][known][torch.cdist(scaled[rows[name]], scaled[known]).argmin(1)]
@@ -275,13 +277,13 @@ def nearest(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
 
 
 def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, params: Params) -> dict[str, Any]:
-    """Return what one predictor predicts, with the rows of the zoo it is of; its history; itself, if it is kept.
+    """Return what the predictors of a job predict on average, with the rows of the zoo it is of; their history; them, if kept.
 
     arrays: <predictor>/<task>/<split>/<part>/<architecture>/values [n, k] and /rows [n]. learnt: how many networks it learnt from.
     """
-    task, fractions = params.tasks[job.task], (params.validation_fraction, params.test_fraction)
+    task, fractions = job.task, (params.validation_fraction, params.test_fraction)
     split = split_zoos(zoos, task.train, task.test, fractions, params.snapshots, task.share, params.seed + job.split)
-    data = prepare(zoos, split, job.member, statistics)
+    data = prepare(zoos, split, job.member, statistics, task.pooled)
     history, kept = [], None
     match job.member.kind:
         case "gbm":
@@ -294,15 +296,16 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
                 for rows in (split.validation, split.test)
             )
         case _:
-            model, history = train_predictor(job, data, params)
-            predictions = tuple(predict(model, data, rows) for rows in (split.validation, split.test))
-            if job.task == params.kept and job.split == 0:
-                kept = keep(job, model, data, predictions[0])
+            trained = [train_predictor(job, number, data, params) for number in range(task.seeds)]
+            models, history = [model for model, _ in trained], [row for _, rows in trained for row in rows]
+            predictions = tuple(predict(models, data, rows) for rows in (split.validation, split.test))
+            if job.task_name == ALL:
+                kept = keep(job, models, data, predictions[0])
     arrays = {}
     for part, rows, values in zip(("validation", "test"), (split.validation, split.test), predictions, strict=True):
         own = from_scale(values * data.scale["target_std"] + data.scale["target_mean"])
         for arch, block in zip(rows, own.split([len(index) for index in rows.values()]), strict=True):
-            key = f"{job.name}/{job.task}/{job.split}/{part}/{arch}"
+            key = f"{job.name}/{job.task_name}/{job.split}/{part}/{arch}"
             arrays |= {f"{key}/values": block.contiguous(), f"{key}/rows": rows[arch]}
     learnt = sum(len(rows) for rows in split.train.values())
     return {"arrays": arrays, "history": history, "kept": kept, "learnt": learnt}
@@ -310,9 +313,21 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
 
 def job_folder(job: Job, params: Params, data: str) -> Path:
     """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
-    recipe = params.model_dump(exclude={"variant": True, "tasks": True, "member": True, "skipped": True})
-    recipe |= vars(job) | {"member": job.member.model_dump(), "task": params.tasks[job.task].model_dump(), "data": data}
-    return work_folder(f"train_weightnet/{job.name}-{job.task}-{job.split}", recipe)
+    of_all = {
+        "variant",
+        "architectures",
+        "main",
+        "splits",
+        "seeds",
+        "shares",
+        "share_of_others",
+        "member",
+        "skipped",
+    }  # a job has its own
+    recipe = params.model_dump(exclude=of_all)
+    task = {key: value for key, value in vars(job.task).items() if key != "splits"}
+    recipe |= vars(job) | {"member": job.member.model_dump(), "task": task, "data": data}
+    return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe)
 
 
 def main() -> None:
@@ -325,18 +340,22 @@ def main() -> None:
         for label, changes in params.variant.members.items()
         if label not in params.skipped
     }
+    tasks = plan_tasks(
+        params.architectures, params.main, params.splits, params.seeds, params.shares, params.share_of_others
+    )
     jobs = [
-        Job(label, member, task, split)
+        Job(label, member, task_name, task, split)
         for label, member in members.items()
-        for task in member.tasks
-        for split in range(params.tasks[task].splits)
+        for task_name, task in tasks.items()
+        if member.tasks == "all" or task_name == params.main
+        for split in range(task.splits)
     ]
-    needed = sorted({arch for job in jobs for arch in [*params.tasks[job.task].train, *params.tasks[job.task].test]})
+    needed = params.architectures if any(job.member.tasks == "all" for job in jobs) else [params.main]
     zoos = {architecture: load_zoo(dataset, architecture) for architecture in needed}
-    pooled = {len({*params.tasks[job.task].train, *params.tasks[job.task].test}) > 1 for job in jobs}
-    statistics = {(arch, many): statistics_of(zoo, many) for arch, zoo in zoos.items() for many in sorted(pooled)}
+    statistics = {(params.main, False): statistics_of(zoos[params.main], pooled=False)}
+    statistics |= {(name, True): statistics_of(zoo, pooled=True) for name, zoo in zoos.items()}
 
-    data = fingerprint(*(path for architecture in needed for path in zoo_files(dataset, architecture)))
+    data = fingerprint(*(path for zoo in zoos.values() for path in zoo.files))
 
     def finish(job: Job) -> dict[str, Any]:
         path = job_folder(job, params, data) / "result.pt"
@@ -346,8 +365,13 @@ def main() -> None:
 
     results = parallel_map(finish, jobs, torch.device("cpu"), f"train {name}")
     arrays = {key: tensor.numpy() for result in results for key, tensor in result["arrays"].items()}
-    learnt = {f"{job.name}/{job.task}": result["learnt"] for job, result in zip(jobs, results, strict=True)}
-    metadata = {"properties": list(PROPERTIES), "learnt": learnt}
+    learnt = {f"{job.name}/{job.task_name}": result["learnt"] for job, result in zip(jobs, results, strict=True)}
+    metadata = {
+        "properties": list(PROPERTIES),
+        "learnt": learnt,
+        "architectures": params.architectures,
+        "main": params.main,
+    }
     save_arrays(MODELS / name / "predictions.safetensors", arrays, metadata)
     kept = {job.name: result["kept"] for job, result in zip(jobs, results, strict=True) if result["kept"] is not None}
     save_torch(MODELS / name / "predictors.pt", kept)
@@ -356,15 +380,15 @@ def main() -> None:
     print(f"{name}: {len(jobs)} predictors of {', '.join(members)}")
 
 
-def keep(job: Job, model: Predictor, data: Data, validation: Float[Tensor, "v k"]) -> dict[str, Any]:
-    """Return what rebuilds a predictor: its weights, its units, and its errors on validation runs, for intervals."""
+def keep(job: Job, models: list[Predictor], data: Data, validation: Float[Tensor, "v k"]) -> dict[str, Any]:
+    """Return what rebuilds predictors: their weights, their units, and errors on validation runs, for intervals."""
     first = next(iter(data.split.train))
     program = data.zoos[first].program
     return {
         "config": job.member.model_dump() | {"properties": len(PROPERTIES)},
         "input_shape": list(program.input_shape),
         "classes": program.steps[-1].shape[0],
-        "state_dict": model.state_dict(),
+        "state_dicts": [model.state_dict() for model in models],
         "scale": data.scale,
         "errors": (validation - data.part(data.split.validation, data.targets)).abs().sort(0).values,
         "inputs": data.part(data.split.train, data.inputs),

@@ -4,10 +4,13 @@ Networks of one architecture are one stack: a grouped convolution runs them all,
 decays and so on. What a run draws depends on its name alone, so the result is that of training it alone, up to rounding.
 """
 
+import ctypes
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,6 +90,12 @@ def draw_run(name: str, seed: int, recipe: Recipe) -> Run:
     )
 
 
+def fit_to(run: Run, program: Program) -> Run:
+    """Return the run without what its network has no place for: tanh where no ReLU is, dropout where no dropout step is."""
+    kinds = {step.kind for step in program.steps}
+    return replace(run, tanh=run.tanh and "relu" in kinds, dropout=run.dropout if "dropout" in kinds else 0.0)
+
+
 @dataclass(frozen=True)
 class Draws:
     """Everything random about one run: its first weights, its images and labels, its batches and dropout."""
@@ -95,7 +104,7 @@ class Draws:
     images: Int[Tensor, " m"]  # which training images it sees
     labels: Int[Tensor, " m"]  # as it sees them
     batches: Int[Tensor, "t b"]  # places in `images`
-    kept: Bool[Tensor, "t b f"] | None  # features that dropout keeps
+    kept: list[Bool[Tensor, "t b f"]]  # what each dropout step keeps; empty without dropout
 
 
 def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
@@ -107,8 +116,8 @@ def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
         if len(shape) > 1:
             scale = run.init_scale * (2 / math.prod(shape[1:])) ** 0.5
             parts.append(scale * torch.randn(size, generator=random))
-        else:  # a norm's weights start at 1, biases at 0
-            parts.append(torch.full((size,), float(name.endswith("weight"))))
+        else:  # a norm's weights and variances start at 1, biases and means at 0
+            parts.append(torch.full((size,), float(name.endswith(("weight", "running_var")))))
     n = max(run.batch_size, round(run.train_fraction * len(labels)))
     images = torch.randperm(len(labels), generator=random)[:n]
     classes = program.steps[-1].shape[0]
@@ -116,10 +125,8 @@ def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
     wrong = torch.randint(classes, (len(images),), generator=random)
     seen = torch.where(noise, wrong, labels[images].cpu())
     batches = torch.randint(len(images), (run.steps, run.batch_size), generator=random)
-    kept = None
-    if run.dropout:
-        width = next(program.steps[s.inputs[0]].shape[0] for s in program.steps if s.kind == "dropout")
-        kept = torch.rand(run.steps, run.batch_size, width, generator=random) >= run.dropout
+    dropped = program.numbers_of("dropout") if run.dropout else []
+    kept = [torch.rand(run.steps, run.batch_size, f, generator=random) >= run.dropout for f in dropped]
     return Draws(torch.cat(parts), images, seen, batches, kept)
 
 
@@ -128,6 +135,18 @@ def unflatten(flat: Float[Tensor, "n p"], program: Program) -> Weights:
     sizes = [math.prod(shape) for shape in program.shapes.values()]
     parts = flat.split(sizes, 1)
     return {k: part.view(len(flat), *shape) for (k, shape), part in zip(program.shapes.items(), parts, strict=True)}
+
+
+@cache
+def keep_memory() -> None:
+    """Let the process keep what it frees, where its C library is glibc.
+
+    Else large arrays go back to the system and are faulted in again at every step, a tenth of the time of small networks.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def train_stack(
@@ -140,6 +159,7 @@ def train_stack(
 
     Adam and SGD are those of torch.optim (Adam: beta 0.9 and 0.999, epsilon 1e-8; SGD: momentum 0.9).
     """
+    keep_memory()
     device, dtype = images.device, images.dtype
     order = sorted(range(len(runs)), key=lambda i: -runs[i].steps)  # runs that end early leave at the end of the stack
     runs = [runs[i] for i in order]
@@ -153,7 +173,8 @@ def train_stack(
     rate, decay = column([run.learning_rate for run in runs]), column([run.weight_decay for run in runs])
     weights = torch.stack([draw.weights for draw in draws]).to(device, dtype)
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
-    kept = torch.stack([1 - column([run.dropout for run in runs])], 2) if any(run.dropout for run in runs) else None
+    keep_rate = 1 - column([run.dropout for run in runs])[..., None]
+    dropped = program.numbers_of("dropout") if any(run.dropout for run in runs) else []
     result = weights.new_empty(len(runs), len(SNAPSHOTS), program.size)
     result[:, 0] = weights
     seen_images = [draw.images[draw.batches] for draw in draws]
@@ -168,13 +189,14 @@ def train_stack(
             tanh, sgd, rate, decay = tanh[:alive], sgd[:alive], rate[:alive], decay[:alive]
         index = torch.stack([batches[step - 1] for batches in seen_images[:alive]]).to(device)
         seen = torch.stack([batches[step - 1] for batches in seen_labels[:alive]]).to(device)
-        mask = None
-        if kept is not None:
-            ones = next(torch.ones_like(draw.kept[0]) for draw in draws if draw.kept is not None)
-            masks = [ones if draw.kept is None else draw.kept[step - 1] for draw in draws[:alive]]
-            mask = torch.stack(masks).to(device) / kept[:alive]
+        masks = []
+        for place, f in enumerate(dropped):
+            ones = torch.ones(batch, f, dtype=torch.bool)
+            mask = torch.stack([draw.kept[place][step - 1] if draw.kept else ones for draw in draws[:alive]])
+            masks.append(mask.to(device) / keep_rate[:alive])
         weights.requires_grad_()
-        logits = run_stack(program, unflatten(weights, program), images[index], tanh, mask)
+        running: Weights = {}
+        logits = run_stack(program, unflatten(weights, program), images[index], tanh, masks, running)
         loss = cross_entropy(logits.flatten(0, 1), seen.flatten(), reduction="sum") / batch
         (gradient,) = torch.autograd.grad(loss, weights)
         with torch.no_grad():
@@ -183,6 +205,9 @@ def train_stack(
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             adam = first * (0.1 / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
             weights = weights.detach() - rate * torch.where(sgd, first, adam)
+            own = unflatten(weights, program)
+            for name, statistic in running.items():  # these are not learned
+                own[name].copy_(statistic)
         for i in range(alive):
             for j, at in enumerate((runs[i].steps // 2, runs[i].steps), 1):
                 if step == at:

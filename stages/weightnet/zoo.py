@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.artifacts import load_metadata, require
+from stages.common.artifacts import load_metadata, remedy, require
+from stages.common.command import InputError
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.params import StageParams
 from stages.common.tables import load_table
@@ -22,6 +23,8 @@ from stages.weightnet.symmetry import Networks, Symmetry
 from stages.weightnet.training import unflatten
 
 ZOO = Path("models/build_zoo")
+
+MOST_PAIRS = 1 << 22  # of neurons that weights join, in networks read at a time: about 2 GB while WeightNet learns
 
 
 class ImageParams(StageParams):
@@ -65,23 +68,42 @@ def zoo_images(dataset: str, params: ImageParams, device: torch.device) -> Image
 
 @dataclass(frozen=True)
 class Zoo:
-    """The networks of one architecture, a row for each snapshot of each run, in the order of the index."""
+    """The networks of one architecture, a row for each snapshot of each run, in the order of the index.
+
+    files: the index and the shards; shards: the weights [m_i, p], read from disk where they are used.
+    """
 
     architecture: str
     program: Program
     symmetry: Symmetry
-    flat: Float[Tensor, "m p"]
+    files: tuple[Path, ...]
+    shards: tuple[Float[Tensor, "_ p"], ...]
     tanh: Bool[Tensor, " m"]
     run: Int[Tensor, " m"]  # the number of the row's run
     snapshot: list[str]
     index: dict[str, list[Any]]  # all columns of the index
 
     def __len__(self) -> int:
-        return len(self.flat)
+        return len(self.tanh)
+
+    def flat(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n p"]:
+        """Return all weights of some networks."""
+        found = self.shards[0].new_empty(len(rows), self.program.size)
+        ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
+        numbers = torch.bucketize(rows, ends, right=True)
+        for number in numbers.unique().tolist():
+            shard, here = self.shards[number], numbers == number
+            found[here] = shard[rows[here] - (ends[number] - len(shard))]
+        return found
 
     def networks(self, rows: Int[Tensor, " n"]) -> Networks:
         """Return some of the networks."""
-        return Networks(self.program, self.symmetry, unflatten(self.flat[rows], self.program), self.tanh[rows])
+        return Networks(self.program, self.symmetry, unflatten(self.flat(rows), self.program), self.tanh[rows])
+
+    def at_a_time(self, most: int) -> int:
+        """Return how many networks to read at a time: at most `most`, fewer where networks are large."""
+        pairs = sum(self.symmetry.sizes[edge.target] * self.symmetry.sizes[edge.source] for edge in self.symmetry.edges)
+        return min(most, max(1, MOST_PAIRS // pairs))
 
     def column(self, name: str) -> Float[np.ndarray, " m"]:
         """Return a column of numbers."""
@@ -92,25 +114,22 @@ class Zoo:
         return torch.from_numpy(np.stack([self.column(name) for name in PROPERTIES], 1)).float()[rows]
 
 
-def zoo_files(dataset: str, architecture: str) -> list[Path]:
-    """Return the index of a zoo and its shards; InputError if one is missing."""
-    folder = ZOO / f"{dataset}-{architecture}"
-    index = folder / "index.parquet"
-    return [index, *(require(folder / name) for name in dict.fromkeys(load_table(index)["shard"]))]
-
-
 def load_zoo(dataset: str, architecture: str) -> Zoo:
     """Return the zoo of one architecture, on the processor; InputError if it is missing or damaged."""
-    path, *shards = zoo_files(dataset, architecture)
-    index = load_table(path)
-    metadata: dict[str, Any] = load_metadata(shards[0])
-    flat = np.concatenate([load_file(shard)["weights"] for shard in shards])
-    program, symmetry = zoo_program(architecture, *metadata["input"])
+    folder = ZOO / f"{dataset}-{architecture}"
+    index = load_table(folder / "index.parquet")
+    files = tuple(require(folder / name) for name in dict.fromkeys(index["shard"]))
+    metadata: list[dict[str, Any]] = [load_metadata(file) for file in files]
+    program, symmetry = zoo_program(architecture, *metadata[0]["input"])
+    shards = tuple(load_file(file)["weights"] for file in files)
+    if sum(map(len, shards)) != len(index["run"]):
+        raise InputError(f"{folder}: its index and its shards do not belong together{remedy(files[0], '-f ')}")
     return Zoo(
         architecture=architecture,
         program=program,
         symmetry=symmetry,
-        flat=torch.from_numpy(flat),
+        files=(folder / "index.parquet", *files),
+        shards=shards,
         tanh=torch.tensor([value == "tanh" for value in index["activation"]]),
         run=torch.tensor([int(name.rpartition("-")[2]) for name in index["run"]]),
         snapshot=index["snapshot"],
