@@ -18,6 +18,7 @@ from reproduction import ROOT, scale_overrides
 
 from stages.bilinear.training import load_model
 from stages.common.command import InputError
+from stages.weightnet.networks import ARCHITECTURES
 
 PIPELINE = [
     *(("stages.datasets.fetch_data", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
@@ -40,10 +41,7 @@ PIPELINE = [
         (f"stages.vit_memory.{stage}", {"dataset": "digits"})
         for stage in ("extract_features", "train_few_shot", "train_continual", "diagnose_memory")
     ),
-    *(
-        ("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant})
-        for variant in ("cnn3", "flat", "residual")
-    ),
+    *(("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant}) for variant in ARCHITECTURES),
     *(
         ("stages.weightnet.train_weightnet", {"dataset": "digits", "variant": variant})
         for variant in ("weightnet", "probe", "hybrid", "baselines", "ablations")
