@@ -95,7 +95,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 29
+    assert len(summaries) == 32
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
@@ -168,9 +168,11 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert all("%" in baseline or "untrained" in baseline for _, _, baseline in rows)
     assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
-    (_, *scores), _, (_, *curve), (_, *moved) = sections["WeightNet"]
+    (_, *scores), (_, *held_out), _, (_, *curve), (_, *held), (_, *moved) = sections["WeightNet"]
     assert {"weightnet", "stats_gbm", "nearest", "hyperparameters_gbm"} <= {row[0] for row in scores}
     assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in curve}
+    assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in held_out if len(row) == len(ARCHITECTURES) + 2}
+    assert all(0 <= float(share) <= 1 for row in held for share in row[1:])
     assert all(float(row[2]) < 1e-6 for row in moved)  # relabelled neurons change nothing
     (header, *recalled), (_, *controls), (_, *written), _, (_, *masked), (_, *images), _ = sections["Recall"]
     assert header[-1] == "ignoring the network"

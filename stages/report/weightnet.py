@@ -9,7 +9,7 @@ EVALUATED = REPORTS / "evaluate_weightnet"
 def weightnet_section(dataset: str) -> Section:
     """Return the section of predicted properties of one data set's zoo."""
     summary = load_json(EVALUATED / dataset / "summary.json")
-    main, scores = summary["main"], summary["scores"]
+    ((main, scores),) = summary["scores"].items()
     order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
     rows = [
         [

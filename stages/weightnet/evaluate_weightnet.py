@@ -222,14 +222,14 @@ def main() -> None:
     save_csv(folder / "scores.csv", rows)
     moved = relabelling(kept, zoos, params)
     summary = {
-        "scores": scores,
+        "scores": {main_name: scores},
         "learning_curve": curve,
         "all_architectures": by_architecture([row for row in rows if row["task"] == ALL]),
         "held_out": by_architecture([row for row in rows if row["task"].startswith(HELD_OUT)]),
         "coverage": coverage(kept, arrays, zoos),
         "relabelling": moved,
     }
-    save_json(folder / "summary.json", {"main": main_name} | summary)
+    save_json(folder / "summary.json", summary)
     first = {name: f"{name}/{main_name}/0/test/{main_name}/" for name in SHOWN}
     shown = {
         name: (arrays[key + "values"], zoos[main_name].properties(arrays[key + "rows"]))
