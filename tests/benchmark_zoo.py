@@ -92,7 +92,7 @@ def clock(device: torch.device) -> float:
 
 
 def seconds_a_step(side: int) -> dict[str, float]:
-    """Return processor seconds for a step of one network, on images of `side` pixels a side, of every way to train."""
+    """Return seconds, by `clock`, for a step of one network, on images of `side` pixels a side, of every way to train."""
     device = pick_device()
     images, labels = torch.randn(1000, 1, side, side, device=device), torch.randint(10, (1000,), device=device)
     program, _ = zoo_program("cnn3", 1, 10, side)

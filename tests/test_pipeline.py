@@ -245,7 +245,7 @@ def test_variants_are_the_same_everywhere():
     matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
     zoos = set(DVC_YAML["build_zoo"]["matrix"]["variant"])
-    assert set(PARAMS["train_weightnet"]["architectures"]) == zoos <= set(PARAMS["build_zoo"]["variants"])
+    assert set(PARAMS["train_weightnet"]["tasks"]["architectures"]) == zoos <= set(PARAMS["build_zoo"]["variants"])
     matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
     assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
     fleets = PARAMS["build_fleet"]["variants"]

@@ -29,7 +29,7 @@ from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Predictor, attention_maps
 from stages.weightnet.program import Weights, run_stack, trace
 from stages.weightnet.properties import PROPERTIES, REFERENCES, calibration_error, fgsm, measure
-from stages.weightnet.splits import ALL, Split, Task, plan_tasks, split_zoos
+from stages.weightnet.splits import ALL, Plan, Split, Task, plan_tasks, split_zoos
 from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
 from stages.weightnet.targets import from_scale, to_scale
 from stages.weightnet.train_weightnet import (
@@ -618,18 +618,23 @@ def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
     assert score(clean, attacked)["tau"] < 0.95
 
 
+def plan(architectures: list[str], main: str, **changes) -> Plan:
+    values = {"splits": 1, "seeds": 1, "shares": [], "share_of_others": 0.25}
+    return Plan(architectures=architectures, main=main, **values | changes)
+
+
 def test_a_held_out_architecture_is_never_learnt_from_and_all_others_are():
     names = ["a", "b", "c"]
-    tasks = plan_tasks(names, "b", 4, 3, [0.5], 0.25)
+    tasks = plan_tasks(plan(names, "b", splits=4, seeds=3, shares=[0.5]))
     assert list(tasks) == ["b", "b_0.5", ALL, "to_a", "to_b", "to_c"]
     assert tasks["b"] == Task(["b"], ["b"], splits=4, seeds=3, pooled=False)
     for name in names:
         assert {*tasks[f"to_{name}"].train, name} == set(names)
         assert tasks[f"to_{name}"].test == [name]
         assert name not in tasks[f"to_{name}"].train
-    assert list(plan_tasks(["b"], "b", 1, 1, [], 1.0)) == ["b", ALL]
+    assert list(plan_tasks(plan(["b"], "b"))) == ["b", ALL]
     with pytest.raises(InputError, match="main is d, but"):
-        plan_tasks(names, "d", 1, 1, [], 1.0)
+        plan_tasks(plan(names, "d"))
 
 
 @pytest.mark.parametrize("n", [9, 16, 27])

@@ -136,8 +136,8 @@ def main() -> None:
     images = zoo_images(dataset, params.images, device)
     shape = (images.channels, images.classes, params.images.image_size)
     traced, _ = zoo_program(architecture, *shape)  # a symmetry that cannot be derived is refused before training
-    runs = [draw_run(f"{architecture}-{i}", params.seed, params.recipe) for i in range(params.variant.runs)]
-    runs = [fit_to(one, traced) for one in runs]
+    names = [f"{architecture}-{i}" for i in range(params.variant.runs)]
+    runs = [fit_to(draw_run(one, params.seed, params.recipe), traced) for one in names]
     fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.size))
     shards = plan_stacks(runs, min(params.shard_runs, fitting), params.variant.stack)
     work = stack_folder(dataset, params)

@@ -28,7 +28,7 @@ from stages.weightnet import pictures
 from stages.weightnet.predictors import Kept, attention_maps, load_predictors
 from stages.weightnet.program import run_stack
 from stages.weightnet.properties import PROPERTIES, REFERENCES
-from stages.weightnet.splits import ALL, HELD_OUT
+from stages.weightnet.splits import ALL, HELD_OUT, rows_of
 from stages.weightnet.symmetry import Networks, permute, random_permutations
 from stages.weightnet.zoo import Zoo, load_zoo
 
@@ -139,9 +139,7 @@ def one_sided(networks: Networks, random: torch.Generator) -> Networks:
     edge = networks.symmetry.edges[1]
     weight = networks.weights[edge.tensor]
     order = torch.randperm(weight.shape[1], generator=random)
-    return Networks(
-        networks.program, networks.symmetry, networks.weights | {edge.tensor: weight[:, order]}, networks.tanh
-    )
+    return replace(networks, weights=networks.weights | {edge.tensor: weight[:, order]})
 
 
 def kept_predictors(dataset: str, zoo: Zoo) -> dict[str, Kept]:
@@ -173,7 +171,7 @@ def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> 
     random = generator(params.seed, "relabelling")
     table: dict[str, Any] = {}
     for architecture, zoo in zoos.items():
-        final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])[: params.networks]
+        final = rows_of(zoo, zoo.run, ["final"])[: params.networks]
         orders = random_permutations(zoo.symmetry, random)
         images = torch.randn(16, *zoo.program.input_shape, generator=random).double()
         answers: dict[str, list[torch.Tensor]] = {name: [] for name in ("function", *kept)}
@@ -196,7 +194,7 @@ def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> 
 
 def extremes(kept: Kept, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]:
     """Return WeightNet's attention, in every round, to the most and the least accurate of the final networks."""
-    final = torch.tensor([i for i, name in enumerate(zoo.snapshot) if name == "final"])
+    final = rows_of(zoo, zoo.run, ["final"])
     truth = zoo.properties(final)[:, 0]
     chosen = final[torch.stack([truth.argmax(), truth.argmin()])]
     maps = attention_maps(kept.models[0].eval().float().readers[0], zoo.networks(chosen))

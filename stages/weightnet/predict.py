@@ -84,13 +84,14 @@ def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bo
     return result
 
 
-def _send_program(receive: Connection, send: Connection, arch: str, *rest: Any) -> None:
+def _send_program(
+    receive: Connection, send: Connection, arch: str, shape: tuple[int, ...], classes: int, allow_code: bool
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is reported once, by the parent
     receive.close()
-    shape = rest[0]
     try:
         with redirect_stdout(sys.stderr):  # what others' code prints is no answer of ours
-            result: Program | InputError = trace(build_user_network(arch, *rest), shape)
+            result: Program | InputError = trace(build_user_network(arch, shape, classes, allow_code), shape)
     except InputError as error:
         result = error
     except Exception as error:  # others' code may raise anything

@@ -6,7 +6,7 @@ that it learns; a hybrid does both. The others are what they are measured agains
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from stages.common.seeding import building
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
 from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks
-from stages.weightnet.targets import from_scale
+from stages.weightnet.targets import own_units
 
 Features = Float[Tensor, "n f"]
 Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical", "one_sided"]
@@ -410,6 +410,13 @@ class Predictor(nn.Module):
         return [self.head(torch.cat(features, 1)), *alone]
 
 
+def mean_prediction(
+    models: Sequence[Predictor], networks: Networks, statistics: Float[Tensor, "n s"]
+) -> Float[Tensor, "n k"]:
+    """Return the mean of several predictors' standardised predictions."""
+    return torch.stack([model.eval()(networks, statistics) for model in models]).mean(0)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Trained predictors, whose mean counts. errors: sorted absolute errors on validation runs, in units of the spread."""
@@ -433,14 +440,13 @@ class Kept:
     def standardised(self, networks: Networks) -> Float[Tensor, "n k"]:
         """Return predictions in units of the properties' spread, in the precision of the weights."""
         dtype = next(iter(networks.weights.values())).dtype
-        statistics = self.statistics(networks)
-        return torch.stack([model.to(dtype).eval()(networks, statistics) for model in self.models]).mean(0)
+        return mean_prediction([model.to(dtype) for model in self.models], networks, self.statistics(networks))
 
     def intervals(self, networks: Networks) -> Float[Tensor, "3 n k"]:
         """Return lower ends, predictions and upper ends, in the properties' own units."""
         center = self.standardised(networks)
         ends = torch.stack([center - self.half_widths, center, center + self.half_widths])
-        return torch.stack([from_scale(end * self.scale["target_std"] + self.scale["target_mean"]) for end in ends])
+        return torch.stack([own_units(end, self.scale) for end in ends])
 
     def statistics(self, networks: Networks) -> Float[Tensor, "n f"]:
         """Return the standardised statistics of some networks."""

@@ -1,16 +1,20 @@
 """Which networks a predictor learns from, is chosen on, and is tested on: split by run, never by snapshot."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Int
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stages.common.command import InputError
+from stages.common.params import StageParams
 from stages.common.runtime import generator
 from stages.weightnet.zoo import Zoo
 
 Rows = Int[Tensor, " n"]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 ALL, HELD_OUT = "all", "to_"  # names of tasks: of the one with all architectures, and how those start that hold one out
 
@@ -31,24 +35,33 @@ class Task:
     pooled: bool = True
 
 
-def plan_tasks(
-    architectures: list[str], main: str, splits: int, seeds: int, shares: list[float], share_of_others: float
-) -> dict[str, Task]:
+class Plan(StageParams):
+    """What the tasks follow from."""
+
+    architectures: list[str]  # whose zoos are read
+    main: str  # the one that most is asked of
+    splits: PositiveInt  # of its runs
+    seeds: PositiveInt  # predictors of its tasks that are trained alike, from other first weights: their mean predicts
+    shares: list[Share]  # of its runs to learn from, for a learning curve
+    share_of_others: Share  # of the runs to learn from where an architecture is held out
+
+
+def plan_tasks(plan: Plan) -> dict[str, Task]:
     """Return the tasks by name: of the main architecture, whose own is called as it is and comes first, and of all.
 
-    splits, seeds: of the main architecture's tasks; shares: for a learning curve; share_of_others: where one is held out.
     InputError if there is no zoo of the main architecture.
     """
+    main, architectures = plan.main, plan.architectures
     if main not in architectures:
         raise InputError(
-            f"train_weightnet.main is {main}, but train_weightnet.architectures are {', '.join(architectures)}"
+            f"train_weightnet.tasks.main is {main}, but train_weightnet.tasks.architectures are {', '.join(architectures)}"
         )
-    tasks = {main: Task([main], [main], splits, seeds, pooled=False)}
-    tasks |= {f"{main}_{share:g}": Task([main], [main], 1, seeds, share, pooled=False) for share in shares}
+    tasks = {main: Task([main], [main], plan.splits, plan.seeds, pooled=False)}
+    tasks |= {f"{main}_{share:g}": Task([main], [main], 1, plan.seeds, share, pooled=False) for share in plan.shares}
     tasks[ALL] = Task(architectures, architectures)
     for held_out in architectures:
         if others := [name for name in architectures if name != held_out]:
-            tasks[HELD_OUT + held_out] = Task(others, [held_out], share=share_of_others)
+            tasks[HELD_OUT + held_out] = Task(others, [held_out], share=plan.share_of_others)
     return tasks
 
 

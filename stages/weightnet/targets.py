@@ -20,6 +20,11 @@ def to_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     return torch.stack(columns, 1)
 
 
+def own_units(values: Float[Tensor, "n k"], scale: dict[str, Float[Tensor, " f"]]) -> Float[Tensor, "n k"]:
+    """Return standardised properties in their own units; scale: mean and deviation of those learnt from."""
+    return from_scale(values * scale["target_std"] + scale["target_mean"])
+
+
 def from_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """Return the properties in their own units."""
     columns = []

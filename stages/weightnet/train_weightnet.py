@@ -36,11 +36,11 @@ from stages.common.params import StageParams
 from stages.common.resume import fingerprint, work_folder
 from stages.common.runtime import generator, parallel_map, pin_threads
 from stages.weightnet.features import pooled_statistics, tensor_statistics
-from stages.weightnet.predictors import Predictor
+from stages.weightnet.predictors import Predictor, mean_prediction
 from stages.weightnet.properties import PROPERTIES
-from stages.weightnet.splits import ALL, Rows, Split, Task, plan_tasks, split_zoos
+from stages.weightnet.splits import ALL, Plan, Rows, Split, Task, plan_tasks, split_zoos
 from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
-from stages.weightnet.targets import from_scale, to_scale
+from stages.weightnet.targets import own_units, to_scale
 from stages.weightnet.zoo import Zoo, load_zoo
 
 MODELS = Path("models/train_weightnet")
@@ -51,7 +51,6 @@ BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of
 
 Statistics = dict[tuple[str, bool], Float[Tensor, "m f"]]  # of an architecture's networks; whether pooled over layers
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Member(StageParams):
@@ -90,12 +89,7 @@ class Params(StageParams):
     weight_decay: NonNegativeFloat
     rescaling: PositiveFloat  # standard deviation of the logarithm of the factors of ReLU neurons
     boosting_rounds: PositiveInt
-    architectures: list[str]  # whose zoos are read
-    main: str  # the one that most is asked of
-    splits: PositiveInt  # of its runs
-    seeds: PositiveInt  # predictors of its tasks that are trained alike, from other first weights: their mean predicts
-    shares: list[Share]  # of its runs to learn from, for a learning curve
-    share_of_others: Share  # of the runs to learn from where an architecture is held out
+    tasks: Plan
     skipped: list[str]  # members that this data set does without
     member: dict[str, Any]  # values of all members
     variant: Family
@@ -192,7 +186,7 @@ def batches(data: Data, size: int, random: torch.Generator) -> list[tuple[str, R
 def predict(models: Sequence[Predictor], data: Data, rows: dict[str, Rows]) -> Float[Tensor, "n k"]:
     """Return the mean of several predictors' standardised predictions for some networks of every architecture."""
     found = [
-        torch.stack([model.eval()(data.zoos[name].networks(part), data.inputs[name][part]) for model in models]).mean(0)
+        mean_prediction(models, data.zoos[name].networks(part), data.inputs[name][part])
         for name, index in rows.items()
         for part in index.split(data.zoos[name].at_a_time(BLOCK))
     ]
@@ -303,7 +297,7 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
                 kept = keep(job, models, data, predictions[0])
     arrays = {}
     for part, rows, values in zip(("validation", "test"), (split.validation, split.test), predictions, strict=True):
-        own = from_scale(values * data.scale["target_std"] + data.scale["target_mean"])
+        own = own_units(values, data.scale)
         for arch, block in zip(rows, own.split([len(index) for index in rows.values()]), strict=True):
             key = f"{job.name}/{job.task_name}/{job.split}/{part}/{arch}"
             arrays |= {f"{key}/values": block.contiguous(), f"{key}/rows": rows[arch]}
@@ -313,18 +307,7 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
 
 def job_folder(job: Job, params: Params, data: str) -> Path:
     """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
-    of_all = {
-        "variant",
-        "architectures",
-        "main",
-        "splits",
-        "seeds",
-        "shares",
-        "share_of_others",
-        "member",
-        "skipped",
-    }  # a job has its own
-    recipe = params.model_dump(exclude=of_all)
+    recipe = params.model_dump(exclude={"variant", "tasks", "member", "skipped"})
     task = {key: value for key, value in vars(job.task).items() if key != "splits"}
     recipe |= vars(job) | {"member": job.member.model_dump(), "task": task, "data": data}
     return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe)
@@ -340,21 +323,17 @@ def main() -> None:
         for label, changes in params.variant.members.items()
         if label not in params.skipped
     }
-    tasks = plan_tasks(
-        params.architectures, params.main, params.splits, params.seeds, params.shares, params.share_of_others
-    )
+    tasks = plan_tasks(params.tasks)
     jobs = [
         Job(label, member, task_name, task, split)
         for label, member in members.items()
         for task_name, task in tasks.items()
-        if member.tasks == "all" or task_name == params.main
+        if member.tasks == "all" or task_name == params.tasks.main
         for split in range(task.splits)
     ]
-    needed = params.architectures if any(job.member.tasks == "all" for job in jobs) else [params.main]
-    zoos = {architecture: load_zoo(dataset, architecture) for architecture in needed}
-    statistics = {(params.main, False): statistics_of(zoos[params.main], pooled=False)}
-    statistics |= {(name, True): statistics_of(zoo, pooled=True) for name, zoo in zoos.items()}
-
+    needed = {(name, job.task.pooled) for job in jobs for name in [*job.task.train, *job.task.test]}
+    zoos = {architecture: load_zoo(dataset, architecture) for architecture in sorted({name for name, _ in needed})}
+    statistics = {(name, pooled): statistics_of(zoos[name], pooled) for name, pooled in sorted(needed)}
     data = fingerprint(*(path for zoo in zoos.values() for path in zoo.files))
 
     def finish(job: Job) -> dict[str, Any]:
@@ -369,8 +348,8 @@ def main() -> None:
     metadata = {
         "properties": list(PROPERTIES),
         "learnt": learnt,
-        "architectures": params.architectures,
-        "main": params.main,
+        "architectures": params.tasks.architectures,
+        "main": params.tasks.main,
     }
     save_arrays(MODELS / name / "predictions.safetensors", arrays, metadata)
     kept = {job.name: result["kept"] for job, result in zip(jobs, results, strict=True) if result["kept"] is not None}
