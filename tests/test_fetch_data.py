@@ -180,7 +180,9 @@ def test_the_first_images_of_a_folder_are_of_all_its_classes(tmp_path):
             for i in range(n):
                 pixels = np.full((8, 8, 3), 80 * value + i, dtype=np.uint8)
                 (tmp_path / "photos" / split / name / f"{i}.png").write_bytes(png(pixels))
-    source = fetch_data.ImageFolder(kind="imagefolder", path=str(tmp_path / "photos"), sha256=None, size=8, mode="RGB")
+    source = fetch_data.ImageFolder(
+        kind="imagefolder", path=str(tmp_path / "photos"), sha256=None, image_size=8, mode="RGB"
+    )
     splits = fetch_data.fetch_image_folder(source, None)
     again = fetch_data.fetch_image_folder(source, None)
     for (images, labels), (same, _), n in zip(splits[:2], again[:2], (30, 20), strict=True):

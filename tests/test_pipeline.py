@@ -1,17 +1,24 @@
 """dvc.yaml tells the truth: what a stage depends on is exactly what it imports and reads."""
 
 import ast
+import copy
 import importlib
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
+from dvc.stage.cache import _get_cache_hash
+from dvc.stage.serialize import to_single_stage_lockfile
 from dvc.utils.hydra import apply_overrides
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.meta import Meta
 from reproduction import ROOT, scale_overrides
 
 from stages.bilinear import decompose_bilinear, train_bilinear
@@ -114,6 +121,62 @@ def test_parameter_dependencies_are_the_keys_read(stages):
             assert listed == {f"{module.SECTION}.{items['dataset']}"}
         else:
             assert listed == keys_read(module.Params, name, items), stage.name
+
+
+def run_cache_key(stage: PipelineStage) -> str:
+    """The key under which DVC's run cache keeps what `stage` made: of its command, its dependencies' hashes and its params."""
+    return _get_cache_hash(to_single_stage_lockfile(stage), key=True)
+
+
+def leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the path of each value in nested mappings and lists; an empty one is a value."""
+    children = dict(enumerate(node)) if isinstance(node, list) else node
+    if not isinstance(children, dict) or not children:
+        yield path
+        return
+    for key, value in children.items():
+        yield from leaves(value, (*path, key))
+
+
+def with_another_value(node: Any, path: tuple) -> Any:
+    """Return a copy of `node` in which the value at `path` is another one."""
+    if not path:
+        return "another value"
+    changed = copy.copy(node)
+    changed[path[0]] = with_another_value(node[path[0]], path[1:])
+    return changed
+
+
+def test_no_parameter_has_a_name_that_the_run_cache_ignores():
+    """DVC leaves keys called `size` and `nfiles` out of the run cache's key, at any depth, since it thinks of the sizes of
+    outputs (treeverse/dvc #10296): for a new value the results of the old one would come back, and `dvc status` be content."""
+    ignored = {Meta.PARAM_SIZE, Meta.PARAM_NFILES}
+    assert ignored == {"size", "nfiles"}
+    assert not [".".join(map(str, path)) for path in leaves(PARAMS) if ignored & set(path)]
+
+
+def test_each_value_that_a_stage_reads_changes_the_run_caches_key(stages):
+    for stage in stages:
+        for dep in stage.params:
+            values = dep.read_params()
+            dep.hash_info = HashInfo(dep.PARAM_PARAMS, values)
+            key, seen = run_cache_key(stage), 0
+            for path in leaves(values):
+                dep.hash_info = HashInfo(dep.PARAM_PARAMS, with_another_value(values, path))
+                assert run_cache_key(stage) != key, f"{stage.name}: {'.'.join(map(str, path))}"
+                seen += 1
+            assert seen >= len(dep.params), stage.name
+
+
+def test_the_run_cache_still_ignores_these_names(stages):
+    """What the tests above look for can be found; once DVC has mended it, they and the rule may go."""
+    stage = next(stage for stage in stages if stage.params)
+    (dep,) = stage.params
+    keys = set()
+    for pixels in (16, 24):
+        dep.hash_info = HashInfo(dep.PARAM_PARAMS, {"a": {"size": pixels}})
+        keys.add(run_cache_key(stage))
+    assert len(keys) == 1
 
 
 def test_data_dependencies_are_outputs_of_other_stages(stages):

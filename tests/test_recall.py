@@ -626,7 +626,7 @@ def test_cosines_of_changes_are_the_agreement_of_their_rules_where_changes_are_l
     assert found["opposite rule"] == pytest.approx(-1, abs=1e-4)
 
 
-RECIPE = Recipe(size=(16, 32), label_noise=(0.0, 0.0), steps=(2, 4), learning_rate=(1e-3, 1e-2))
+RECIPE = Recipe(n_images=(16, 32), label_noise=(0.0, 0.0), steps=(2, 4), learning_rate=(1e-3, 1e-2))
 
 
 def pair_params(**changes) -> SimpleNamespace:
@@ -722,7 +722,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         params = yaml.load((ROOT / "params.yaml").read_text(), Loader)
         own = params["build_fleet"]["variants"]["classes"]
         own |= {"dataset": "tiny", "train": 60, "test": 8, "batch_size": 8}
-        own["recipe"] |= {"steps": [10, 10], "size": [16, 32], "learning_rate": [3e-3, 3e-3]}
+        own["recipe"] |= {"steps": [10, 10], "n_images": [16, 32], "learning_rate": [3e-3, 3e-3]}
         params["build_fleet"] |= {"references": 20, "evaluation_images": 8, "stack": 34}
         Path("params.yaml").write_text(yaml.dump(params))
         patch.setattr(build_fleet.pictures, "draw_fleet", lambda *_: None)

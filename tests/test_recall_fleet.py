@@ -32,7 +32,7 @@ from stages.recall.vectors import flatten, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, reconstruct
 
 PATCHES = 16
-RECIPE = Recipe(size=(16, 64), label_noise=(0.0, 0.4), steps=(2, 6), learning_rate=(1e-3, 1e-2))
+RECIPE = Recipe(n_images=(16, 64), label_noise=(0.0, 0.4), steps=(2, 6), learning_rate=(1e-3, 1e-2))
 FLEET = Fleet(
     dataset="tiny", base="classify_masked", learns="labels", train=4, test=3, batch_size=4, mask_ratio=0.75, own_base_steps=0,
     recipe=RECIPE,
@@ -250,7 +250,9 @@ def test_what_is_recorded_is_true_of_the_images_and_labels():
 
 def test_of_noisy_labels_as_many_are_wrong_as_is_said_and_none_is_of_a_class_that_is_absent():
     for noise in (0.1, 0.4, 1.0):
-        task = draw_task(f"noise {noise}", False, recipe(size=(20000, 20000), label_noise=(noise, noise)), TRAIN.labels)
+        task = draw_task(
+            f"noise {noise}", False, recipe(n_images=(20000, 20000), label_noise=(noise, noise)), TRAIN.labels
+        )
         present = torch.from_numpy(task.characteristics["present"]).bool()
         classes = TRAIN.labels[task.images]
         expected = noise * (1 - 1 / present.sum().item())
@@ -403,7 +405,7 @@ def build(monkeypatch, variant: str, stack=3) -> tuple[dict[str, Tensor], dict]:
     params = yaml.load(Path("params.yaml").read_text(), Loader)
     own = params["build_fleet"]["variants"][variant]
     own |= {"dataset": "tiny", "train": 4, "test": 3, "batch_size": 4, "own_base_steps": min(3, own["own_base_steps"])}
-    own["recipe"] |= {"steps": [2, 6], "size": [16, 32]}
+    own["recipe"] |= {"steps": [2, 6], "n_images": [16, 32]}
     params["build_fleet"] |= {"references": 20, "evaluation_images": 48, "stack": stack}
     Path("params.yaml").write_text(yaml.dump(params))
     start(monkeypatch, build_fleet, variant=variant)

@@ -54,7 +54,7 @@ class DrawnGlyphs(StageParams):
 
     kind: Literal["glyphs"]
     classes: PositiveInt
-    size: PositiveInt  # pixels
+    image_size: PositiveInt  # pixels
     train_images: PositiveInt
     test_images: PositiveInt
     seed: NonNegativeInt
@@ -64,7 +64,7 @@ class DrawnShapes(StageParams):
     """Colour images of one object with three binary attributes, each of their eight combinations as often as any other."""
 
     kind: Literal["shapes"]
-    size: Annotated[int, Field(ge=16)]  # pixels
+    image_size: Annotated[int, Field(ge=16)]  # pixels
     train_images: PositiveInt
     test_images: PositiveInt
     seed: NonNegativeInt
@@ -83,7 +83,7 @@ class ImageFolder(StageParams):
     kind: Literal["imagefolder"]
     path: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None  # of the archive; null: not checked
-    size: PositiveInt  # pixels, height and width after resizing
+    image_size: PositiveInt  # pixels, height and width after resizing
     mode: Literal["L", "RGB"]  # grey or colour
 
 
@@ -148,7 +148,7 @@ def draw_splits(drawing: "Glyphs | Shapes", classes: int, source: DrawnGlyphs | 
     for name, n in (("train", source.train_images), ("test", source.test_images)):
         random = generator(source.seed, f"{source.kind} {name}")
         labels = torch.randperm(n, generator=random) % classes
-        images = [drawing.draw(part, source.size, random) for part in labels.split(DRAWN_AT_ONCE)]
+        images = [drawing.draw(part, source.image_size, random) for part in labels.split(DRAWN_AT_ONCE)]
         splits.append((torch.cat(images).numpy(), labels.numpy()))
     return splits
 
@@ -221,7 +221,7 @@ def fetch_image_folder(source: ImageFolder, mirror: Path | None) -> Dataset:
     places = [folder / source.path for folder in (mirror, Path()) if folder is not None]
     for place in places:
         if place.exists():
-            train, test, classes = read_image_folder(place, source.sha256, source.size, source.mode)
+            train, test, classes = read_image_folder(place, source.sha256, source.image_size, source.mode)
             return mixed(train), mixed(test), classes
     raise InputError(
         f"no folder or archive at {' or '.join(map(str, places))}: correct {SECTION}.*.path, or set WEIGHTLENS_MIRROR"

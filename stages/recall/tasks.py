@@ -19,7 +19,7 @@ CELLS = 8  # of a truth table over three binary attributes
 class Recipe(StageParams):
     """From what the characteristics of a fine-tune are drawn; pairs are the ends of ranges."""
 
-    size: Range  # log-uniform: images of its data set
+    n_images: Range  # log-uniform: of its data set
     label_noise: Range  # share of labels that are drawn anew among the classes that are present
     steps: Range
     learning_rate: Range  # log-uniform
@@ -84,7 +84,7 @@ def draw_task(
     present = draw_present(random, count) if present is None else present
     proportions = draw_proportions(random, present)
     there = present.nonzero()[:, 0]
-    size = max(len(there), round(uniform(random, recipe.size, log=True)))
+    size = max(len(there), round(uniform(random, recipe.n_images, log=True)))
     noise = uniform(random, recipe.label_noise)
     drawn = torch.multinomial(proportions, size, replacement=True, generator=random)
     drawn[: len(there)] = there  # every class that is present has an image
@@ -107,7 +107,7 @@ def draw_rule_task(name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"
     """Draw a rule, one of `tables`, and images of a pool with these cells that it labels."""
     random = generator(0, name)
     table = tables[torch.randint(len(tables), (), generator=random)]
-    size = round(uniform(random, recipe.size, log=True))
+    size = round(uniform(random, recipe.n_images, log=True))
     images = torch.randint(len(pool), (size,), generator=random)
     return Task(
         name,
