@@ -138,7 +138,10 @@ def test_a_file_gives_back_the_weights_and_says_whose_they_are(tmp_path):
 
 
 def test_a_missing_file_says_what_makes_it(project):
-    for path, stage in (("pretrain_backbone", "pretrain_backbone"), ("train_mae/glyphs", "train_mae@glyphs")):
+    for path, stage in (
+        ("pretrain_backbone/glyphs", "pretrain_backbone@glyphs"),
+        ("train_mae/glyphs", "train_mae@glyphs"),
+    ):
         with pytest.raises(InputError, match=f"is missing: run 'dvc repro {stage}'$"):
             load_backbone(project.relative_to(project) / "models" / path / "backbone.safetensors")
 

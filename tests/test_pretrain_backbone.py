@@ -17,7 +17,7 @@ SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 
 def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
     monkeypatch.setattr(pretrain_backbone, "SAVE_EVERY", 3)
-    params = Params.load("pretrain_backbone")
+    params = Params.load("pretrain_backbone", variant="glyphs")
     params = params.model_copy(update={"steps": 7, "batch_size": 8, "masked_images": 4, "classes": 20})
     glyphs, device = Glyphs(20), torch.device("cpu")
 

@@ -15,15 +15,13 @@ from stages.bilinear.training import (
     evaluate,
     load_checkpoint,
     load_model,
-    resolve_device,
-    set_seed,
     train_image_experiment,
     warmup_cosine,
 )
 from stages.common.artifacts import save_arrays
 from stages.common.command import InputError
 from stages.common.images import load_images
-from stages.common.runtime import generator
+from stages.common.runtime import autocast, generator, resolve_device, set_seed
 from stages.datasets.fetch_data import Digits, fetch_digits
 
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr"]
@@ -152,6 +150,25 @@ def test_random_streams_are_separate_and_reproducible():
     first = torch.rand(3)
     set_seed(5)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_processors_multiply_in_float32_unless_asked(monkeypatch):
+    cpu = torch.device("cpu")
+
+    def product() -> torch.dtype:
+        with autocast(cpu):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    monkeypatch.setattr("stages.common.runtime.has_native_bfloat16", lambda _device: True)
+    expected = {None: torch.float32, "float32": torch.float32, "auto": torch.bfloat16, "bfloat16": torch.bfloat16}
+    for value, dtype in expected.items():
+        monkeypatch.delenv("WEIGHTLENS_PRECISION", raising=False)
+        if value:
+            monkeypatch.setenv("WEIGHTLENS_PRECISION", value)
+        assert product() == dtype, value
+    monkeypatch.setenv("WEIGHTLENS_PRECISION", "half")
+    with pytest.raises(InputError, match="expected auto, float32 or bfloat16"):
+        autocast(cpu)
 
 
 def test_unknown_devices_are_refused():

@@ -96,9 +96,11 @@ def remedy(path: Path, flags: str = "") -> str:
     """Return what to run to get `path`, whose place names its producer; nothing if it lies elsewhere.
 
     data/<item>.* come from fetch_data@<item>, models/<stage>/<item>/* and reports/<stage>/<item>/* from <stage>@<item>, and
-    models/<stage>/* and reports/<stage>/* from <stage>.
+    models/<stage>/* and reports/<stage>/* from <stage>. models/released/* is tracked by git.
     """
     match path.parts:
+        case ("models", "released", *_):
+            return f": run 'git checkout {path}'"
         case ("data", name):
             stage = f"fetch_data@{Path(name).stem}"
         case ("models" | "reports", name, item, _, *_):

@@ -42,6 +42,7 @@ class StageParams(BaseModel):
             values = _merge(values, overrides, f"{section}.overrides.{dataset}")
         if variant is not None:
             lookup(f"{section}.variants.{variant}")  # names the variants there are if this is none of them
+            values = {key: value for key, value in values.items() if key != "backbones"}
             values["variant"] = values.pop("variants")[variant]
 
         def where(path: list[str]) -> str:

@@ -76,11 +76,13 @@ def set_seed(seed: int) -> None:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a bfloat16 autocast where the hardware multiplies bfloat16 natively, else float32.
+    """Return the precision in which matrices are multiplied: float32 on processors, so that all of them give the same but for
+    rounding; bfloat16 on accelerators that have it.
 
-    WEIGHTLENS_PRECISION=float32 forces float32 and =bfloat16 forces bfloat16.
+    WEIGHTLENS_PRECISION=float32 and =bfloat16 force either, and =auto takes bfloat16 on processors, too, that multiply it
+    natively. It is no parameter: results of either precision have the same key in DVC's cache.
     """
-    precision = os.environ.get("WEIGHTLENS_PRECISION", "auto")
+    precision = os.environ.get("WEIGHTLENS_PRECISION") or ("float32" if device.type == "cpu" else "auto")
     if precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"WEIGHTLENS_PRECISION={precision}: expected auto, float32 or bfloat16")
     native = has_native_bfloat16(device) if precision == "auto" else precision == "bfloat16"

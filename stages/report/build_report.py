@@ -1,11 +1,14 @@
 """Build the report: one table for each system, every number beside its baseline, then more tables and the pictures.
 
 Reads   reports/<stage>/<item>/ of every member that params.yaml names
-Writes  reports/report.md, reports/index.html (self-contained: pictures are inside, nothing is loaded from elsewhere)
+Writes  reports/index.html (self-contained: pictures are inside, nothing is loaded from elsewhere)
+        reports/build_report/report.md (`python -m stages.report.publish` makes a copy of it that git tracks)
 """
 
 import base64
 from html import escape
+from os.path import relpath
+from pathlib import Path
 
 from stages.common.artifacts import require, save_text
 from stages.common.command import parse_arguments, run
@@ -17,6 +20,7 @@ from stages.report.recall import recall_section
 from stages.report.vit_memory import vit_memory_section
 from stages.report.weightnet import weightnet_section
 
+MARKDOWN = Path("reports/build_report/report.md")
 NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds), or [95 % confidence intervals]."
 
 
@@ -31,7 +35,7 @@ class Params(StageParams):
 
 
 def render_markdown(sections: list[Section]) -> str:
-    """Return the report as Markdown; picture paths are relative to reports/."""
+    """Return the report as Markdown; picture paths are relative to its folder."""
     lines = ["# weightlens report", "", NOTE, ""]
     for section in sections:
         lines += [f"## {section.title}", "", section.question, ""]
@@ -40,7 +44,7 @@ def render_markdown(sections: list[Section]) -> str:
             cells = [table.header, ["---"] * len(table.header), *table.rows]
             lines += [f"| {' | '.join(row)} |" for row in cells] + [""]
         for picture in section.pictures:
-            lines += [picture.caption, "", f"![{picture.caption}]({picture.path.relative_to(REPORTS).as_posix()})", ""]
+            lines += [picture.caption, "", f"![{picture.caption}]({relpath(picture.path, MARKDOWN.parent)})", ""]
     return "\n".join(lines)
 
 
@@ -84,9 +88,9 @@ def main() -> None:
         recall_section(params.recall),
         vit_memory_section(params.vit_memory),
     ]
-    save_text(REPORTS / "report.md", render_markdown(sections))
+    save_text(MARKDOWN, render_markdown(sections))
     save_text(REPORTS / "index.html", render_html(sections))
-    print(f"open {REPORTS / 'index.html'}, or read {REPORTS / 'report.md'}")
+    print(f"open {REPORTS / 'index.html'}, or read {MARKDOWN}")
 
 
 if __name__ == "__main__":

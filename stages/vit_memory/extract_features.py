@@ -1,18 +1,20 @@
 """Run the frozen backbone once over a data set, and over glyphs of classes that it has never seen.
 
-Reads   data/<dataset>.safetensors, models/pretrain_backbone/backbone.safetensors
-Writes  models/extract_features/<dataset>/features.safetensors   float32 [n, 2, d], class token and mean of patch tokens, of
+Reads   data/<dataset>.safetensors, and the backbone that params.yaml names
+Writes  models/extract_features/<dataset>/backbone.safetensors   a copy, for the stages that train through it
+        models/extract_features/<dataset>/features.safetensors   float32 [n, 2, d], class token and mean of patch tokens, of
             `train`, `test`, `glyphs`, and by random weights of `random_train`, `random_test`; int64 `*_labels` [n] of the first
             three; uint8 `glyphs_images`
 """
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-from stages.common.artifacts import save_arrays
+from stages.common.artifacts import atomic_path, require, save_arrays
 from stages.common.backbone import Backbone, load_backbone
 from stages.common.command import parse_arguments, run
 from stages.common.drawings import Glyphs
@@ -21,7 +23,6 @@ from stages.common.params import StageParams
 from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
 from stages.vit_memory.features import spread
 
-BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
 MODELS = Path("models/extract_features")
 
 
@@ -37,6 +38,7 @@ class Params(StageParams):
     """Parameters of one data set's features."""
 
     seed: NonNegativeInt
+    backbone: Path  # a file of pretrain_backbone, or a released one
     train_images: PositiveInt  # at most
     test_images: PositiveInt
     glyphs: GlyphParams
@@ -58,7 +60,7 @@ def main() -> None:
     params = Params.load("extract_features", dataset)
     pin_threads()
     device = pick_device()
-    backbone = load_backbone(BACKBONE, device)
+    backbone = load_backbone(require(params.backbone), device)
     train, test = load_images(dataset, device)
     train = train.subset(spread(len(train), params.train_images))
     test = test.subset(spread(len(test), params.test_images))
@@ -81,6 +83,8 @@ def main() -> None:
     arrays |= {"train_labels": train.labels.cpu().numpy(), "test_labels": test.labels.cpu().numpy()}
     arrays |= {"glyphs_labels": labels.numpy(), "glyphs_images": drawings.numpy()}
     metadata = {"classes": train.classes, "backbone": backbone.config.name, "sha256": backbone.sha256}
+    with atomic_path(MODELS / dataset / "backbone.safetensors") as path:
+        shutil.copyfile(params.backbone, path)
     save_arrays(MODELS / dataset / "features.safetensors", arrays, metadata)
     print(f"{dataset}: features of {len(train)} training and {len(test)} test images, and of {len(labels)} glyphs")
 

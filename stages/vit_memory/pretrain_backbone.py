@@ -1,13 +1,13 @@
 """Pretrain a vision transformer on drawn glyphs, as a masked autoencoder and a classifier at once; or record a published one.
 
-It is trained on images of no data set; how glyphs vary was chosen on training images of MNIST and digits. What was trained is
-small and in git; a killed run goes on from its last state in .work/.
+It is trained on images of no data set; how glyphs vary was chosen on training images of MNIST and digits. A killed run goes on
+from its last state in .work/. To release what was trained, copy it to models/released/ by hand.
 
 Reads   nothing
-Writes  models/pretrain_backbone/backbone.safetensors   weights in float16 (of a published model: name and SHA-256)
-        reports/pretrain_backbone/history.csv           losses while training
-        reports/pretrain_backbone/summary.json          accuracy on unseen classes of glyphs, beside random weights and pixels
-        reports/pretrain_backbone/drawings.png          glyphs, and what the autoencoder makes of hidden patches
+Writes  models/pretrain_backbone/<variant>/backbone.safetensors   weights in float16 (of a published model: name and SHA-256)
+        reports/pretrain_backbone/<variant>/history.csv           losses while training
+        reports/pretrain_backbone/<variant>/summary.json          accuracy on unseen classes of glyphs; random weights, pixels
+        reports/pretrain_backbone/<variant>/drawings.png          glyphs, and what the autoencoder makes of hidden patches
 """
 
 import math
@@ -44,7 +44,7 @@ from stages.common.params import StageParams
 from stages.common.runtime import generator, pick_device, pin_threads
 from stages.vit_memory.muon import Muon
 
-BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
+MODELS = Path("models/pretrain_backbone")
 REPORTS = Path("reports/pretrain_backbone")
 
 LOG_EVERY = 50  # steps
@@ -85,7 +85,7 @@ class Params(StageParams):
     """Parameters of the backbone and of its training."""
 
     seed: NonNegativeInt
-    backbone: BackboneParams
+    variant: BackboneParams
     classes: PositiveInt  # of glyphs
     steps: PositiveInt
     batch_size: PositiveInt
@@ -187,11 +187,12 @@ def draw_reconstructions(
 
 
 def main() -> None:
-    parse_arguments(__doc__)
-    params = Params.load("pretrain_backbone")
+    variant = parse_arguments(__doc__, variant="of pretrain_backbone.variants").variant
+    params = Params.load("pretrain_backbone", variant=variant)
+    path, reports = MODELS / variant / "backbone.safetensors", REPORTS / variant
     pin_threads()
     device = pick_device()
-    asked = params.backbone
+    asked = params.variant
     if asked.pretrained:
         config = published_config(asked.name, asked.image_size)
     else:
@@ -212,12 +213,12 @@ def main() -> None:
         glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, known)
         autoencoder, history = pretrain(student, glyphs, params, work, device)
     decoder = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("vit.")} if autoencoder else {}
-    save_backbone(BACKBONE, student.vit, config, decoder)
-    stored = load_backbone(BACKBONE, device)  # as others will have it: rounded
+    save_backbone(path, student.vit, config, decoder)
+    stored = load_backbone(path, device)  # as others will have it: rounded
     glyph_acc["backbone"] = nearest_mean_accuracy(stored.features(images)[:, 0], labels, known)
-    errors = draw_reconstructions(REPORTS / "drawings.png", autoencoder, stored.prepare(images), student, params)
-    save_csv(REPORTS / "history.csv", history)
-    save_json(REPORTS / "summary.json", {"glyph_acc": glyph_acc, **errors})
+    errors = draw_reconstructions(reports / "drawings.png", autoencoder, stored.prepare(images), student, params)
+    save_csv(reports / "history.csv", history)
+    save_json(reports / "summary.json", {"glyph_acc": glyph_acc, **errors})
     shutil.rmtree(work, ignore_errors=True)
     print(f"{asked.name}: {glyph_acc['backbone']:.1%} on unseen glyphs; pixels {glyph_acc['pixels']:.1%}")
 

@@ -3,7 +3,7 @@
 Class-incremental: which of all classes seen so far? Task-incremental: which of this task's? Strengths of the penalties and of the
 memory are chosen on a stream of training images alone, with classes in an order of its own.
 
-Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/, models/pretrain_backbone/backbone.safetensors
+Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_continual/<dataset>/accuracy.csv   the whole R matrix: accuracy on every task after every task, of each run
         reports/train_continual/<dataset>/summary.json   accuracy, forgetting, backward and forward transfer over seeds
         reports/train_continual/<dataset>/{accuracy, matrices}.png
@@ -33,11 +33,10 @@ from stages.common.seeding import building
 from stages.vit_memory import pictures
 from stages.vit_memory.classifiers import RanPAC, Whitening
 from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, herd, iCaRL
-from stages.vit_memory.features import input_files, load_featured_images
+from stages.vit_memory.features import FEATURES, input_files, load_featured_images
 from stages.vit_memory.hopfield import ClassMemory, SlotMemory, unit
 from stages.vit_memory.models import HeadedViT
 
-BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
 REPORTS = Path("reports/train_continual")
 
 NETWORKS = ("icarl", "lwf", "ewc", "replay", "joint", "finetune")  # longest first
@@ -248,7 +247,7 @@ def main() -> None:
     params = Params.load("train_continual", dataset)
     pin_threads()
     device = pick_device()
-    backbone = load_backbone(BACKBONE, device)
+    backbone = load_backbone(FEATURES / dataset / "backbone.safetensors", device)
     features, train, test = load_featured_images(dataset, device)
     whiten = Whitening(features.glyphs.x.flatten(1), features.glyphs.labels)
     x, x_test = whiten(features.train.x.flatten(1)), whiten(features.test.x.flatten(1))

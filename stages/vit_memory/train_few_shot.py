@@ -3,7 +3,7 @@
 The strength of the memory head, and the learning rate of what trains through the backbone, are chosen on episodes of glyphs, whose
 classes are none of the data set's.
 
-Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/, models/pretrain_backbone/backbone.safetensors
+Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method in each episode
         reports/train_few_shot/<dataset>/summary.json   means, and differences to the linear probe with 95 % intervals
         reports/train_few_shot/<dataset>/methods.png
@@ -40,10 +40,9 @@ from stages.vit_memory.classifiers import (
     memory_log_probabilities,
 )
 from stages.vit_memory.episodes import Episode, draw_episode
-from stages.vit_memory.features import FeatureSets, input_files, load_featured_images
+from stages.vit_memory.features import FEATURES, FeatureSets, input_files, load_featured_images
 from stages.vit_memory.models import HeadedViT, MemoryAugmentedViT, VPTDeep, VPTShallow
 
-BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
 REPORTS = Path("reports/train_few_shot")
 
 REFERENCE = "linear_probe"
@@ -207,7 +206,7 @@ def main() -> None:
     params = Params.load("train_few_shot", dataset)
     pin_threads()
     device = pick_device()
-    backbone = load_backbone(BACKBONE, device)
+    backbone = load_backbone(FEATURES / dataset / "backbone.safetensors", device)
     features, train, test = load_featured_images(dataset, device)
     whiten = Whitening(features.glyphs.x[:, 0], features.glyphs.labels, params.shrinkage)
     drawn = [
