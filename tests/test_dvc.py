@@ -1,6 +1,7 @@
 """Only what changed is computed: across repeats, params, machines and a killed stage."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,8 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reproduction import clone, command, differences, smoke_clone
+from reproduction import EXPECTED, TIMES, clone, command, counts, differences, measure, smoke_clone
 
+HEADLINES = (
+    "train_bilinear/digits-regularised/summary.json/test_acc/mean",
+    "evaluate_forecaster/digits/summary.json/weight_error/transformer/late/1",
+    "evaluate_weightnet/digits/summary.json/scores/cnn3/test_acc/hybrid/tau/mean",
+    "recover_memory/summary.json/decoded/classes/present/change/bits/mean",
+    "train_few_shot/digits/summary.json/methods/memory_head/acc/mean",
+)
 TARGET = "decompose_bilinear@digits"  # and all that it needs: enough to see what DVC does, in a third of the time
 
 
@@ -83,11 +91,42 @@ def test_a_stage_killed_while_it_writes_is_repeated_to_the_same_result(computed,
     assert command(project, "git", "status", "--porcelain") == ""  # the lock, too, is as it was
 
 
+def test_what_a_metric_may_move_by_is_what_it_was_seen_to_move_by():
+    kept = {f"reports/a/summary.json/acc/{i}": 0.5 for i in range(20)}
+    runs = [kept | {"reports/a/summary.json/acc/x": x, "reports/a/summary.json/n": 7} for x in (0.5, 0.5, 0.52)]
+    measured = measure(runs)
+    acc, still, n = (measured[f"reports/a/summary.json/{name}"] for name in ("acc/x", "acc/0", "n"))
+    assert acc["spread"] == pytest.approx(0.02) and acc["tolerance"] == pytest.approx(TIMES * 0.02)
+    assert 0 <= still["tolerance"] < acc["tolerance"]  # what is usual for the kind, though it was never seen to move
+    assert n["tolerance"] == 0
+
+
+def test_a_chaotic_metric_is_checked_for_its_range_alone():
+    key = "reports/a/summary.json/tau/mean"
+    measured = measure([{key: 0.5}, {key: -0.5}])
+    assert measured[key]["range"] == [-1, 1]
+    assert counts(measured) == {name: {"by value": 0, "chaotic": 1} for name in ("all", "a")}
+    assert differences({key: -0.9}, measured) == []
+    for value in (1.1, math.nan, math.inf):
+        assert len(differences({key: value}, measured)) == 1
+
+
 def test_the_reproduction_check_can_fail():
-    expected = {"a/acc": 0.5, "a/reconstruction_error/mean": 1e-6}
-    assert differences({"a/acc": 0.52, "a/reconstruction_error/mean": 2e-6}, expected) == []
-    assert len(differences({"a/acc": 0.6, "a/reconstruction_error/mean": 0.01}, expected)) == 2
-    assert differences({"a/acc": 0.5, "b": 1.0}, expected) == [
-        "a/reconstruction_error/mean: missing",
-        "b: not expected",
-    ]
+    expected = {
+        "a/acc": {"value": 0.5, "spread": 0.01, "tolerance": 0.03},
+        "a/error": {"value": 1e-6, "spread": 0, "tolerance": 0},
+    }
+    assert differences({"a/acc": 0.52, "a/error": 1e-6}, expected) == []
+    for got in (0.6, math.nan):
+        assert len(differences({"a/acc": got, "a/error": 2e-6}, expected)) == 2
+    assert differences({"a/acc": 0.5, "b": 1.0}, expected) == ["a/error: missing", "b: not expected"]
+
+
+def test_most_metrics_of_every_stage_are_checked_by_value_and_each_systems_headline_is():
+    """The committed file: a check of nothing would pass."""
+    expected = json.loads(EXPECTED.read_text())["metrics"]
+    rows = counts(expected)
+    assert rows["all"]["by value"] >= 0.6 * len(expected)
+    assert all(row["by value"] > row["chaotic"] for row in rows.values())
+    for headline in HEADLINES:
+        assert "tolerance" in expected[f"reports/{headline}"], headline
