@@ -55,38 +55,42 @@ RUNS = {
 }
 
 TIMES = 3  # a few runs do not show the largest change there is
-CHAOTIC = 0.1  # of a metric's range
-USUAL = 0.95  # quantile of the changes of one kind
+CHAOTIC = 0.3  # of a metric's range: a wider tolerance tells nothing
+USUAL = 0.9  # quantile of how much metrics that are alike move
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Metrics that can lie in the same range, and change alike."""
+    """Metrics that can lie in the same range and take steps of the same size."""
 
     name: str
     pattern: str  # in the metric's key
     low: float
     high: float
+    step: float  # the smallest change at this scale, in widths: one image more that is right, one pair in another order
 
 
-COUNTS = r"/(n|runs|train|test|parameters|pairs|diverged)$|/chosen/|charged_steps|inside_grid"
-CORRELATIONS = r"/tau/|held_out|learning_curve|all_architectures|arithmetic/cosine|correlation|geometry|similarity"
+COUNTS = r"/(n|runs|train|test|parameters|pairs|diverged|mask_norm)$|/chosen/|charged_steps"
+CHOICES = r"learning_rate|strengths|memory_beta|memory_weight|cosine_peak|/scale$|inside_grid"
 SHARES = (
     r"acc|bits|whole|retrieved|coverage|calibrat|share|judge|chance|majority|explained|training|unseen|permuted|between|"
     r"kept_prediction|next_movement|random|flagship|rolled_out|capacity|attention|arithmetic|written|methods"
 )
+ANY = math.inf  # of steps: what hangs on a choice or on two values may be anything
 KINDS = (  # the first that matches counts
-    Kind("ends of intervals", r"/(low|high)$", -math.inf, math.inf),
-    Kind("counts", COUNTS, 0, math.inf),
-    Kind("choices", r"learning_rate|strengths|memory_beta|memory_weight|cosine_peak|mask_norm|/scale$", 0, math.inf),
-    Kind("roundings", r"/relabelled$|reconstruction_error/(input|hidden|data)", 0, 1e-5),
-    Kind("points", r"acc_points", -100, 100),
-    Kind("explained variances", r"r2", -math.inf, 1),
-    Kind("correlations", CORRELATIONS, -1, 1),
-    Kind("errors and costs", r"loss|error|cost|half_width|one_sided$", 0, math.inf),
-    Kind("differences of shares", r"gap|difference|transfer|forgetting| minus ", -1, 1),
-    Kind("shares", SHARES, 0, 1),
-    Kind("others", r"", -math.inf, math.inf),
+    Kind("counts", COUNTS, 0, math.inf, 0),
+    Kind("ends of intervals", r"/(low|high)$", -math.inf, math.inf, ANY),
+    Kind("choices", CHOICES, 0, math.inf, ANY),
+    Kind("roundings", r"/relabelled$|reconstruction_error/(input|hidden|data)", 0, 1e-5, ANY),
+    Kind("points", r"acc_points", -100, 100, 0.02),
+    Kind("sixths", r"retrieved|whole", 0, 1, 1 / 6),
+    Kind("explained variances", r"r2", -math.inf, 1, 0.01),
+    Kind("correlations of three networks", r"held_out|all_architectures", -1, 1, 2 / 3),
+    Kind("correlations", r"/tau/|learning_curve|arithmetic/cosine|correlation|geometry|similarity", -1, 1, 2 / 15),
+    Kind("errors and costs", r"loss|error|cost|half_width|one_sided$", 0, math.inf, 0.01),
+    Kind("differences of shares", r"gap|difference|transfer|forgetting| minus ", -1, 1, 0.03),
+    Kind("shares", SHARES, 0, 1, 0.03),
+    Kind("others", r"", -math.inf, math.inf, 0),
 )
 
 
@@ -96,10 +100,10 @@ def kind_of(key: str) -> Kind:
 
 
 def width(key: str, values: list[float]) -> float:
-    """Return what a metric's changes are measured against: the width of its range, or its size where there is no range."""
+    """Return what a metric's changes are measured against: the larger end of its range, or its own size if there is none."""
     kind = kind_of(key)
-    finite = [end for end in (kind.low, kind.high) if math.isfinite(end)]
-    return min(1.0, kind.high - kind.low) if len(finite) == 2 else max(map(abs, values))
+    ends = [abs(end) for end in (kind.low, kind.high) if math.isfinite(end) and end]
+    return max(ends or map(abs, values)) or 1.0
 
 
 def scale_overrides(name: str) -> list[str]:
@@ -144,25 +148,33 @@ def metrics(project: Path) -> dict[str, float]:
     return {k: v for path in paths for k, v in flatten(json.loads((project / path).read_text()), str(path)).items()}
 
 
+def alike(key: str) -> tuple[str, str, str]:
+    """Return what metrics share that change alike: their stage, kind and the end of their key."""
+    words = [word for word in key.split("/") if not re.fullmatch(r"[\d.]+", word)]
+    return words[1], kind_of(key).name, "/".join(words[-2:])
+
+
 def measure(runs: list[dict[str, float]]) -> dict[str, dict]:
-    """Return, of metrics of a run and of perturbed ones, what `differences` compares with: value, tolerance or range."""
+    """Return, of metrics of a run and of perturbed ones, what `differences` compares with: value, tolerance or range.
+
+    A metric that did not move may have been lucky, so each gets what is usual among those like it.
+    """
     first, *others = runs
     spreads = {key: max(abs(run[key] - first[key]) for run in others) for key in first}
     widths = {key: width(key, [run[key] for run in runs]) for key in first}
-    chaotic = {key for key in first if spreads[key] > CHAOTIC * widths[key]}
-    changes: dict[str, list[float]] = {}
-    for key in first.keys() - chaotic:
-        changes.setdefault(kind_of(key).name, []).append(spreads[key] / (widths[key] or 1))
-    usual = {name: float(np.quantile(values, USUAL)) for name, values in changes.items()}
+    moves: dict[tuple[str, str, str], list[float]] = {}
+    for key in first:
+        moves.setdefault(alike(key), []).append(spreads[key] / widths[key])
+    usual = {group: float(np.quantile(values, USUAL)) for group, values in moves.items()}
     measured = {}
     for key, value in first.items():
         kind = kind_of(key)
-        if key in chaotic:
-            bounds = [end if math.isfinite(end) else None for end in (kind.low, kind.high)]
-            measured[key] = {"value": value, "spread": spreads[key], "range": bounds}
+        tolerance = max(TIMES * spreads[key], max(TIMES * usual[alike(key)], kind.step) * widths[key])
+        measured[key] = {"value": value, "spread": spreads[key]}
+        if tolerance > CHAOTIC * widths[key]:
+            measured[key]["range"] = [end if math.isfinite(end) else None for end in (kind.low, kind.high)]
         else:
-            tolerance = TIMES * max(spreads[key], usual[kind.name] * widths[key])
-            measured[key] = {"value": value, "spread": spreads[key], "tolerance": tolerance}
+            measured[key]["tolerance"] = tolerance
     return measured
 
 
