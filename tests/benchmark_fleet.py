@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stages.common.backbone import BackboneConfig, MaskedAutoencoder, build_vit, save_backbone
+from stages.common.backbone import BackboneConfig, build_vit, save_backbone
+from stages.common.mae import MaskedAutoencoder
 from stages.common.runtime import pin_threads
 from stages.recall.fleet import BETAS, train_stack
 from stages.recall.objective import Objective

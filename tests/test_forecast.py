@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages.common.command import InputError
+from stages.common.stage import InputError
 from stages.forecast.baselines import BASELINES
 from stages.forecast.compress_trajectory import explained_variance, shares_of_energy
 from stages.forecast.evaluate_forecaster import error_ratios

@@ -18,12 +18,11 @@ from sklearn.linear_model import Ridge
 from tiny_vit import CONFIG, TEST, TRAIN, autoencoder, base_of, save_inputs, seeded
 from torch import Tensor
 
-from stages.common.artifacts import load_metadata, save_arrays
 from stages.common.backbone import save_backbone
-from stages.common.command import InputError
+from stages.common.files import load_metadata, save_arrays
 from stages.common.images import load_images
-from stages.common.params import Loader
-from stages.common.resume import fingerprint
+from stages.common.stage import InputError, Loader
+from stages.common.work import fingerprint
 from stages.recall import audit, build_fleet, condense_changes, map_weight_space, recover_memory
 from stages.recall.condense import Arrays, condense, fit_condenser, fit_limits, fit_span, outside, size, split
 from stages.recall.decoders import ALPHAS, REPRESENTATIONS, calibration_error, fit_decoder, r_squared, read, retrieved

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, layer_norm, linear
 
-from stages.common.artifacts import load_metadata
-from stages.common.backbone import MaskedAutoencoder, build_vit, load_backbone, save_backbone
-from stages.common.params import Loader
-from stages.common.schedules import warmup_cosine
+from stages.common.backbone import build_vit, load_backbone, save_backbone
+from stages.common.files import load_metadata
+from stages.common.mae import MaskedAutoencoder
+from stages.common.optim import warmup_cosine
+from stages.common.stage import Loader
 from stages.recall import build_fleet, classify_masked
 from stages.recall.build_fleet import Fleet, draw_tasks
 from stages.recall.classify_masked import METHODS, accuracies, train_method

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stages.common.checkpoints import save_torch
-from stages.common.command import InputError
 from stages.common.images import load_images
-from stages.common.tables import load_table, save_table
+from stages.common.stage import InputError
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, evaluate_weightnet, predict, predictors, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
@@ -809,17 +808,6 @@ def test_attention_is_a_distribution_over_the_neurons_of_a_layer_and_moves_with_
             torch.testing.assert_close(x.sum(2), torch.ones_like(x.sum(2)))
             order = orders.get(group, torch.arange(x.shape[1]))
             torch.testing.assert_close(others[group], x[:, order][:, :, order])
-
-
-def test_a_table_comes_back_with_its_types_has_the_same_bytes_and_is_refused_if_damaged(tmp_path):
-    rows = [{"run": "a-1", "seed": 3, "loss": 0.1 + 0.2}, {"run": "a-2", "seed": 4, "loss": 1e-300}]
-    for name in ("a", "b"):
-        save_table(tmp_path / f"{name}.parquet", rows)
-    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    assert load_table(tmp_path / "a.parquet") == {key: [row[key] for row in rows] for key in rows[0]}
-    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"a.parquet is damaged"):
-        load_table(tmp_path / "a.parquet")
 
 
 def keep_untrained(project, kind="weightnet") -> None:

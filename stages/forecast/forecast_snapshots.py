@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from stages.common.artifacts import atomic_path, save_csv
-from stages.common.command import InputError, run
+from stages.common.checkpoints import load_state_dict
+from stages.common.files import atomic_path, save_csv
 from stages.common.runtime import pin_threads
-from stages.common.weights import load_state_dict
+from stages.common.stage import InputError, run
 from stages.forecast.baselines import linear
 from stages.forecast.forecasters import SharedForecaster, load_forecaster
 from stages.forecast.trajectory import WINDOW, Layout, Trajectory

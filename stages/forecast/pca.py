@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stages.common.seeding import building
+from stages.common.randomness import seeded_init
 from stages.forecast.trajectory import Forecast, Trajectory
 
 RANK_TOLERANCE = 1e-10  # of the largest variance: what is less is rounding, and its axis any direction
@@ -42,7 +42,7 @@ class CoefficientForecaster(nn.Module):
         self.horizons = tuple(horizons)
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis)
-        with building(seed):
+        with seeded_init(seed):
             self.inlet = nn.Linear(len(basis), d_model)
             self.position = nn.Parameter(torch.zeros(self.sequence, d_model))
             block = nn.TransformerEncoderLayer(d_model, 4, 2 * d_model, dropout=0.0, batch_first=True, norm_first=True)

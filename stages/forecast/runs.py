@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.common.artifacts import load_json, load_metadata
+from stages.common.files import load_json, load_metadata
 from stages.common.images import load_images, split_validation
 from stages.forecast.lenet import to_lenet_input
 from stages.forecast.trajectory import Layout, Trajectory

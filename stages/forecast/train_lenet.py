@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
-from stages.common.artifacts import load_metadata, save_arrays, save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_metadata, save_arrays, save_csv, save_json
 from stages.common.metrics import accuracy, mean_std
-from stages.common.params import StageParams
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.optim import set_learning_rate
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint, work_folder
 from stages.forecast.lenet import LeNet, lenet_logits
-from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction, set_learning_rate
+from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction
 from stages.forecast.runs import LeNetData, load_lenet_data, regime_of
 
 MODELS = Path("models/train_lenet")

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import load_metadata, require
-from stages.common.command import InputError, run
+from stages.common.checkpoints import load_state_dict
+from stages.common.files import load_metadata, require
 from stages.common.images import load_images
-from stages.common.resume import fingerprint
 from stages.common.runtime import pin_threads
-from stages.common.weights import load_state_dict
+from stages.common.stage import InputError, run
+from stages.common.work import fingerprint
 from stages.recall.condense import condense, outside, size
 from stages.recall.decoders import REPRESENTATIONS, Decoder, read
 from stages.recall.fleet import split_test

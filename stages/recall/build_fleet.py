@@ -24,15 +24,13 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.func import vmap
 
-from stages.common.artifacts import save_arrays, save_json
-from stages.common.cluster import has_cluster
-from stages.common.command import parse_arguments, run
+from stages.common.files import save_arrays, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
-from stages.common.params import StageParams
-from stages.common.pieces import compute_pieces
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, pick_device, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.recall import pictures
 from stages.recall.fleet import Images, pool_of, show_images, train_tasks
 from stages.recall.objective import Learns, Objective

@@ -20,13 +20,13 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from stages.common.artifacts import load_metadata, save_arrays, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_metadata, save_arrays, save_json
 from stages.common.images import load_images, split_validation
 from stages.common.metrics import majority_accuracy, over_seeds
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.common.schedules import warmup_cosine
+from stages.common.optim import warmup_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
 from stages.recall import pictures
 from stages.recall.fleet import train_stack
 from stages.recall.objective import random_head

@@ -15,9 +15,8 @@ from pydantic import PositiveInt
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_limits
 
-from stages.common.artifacts import load_metadata, save_arrays, save_json
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
+from stages.common.files import load_metadata, save_arrays, save_json
+from stages.common.stage import StageParams, parse_arguments, run
 from stages.recall import pictures
 from stages.recall.condense import condense, fit_condenser, split
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
 
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 from stages.recall.vectors import Layout, flatten, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, see
 

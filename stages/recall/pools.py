@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from stages.common.images import ImageSet
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 
 Pool = Literal["base", "train", "test"]
 POOLS: tuple[Pool, ...] = (

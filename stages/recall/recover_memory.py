@@ -23,14 +23,13 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from stages.common.artifacts import load_metadata, require, save_arrays, save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_metadata, require, save_arrays, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import mean_std
-from stages.common.params import StageParams
-from stages.common.resume import fingerprint
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.common.seeding import building
+from stages.common.randomness import generator, seeded_init
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint
 from stages.recall import pictures
 from stages.recall.condense import split
 from stages.recall.decoders import (
@@ -212,7 +211,7 @@ def calibrate(fleet: Arrays) -> tuple[Arrays, dict[str, str], dict[str, dict[str
 
 def train_judge(patches: Float[Tensor, "n p q"], labels: Int[Tensor, " n"], classes: int, params: Params) -> nn.Module:
     """Return a classifier that shares nothing with the networks it judges: another architecture, other images."""
-    with building(params.seed):
+    with seeded_init(params.seed):
         judge = nn.Sequential(nn.Flatten(), nn.Linear(patches[0].numel(), 128), nn.ReLU(), nn.Linear(128, classes))
     judge = judge.to(patches.device)
     optimizer, random = torch.optim.Adam(judge.parameters(), 2e-3, fused=True), generator(params.seed, "judge")
@@ -234,7 +233,7 @@ def train_image_decoder(
     """
     with torch.no_grad():
         answers = torch.cat([answer(part) for part in patches.split(500)])
-    with building(params.seed):
+    with seeded_init(params.seed):
         sizes = [answers.shape[1], 128, 256, patches[0].numel()]
         layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.GELU())][:-1]
         decoder = nn.Sequential(*layers, nn.Unflatten(1, patches.shape[1:])).to(patches.device)

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.common.command import InputError
-from stages.common.params import StageParams
-from stages.common.runtime import generator
+from stages.common.randomness import generator
+from stages.common.stage import InputError, StageParams
 
 Range = tuple[float, float]
 

@@ -7,9 +7,8 @@ Writes  reports/report.md, reports/index.html (self-contained: pictures are insi
 import base64
 from html import escape
 
-from stages.common.artifacts import require, save_text
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
+from stages.common.files import require, save_text
+from stages.common.stage import StageParams, parse_arguments, run
 from stages.report.bilinear import bilinear_section
 from stages.report.elements import REPORTS, Section
 from stages.report.forecast import forecast_section

@@ -24,24 +24,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from stages.common import resume
-from stages.common.artifacts import save_csv, save_json
-from stages.common.backbone import (
-    Backbone,
-    BackboneConfig,
-    MaskedAutoencoder,
-    build_vit,
-    load_backbone,
-    published_config,
-    save_backbone,
-)
+from stages.common.backbone import Backbone, BackboneConfig, build_vit, load_backbone, published_config, save_backbone
 from stages.common.checkpoints import save_torch
-from stages.common.command import parse_arguments, run
 from stages.common.drawings import Glyphs
 from stages.common.figures import image_grid, save_figure, show_image
+from stages.common.files import save_csv, save_json
+from stages.common.mae import MaskedAutoencoder
 from stages.common.metrics import accuracy
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pick_device, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import work_folder
 from stages.vit_memory.muon import Muon
 
 BACKBONE = Path("models/pretrain_backbone/backbone.safetensors")
@@ -207,7 +200,7 @@ def main() -> None:
     glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, known), "chance": 1 / unseen}
 
     autoencoder, history = None, [{"step": 0, "classification_loss": "", "train_acc": "", "reconstruction_loss": ""}]
-    work = resume.work_folder("pretrain_backbone", params.model_dump())
+    work = work_folder("pretrain_backbone", params.model_dump())
     if not asked.pretrained:
         glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, known)
         autoencoder, history = pretrain(student, glyphs, params, work, device)

@@ -21,14 +21,11 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import save_arrays, save_json
-from stages.common.cluster import has_cluster
-from stages.common.command import InputError, parse_arguments, run
-from stages.common.params import StageParams
-from stages.common.pieces import compute_pieces
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, pick_device, pin_threads
-from stages.common.tables import save_table
+from stages.common.files import save_arrays, save_json, save_table
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.weightnet import pictures
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.common.artifacts import load_json
-from stages.common.checkpoints import load_torch
-from stages.common.command import InputError, one_line, run
-from stages.common.runtime import generator, pin_threads
-from stages.common.weights import load_state_dict
+from stages.common.checkpoints import load_state_dict, load_torch
+from stages.common.files import load_json
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import InputError, one_line, run
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Kept, load_predictors
 from stages.weightnet.program import MODULES, Program, trace

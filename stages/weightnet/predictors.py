@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, log_softmax, pad, scaled_dot_product_attention
 
 from stages.common.checkpoints import load_torch
-from stages.common.runtime import generator
-from stages.common.seeding import building
+from stages.common.randomness import generator, seeded_init
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
 from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks
@@ -372,7 +371,7 @@ class Predictor(nn.Module):
         d, heads, classes = config["d"], config["heads"], example.symmetry.sizes[OUTPUT]
         channels, side, _ = example.program.input_shape
         self.reads_statistics = kind in ("stats", "hybrid")
-        with building(seed):
+        with seeded_init(seed):
             readers: list[nn.Module] = []
             if kind in ("weightnet", "hybrid"):
                 readers.append(WeightNet(classes, d, config["rounds"], heads, config["cross"], config["intra"]))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
 
-from stages.common.command import InputError, one_line
+from stages.common.stage import InputError, one_line
 from stages.weightnet.convolution import convolve
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.common.command import InputError
+from stages.common.stage import InputError
 from stages.weightnet.program import Program, Weights, run_stack
 
 INPUT, OUTPUT = "input", "output"  # their order means something: they are never permuted

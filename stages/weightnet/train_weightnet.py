@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
 
-from stages.common.artifacts import save_arrays, save_csv
 from stages.common.checkpoints import load_torch, save_torch
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, parallel_map, pin_threads
+from stages.common.files import save_arrays, save_csv
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint, work_folder
 from stages.weightnet.features import pooled_statistics, tensor_statistics
 from stages.weightnet.predictors import Predictor, mean_prediction
 from stages.weightnet.properties import PROPERTIES

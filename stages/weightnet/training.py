@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages.common.params import StageParams
-from stages.common.runtime import generator
+from stages.common.randomness import generator
+from stages.common.stage import StageParams
 from stages.weightnet.program import Program, Weights, run_stack
 
 Range = tuple[float, float]

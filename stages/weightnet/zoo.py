@@ -11,11 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.artifacts import load_metadata, remedy, require
-from stages.common.command import InputError
+from stages.common.files import load_metadata, load_table, remedy, require
 from stages.common.images import ImageSet, load_images, split_validation
-from stages.common.params import StageParams
-from stages.common.tables import load_table
+from stages.common.stage import InputError, StageParams
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.properties import PROPERTIES

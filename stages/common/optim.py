@@ -1,7 +1,9 @@
-"""Schedules of learning rates."""
+"""Learning rates: their schedules, and setting them."""
 
 import math
 from collections.abc import Callable
+
+import torch
 
 
 def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
@@ -14,3 +16,9 @@ def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
