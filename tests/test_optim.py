@@ -1,9 +1,11 @@
 """Schedules begin above 0, peak once and end at 0."""
 
+import math
+
 import pytest
 import torch
 
-from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.optim import set_learning_rate, warmup_cosine, warmup_times_cosine
 
 
 def test_warmup_cosine_rises_to_one_and_falls_to_zero():
@@ -11,6 +13,18 @@ def test_warmup_cosine_rises_to_one_and_falls_to_zero():
     assert [factor(0), factor(4), factor(9), factor(100)] == pytest.approx([0.1, 0.5, 1, 0])
     assert max(map(factor, range(101))) == factor(9)
     assert warmup_cosine(steps=1, warmup_fraction=0.05)(0) > 0  # even a single step moves
+
+
+def test_warmup_times_cosine_is_the_product_of_both():
+    rate = warmup_times_cosine(2.0, steps=100, warmup_fraction=0.1)
+    for step in range(101):
+        expected = (
+            2 * min(1, (step + 1) / 10) * math.cos(math.pi * step / 200) ** 2
+        )  # half of 1 + cos x is cos² of x / 2
+        assert rate(step) == pytest.approx(expected, abs=1e-12)
+    assert 0 < rate(0) < rate(9) < 2
+    assert max(map(rate, range(101))) == rate(9)
+    assert rate(100) == pytest.approx(0)
 
 
 def test_the_learning_rate_of_every_group_is_set():

@@ -1,11 +1,13 @@
 """Streams of random numbers do not mix, and drawing is what it is said to be."""
 
+import math
 from threading import Thread
 
+import pytest
 import torch
 from torch import nn
 
-from stages.common.randomness import generator, seeded_init, set_seed
+from stages.common.randomness import generator, log_uniform, seeded_init, set_seed
 
 
 def test_random_streams_are_separate_and_reproducible():
@@ -37,3 +39,10 @@ def test_modules_built_by_a_seed_are_the_same_whatever_others_draw_and_leave_the
     for thread in threads:
         thread.join()
     assert all(torch.equal(into[0], first[0]) == (i % 2 == 0) for i, into in enumerate(others))
+
+
+def test_log_uniform_is_the_geometric_way_between_its_ends():
+    assert log_uniform((1e-3, 10.0), 0.0) == pytest.approx(1e-3)
+    assert log_uniform((1e-3, 10.0), 1.0) == pytest.approx(10.0)
+    assert log_uniform((1e-3, 10.0), 0.5) == pytest.approx(math.sqrt(1e-3 * 10.0))
+    assert log_uniform((7.0, 7.0), 0.3) == pytest.approx(7.0)

@@ -21,11 +21,12 @@ from torch import Tensor
 from stages.common.backbone import save_backbone
 from stages.common.files import load_metadata, save_arrays
 from stages.common.images import load_images
+from stages.common.metrics import binary_calibration_error
 from stages.common.stage import InputError, Loader
 from stages.common.work import fingerprint
 from stages.recall import audit, build_fleet, condense_changes, map_weight_space, recover_memory
 from stages.recall.condense import Arrays, condense, fit_condenser, fit_limits, fit_span, outside, size, split
-from stages.recall.decoders import ALPHAS, REPRESENTATIONS, calibration_error, fit_decoder, r_squared, read, retrieved
+from stages.recall.decoders import ALPHAS, REPRESENTATIONS, fit_decoder, r_squared, read, retrieved
 from stages.recall.fleet import Images, show_images
 from stages.recall.map_weight_space import accuracy, draw_pairs, fit_map, nearest, rule_geometry, table_features
 from stages.recall.objective import Objective
@@ -430,29 +431,11 @@ def test_intervals_hold_for_nine_of_ten_and_probabilities_mean_what_they_say():
         blunt.append((np.abs(decoder.predict(new_x) - new_y) <= naive).mean())
         decoder = fit_decoder(x, y > 0).calibrate(x, y > 0, binary=True)
         scores = decoder.predict(new_x)
-        errors.append(calibration_error(decoder.probabilities(scores).ravel(), (new_y > 0).ravel()))
+        errors.append(binary_calibration_error(decoder.probabilities(scores).ravel(), (new_y > 0).ravel()))
     assert 0.88 < np.mean(covered) < 0.93
     assert all(0.8 < share < 0.97 for share in covered)
     assert np.mean(blunt) < np.mean(covered) - 0.03
     assert np.mean(errors) < 0.03
-
-
-def test_the_calibration_error_is_the_distance_of_confidence_from_accuracy():
-    random = np.random.default_rng(0)
-    p = random.random(50000)
-    assert calibration_error(p, random.random(50000) < p) < 0.01
-    true = random.random(50000) < p
-    logits = np.log(p / (1 - p))
-    sure = expit(3 * logits)
-    expected = np.abs(np.maximum(sure, 1 - sure) - np.maximum(p, 1 - p)).mean()
-    assert expected > 0.1
-    assert calibration_error(sure, true) == pytest.approx(expected, abs=0.01)
-    assert calibration_error(np.full(10, 0.9), np.arange(10) < 7) == pytest.approx(0.2)
-    assert calibration_error(np.full(10, 0.1), np.arange(10) < 3) == pytest.approx(0.2)
-    assert calibration_error(np.ones(4), np.ones(4, bool)) == 0
-    assert calibration_error(np.repeat([0.9, 0.6], 10), np.r_[np.arange(10) < 7, np.arange(10) < 7]) == pytest.approx(
-        0.15
-    )
 
 
 def test_the_audit_s_decoders_keep_what_they_promise_on_a_fleet():

@@ -27,7 +27,7 @@ from stages.weightnet.features import pooled_statistics
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Predictor, attention_maps
 from stages.weightnet.program import Weights, run_stack, trace
-from stages.weightnet.properties import PROPERTIES, REFERENCES, calibration_error, fgsm, measure
+from stages.weightnet.properties import PROPERTIES, REFERENCES, fgsm, measure
 from stages.weightnet.splits import ALL, Plan, Split, Task, plan_tasks, split_zoos
 from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
 from stages.weightnet.targets import from_scale, to_scale
@@ -425,13 +425,6 @@ def test_scores_of_perfect_reversed_and_constant_predictions():
     assert score(truth, truth) == {"tau": pytest.approx(1), "rho": pytest.approx(1), "r2": pytest.approx(1)}
     assert score(truth, -truth)["tau"] == pytest.approx(-1)
     assert score(truth, 0 * truth)["tau"] == 0
-
-
-def test_calibration_error_of_the_sure_and_right_is_zero_and_of_the_sure_and_wrong_one():
-    labels = torch.arange(10)
-    sure = 50 * torch.eye(10)[None]
-    assert calibration_error(sure, labels).item() == pytest.approx(0, abs=1e-9)
-    assert calibration_error(sure, labels.roll(1)).item() == pytest.approx(1, abs=1e-9)
 
 
 def test_fgsm_moves_every_pixel_by_its_step_and_raises_the_loss():

@@ -18,6 +18,19 @@ def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
     return factor
 
 
+def warmup_times_cosine(learning_rate: float, steps: int, warmup_fraction: float) -> Callable[[int], float]:
+    """Return step -> learning rate: half a cosine over all `steps`, times a linear warm-up.
+
+    Unlike that of `warmup_cosine` the cosine begins at the first step, so the peak is below `learning_rate`.
+    """
+
+    def rate(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (warmup_fraction * steps))
+        return learning_rate * warmup * (0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    return rate
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:

@@ -1,5 +1,6 @@
 """Random numbers: a generator for each purpose, first weights by a seed."""
 
+import math
 import random
 import threading
 import zlib
@@ -30,3 +31,9 @@ def seeded_init(seed: int) -> Iterator[None]:
     with _ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def log_uniform(ends: tuple[float, float], u: float) -> float:
+    """Return the number between two ends whose logarithm lies at `u`, in 0 to 1, of the way."""
+    low, high = map(math.log, ends)
+    return math.exp(low + u * (high - low))

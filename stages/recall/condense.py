@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 
+from stages.common.metrics import QUANTILES
+
 Layout = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]
 
 SINGULAR_VALUES = 16  # of each matrix
 RANK = 2  # of the low-rank core of each matrix
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDS = 5
 EPSILON = 1e-8
 

@@ -8,11 +8,8 @@ from stages.common.images import ImageSet
 from stages.common.randomness import generator
 
 Pool = Literal["base", "train", "test"]
-POOLS: tuple[Pool, ...] = (
-    "base",
-    "train",
-    "test",
-)  # of the base network; of fine-tunes to learn from; of those to test on
+# of the base network; of fine-tunes to learn from; of those to test on
+POOLS: tuple[Pool, ...] = ("base", "train", "test")
 
 
 def pool(images: ImageSet, name: Pool) -> ImageSet:

@@ -47,7 +47,7 @@ from stages.common.figures import image_grid, save_figure, show_image
 from stages.common.files import save_csv, save_json
 from stages.common.images import DATA, load_images, split_validation
 from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
-from stages.common.optim import warmup_cosine
+from stages.common.optim import set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -184,7 +184,7 @@ def train_mae(
     model.train()
     steps = range(first, params.steps)
     for step in tqdm(steps, "train", params.steps, initial=first, unit=" steps", disable=None):
-        optimizer.param_groups[0]["lr"] = params.learning_rate * factor(step)
+        set_learning_rate(optimizer, params.learning_rate * factor(step))
         rows = torch.randint(len(train), (params.batch_size,), generator=random).to(device)
         noise = torch.rand(params.batch_size, patches, generator=random).to(device)
         loss = model(pixel_values=train[rows], noise=noise).loss

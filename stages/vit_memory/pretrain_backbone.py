@@ -10,7 +10,6 @@ Writes  models/pretrain_backbone/backbone.safetensors   weights in float16 (of a
         reports/pretrain_backbone/drawings.png          glyphs, and what the autoencoder makes of hidden patches
 """
 
-import math
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -31,6 +30,7 @@ from stages.common.figures import image_grid, save_figure, show_image
 from stages.common.files import save_csv, save_json
 from stages.common.mae import MaskedAutoencoder
 from stages.common.metrics import accuracy
+from stages.common.optim import set_learning_rate, warmup_times_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -42,6 +42,7 @@ REPORTS = Path("reports/pretrain_backbone")
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 200  # steps, while training
+WARMUP_FRACTION = 0.05  # of the steps
 SCALE = 16.0  # of cosines, as logits
 EVALUATION = (100, 5, 10)  # unseen classes, drawings of each to learn from, and to be tested on
 
@@ -107,6 +108,7 @@ def pretrain(
     of_matrices, rest = [p for p in parameters if p in matrices], [p for p in parameters if p not in matrices]
     decay = params.weight_decay
     optimizers = Muon(of_matrices, rates[0], decay), AdamW(rest, rates[1], weight_decay=decay, fused=True)
+    schedules = [warmup_times_cosine(rate, params.steps, WARMUP_FRACTION) for rate in rates]
     random = generator(params.seed, "pretraining")
     first, history = 0, []
     if (work / "state.pt").is_file():
@@ -120,9 +122,8 @@ def pretrain(
     student.vit.train()
     steps = range(first, params.steps)
     for step in tqdm(steps, "pretrain", params.steps, initial=first, unit=" steps", disable=None):
-        warm_up, cosine = min(1.0, (step + 1) / (0.05 * params.steps)), math.cos(math.pi * step / params.steps)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * warm_up * 0.5 * (1 + cosine)
+        for optimizer, rate in zip(optimizers, schedules, strict=True):
+            set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
         y = torch.randint(params.classes, (params.batch_size,), generator=random)
         x = student.prepare(glyphs.draw(y, student.config.image_size, random).to(device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, log_softmax, pad, scaled_dot_product_attention
 
 from stages.common.checkpoints import load_torch
+from stages.common.metrics import COVERAGE
 from stages.common.randomness import generator, seeded_init
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
@@ -28,7 +29,6 @@ Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
-COVERAGE = 0.9  # of intervals
 PAIRS = 1 << 14  # of neurons, whose weights are read at a time
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages.common.randomness import generator
+from stages.common.randomness import generator, log_uniform
 from stages.common.stage import StageParams
 from stages.weightnet.program import Program, Weights, run_stack
 
@@ -66,9 +66,6 @@ class Run:
 def draw_run(name: str, seed: int, recipe: Recipe) -> Run:
     """Return the run called `name`, its hyper-parameters drawn from the recipe."""
     u = torch.rand(12, generator=generator(seed, f"hyper-parameters of {name}"), dtype=torch.float64).tolist()
-
-    def log_uniform(ends: Range, x: float) -> float:
-        return math.exp(math.log(ends[0]) + x * (math.log(ends[1]) - math.log(ends[0])))
 
     def half(ends: Range, x: float, y: float) -> float:
         return 0.0 if x < 0.5 else ends[0] + y * (ends[1] - ends[0])
