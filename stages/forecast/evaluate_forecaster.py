@@ -30,12 +30,13 @@ from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, mean_interval
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.forecast import pictures
 from stages.forecast.baselines import BASELINES
 from stages.forecast.forecasters import load_forecaster, roll_out
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.runs import LeNetData, load_lenet_data, load_runs, regime_of
-from stages.forecast.trajectory import Layout, Trajectory, origins
+from stages.forecast.trajectory import Trajectory, origins
 
 FORECASTERS = Path("models/train_forecaster")
 JUMP = Path("models/tune_jump")

@@ -15,17 +15,9 @@ from torch import Tensor, nn
 from stages.common.checkpoints import load_torch
 from stages.common.randomness import seeded_init
 from stages.common.stage import InputError
+from stages.common.vectors import Layout
 from stages.forecast.pca import CoefficientForecaster
-from stages.forecast.trajectory import (
-    DISTANCE_GAIN,
-    STATIC,
-    WINDOW,
-    Features,
-    Forecast,
-    Layout,
-    Trajectory,
-    read_features,
-)
+from stages.forecast.trajectory import DISTANCE_GAIN, STATIC, WINDOW, Features, Forecast, Trajectory, read_features
 
 CHUNK = 4096  # weights forecast at a time: what the processor's cache holds
 

@@ -24,6 +24,7 @@ from stages.common.optim import set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import principal_components
 from stages.forecast.forecasters import (
     DiffusionForecaster,
     RidgeForecaster,
@@ -32,7 +33,7 @@ from stages.forecast.forecasters import (
     movement_target,
     random_coordinates,
 )
-from stages.forecast.pca import CoefficientForecaster, principal_components
+from stages.forecast.pca import CoefficientForecaster
 from stages.forecast.runs import load_runs
 from stages.forecast.trajectory import WINDOW, Features, Trajectory, read_features
 

@@ -27,6 +27,7 @@ from stages.common.optim import set_learning_rate
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.common.work import fingerprint, work_folder
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction
@@ -122,8 +123,8 @@ def main() -> None:
 
     def finish(name: str) -> None:
         model, weights, states, history = train_lenet(data, name, params)
-        layout = [[key, list(parameter.shape)] for key, parameter in model.named_parameters()]  # JSON sorts mappings
-        metadata = {"layout": layout, "run": name, "snapshot_every": params.snapshot_every, "history": history}
+        layout = Layout.of(dict(model.named_parameters()))
+        metadata = layout.metadata | {"run": name, "snapshot_every": params.snapshot_every, "history": history}
         arrays = {"weights": weights.numpy(), "state": states.numpy()}
         save_arrays(work / f"{name}.safetensors", arrays, metadata)
 

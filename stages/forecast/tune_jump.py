@@ -26,10 +26,11 @@ from stages.common.optim import set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.forecast.forecasters import JumpForecaster, load_forecaster, recent_mean
 from stages.forecast.lenet import LeNet
 from stages.forecast.runs import load_lenet_data, load_runs
-from stages.forecast.trajectory import WINDOW, Layout, Trajectory, read_features
+from stages.forecast.trajectory import WINDOW, Trajectory, read_features
 
 FORECASTERS = Path("models/train_forecaster")
 MODELS = Path("models/tune_jump")

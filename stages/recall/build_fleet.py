@@ -36,7 +36,6 @@ from stages.recall.fleet import Images, pool_of, show_images, train_tasks
 from stages.recall.objective import Learns, Objective
 from stages.recall.pools import pool
 from stages.recall.tasks import CELLS, Recipe, Task, draw_rule_task, draw_task, split_rules
-from stages.recall.vectors import unflatten
 from stages.recall.vit import Base, load_base
 
 BASES = Path("models")
@@ -148,9 +147,7 @@ def main() -> None:
     arrays["test"] = np.array([task.test for task in tasks])
     arrays |= {f"true.{key}": np.stack([t.characteristics[key] for t in tasks]) for key in tasks[0].characteristics}
     answers = [len(objective.frozen.get("head.bias", [])), params.references]
-    layout = [[name, list(shape)] for name, shape in objective.layout.items()]
-    metadata = {
-        "layout": layout,
+    metadata = objective.layout.metadata | {
         "classes": train.classes,
         "dataset": fleet.dataset,
         "base": str(file),
@@ -159,7 +156,7 @@ def main() -> None:
     }
     save_arrays(MODELS / variant / "fleet.safetensors", arrays, metadata)
     example = int(arrays["test"].argmax())
-    network = unflatten(objective.start.cpu() + torch.from_numpy(arrays["change"][example]), objective.layout)
+    network = objective.layout.unflatten(objective.start.cpu() + torch.from_numpy(arrays["change"][example]))
     truth = {key: value.tolist() for key, value in tasks[example].characteristics.items()}
     save_arrays(MODELS / variant / "example.safetensors", {k: w.numpy() for k, w in network.items()}, {"true": truth})
 

@@ -292,7 +292,7 @@ class FlatMLP(nn.Module):
     def __init__(self, networks: Networks, sort: bool) -> None:
         super().__init__()
         self.sort = sort
-        first = nn.Linear(networks.program.size, WIDTH)
+        first = nn.Linear(networks.program.layout.size, WIDTH)
         self.body = nn.Sequential(first, nn.GELU(), Dropout(0.2), nn.Linear(WIDTH, WIDTH), nn.GELU(), Dropout(0.2))
 
     def flatten(self, networks: Networks) -> Float[Tensor, "n p"]:
