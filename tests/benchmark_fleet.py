@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stages.common.backbone import BackboneConfig, MaskedAutoencoder, build_vit, save_backbone
+from stages.common.backbone import BackboneConfig, build_vit, save_backbone
+from stages.common.mae import MaskedAutoencoder
 from stages.common.runtime import pin_threads
 from stages.recall.fleet import BETAS, train_stack
 from stages.recall.objective import Objective
-from stages.recall.vectors import unflatten
 from stages.recall.vit import load_base
 
 STEPS, IMAGES, RATIO, RATE = 20, 64, 0.75, 1e-3
@@ -89,7 +89,7 @@ def main() -> None:
         worst = max(
             (weight - last[i][name]).abs().max().item()
             for i in range(stack)
-            for name, weight in unflatten(vectors[i], objective.layout).items()
+            for name, weight in objective.layout.unflatten(vectors[i]).items()
         )
         ratio = seconds["alone"] / seconds["together"]
         each = ", ".join(f"{name} {1e3 * value / stack / STEPS:.2f} ms a step" for name, value in seconds.items())

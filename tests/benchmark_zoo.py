@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from stages.common.runtime import pick_device
 from stages.weightnet.networks import build_network, zoo_program
 from stages.weightnet.program import Program
-from stages.weightnet.training import Recipe, Run, draw_all, draw_run, train_stack, unflatten
+from stages.weightnet.training import Recipe, Run, draw_all, draw_run, train_stack
 
 STACKS = {8: 32, 16: 8, 28: 4}
 STEPS = 30
@@ -47,7 +47,7 @@ def train_alone(
     draws = draw_all(run, program, labels)
     shown = draws.labels.to(images.device)
     model = model.to(images)
-    weights = {k: v[0] for k, v in unflatten(draws.weights[None].to(images.dtype), program).items()}
+    weights = {k: v[0] for k, v in program.layout.unflatten(draws.weights[None].to(images.dtype)).items()}
     model.load_state_dict(model.state_dict() | weights)  # batch norms also count their batches
     if tuned:
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
@@ -67,7 +67,7 @@ def train_vmapped(kind: str, runs: list[Run], program: Program, images: Tensor, 
     """Train a stack by vmap over plain gradient steps: less to do than train_stack's optimisers, so no worse for vmap."""
     device = images.device
     draws = [draw_all(run, program, labels.cpu()) for run in runs]
-    stacked = unflatten(torch.stack([draw.weights for draw in draws]).to(device), program)
+    stacked = program.layout.unflatten(torch.stack([draw.weights for draw in draws]).to(device))
     model = build_network(kind, images.shape[1], 10, images.shape[2]).to(device).eval()
 
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

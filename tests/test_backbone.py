@@ -8,22 +8,12 @@ import timm
 import torch
 
 from stages.common import backbone
-from stages.common.artifacts import load_metadata
-from stages.common.backbone import (
-    Backbone,
-    BackboneConfig,
-    MaskedAutoencoder,
-    as_autoencoder,
-    build_vit,
-    load_backbone,
-    mae_to_decoder,
-    mae_to_timm,
-    save_backbone,
-    vit_of_mae,
-)
-from stages.common.command import InputError
+from stages.common.backbone import Backbone, BackboneConfig, as_autoencoder, build_vit, load_backbone, save_backbone
 from stages.common.drawings import Glyphs
-from stages.common.runtime import generator
+from stages.common.files import load_metadata
+from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
+from stages.common.randomness import generator
+from stages.common.stage import InputError
 
 SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 CONFIG = BackboneConfig("vit_tiny_patch16_224", False, 32, SHAPE)

@@ -12,9 +12,9 @@ from stages.bilinear.decompose_bilinear import (
 )
 from stages.bilinear.decomposition import decompose_bilinear_model
 from stages.bilinear.model import BilinearImageClassifier
-from stages.common.command import InputError
 from stages.common.images import ImageSet
 from stages.common.metrics import mean_std, over_seeds
+from stages.common.stage import InputError
 
 CLASSES = ["a", "b", "c"]
 

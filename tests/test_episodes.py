@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stages.common.command import InputError
 from stages.common.metrics import accuracy
+from stages.common.stage import InputError
 from stages.vit_memory.classifiers import Whitening, class_means, linear_probe, memory_log_probabilities
 from stages.vit_memory.episodes import draw_episode
 from stages.vit_memory.features import spread

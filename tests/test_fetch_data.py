@@ -18,10 +18,10 @@ from PIL import Image
 from reproduction import ROOT
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import load_metadata
-from stages.common.command import InputError
 from stages.common.drawings import Shapes
-from stages.common.runtime import generator
+from stages.common.files import load_metadata
+from stages.common.randomness import generator
+from stages.common.stage import InputError
 from stages.datasets import fetch_data
 from stages.datasets.image_folder import decode, read_image_folder
 

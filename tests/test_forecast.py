@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages.common.command import InputError
+from stages.common.stage import InputError
+from stages.common.vectors import Layout, principal_components
 from stages.forecast.baselines import BASELINES
 from stages.forecast.compress_trajectory import explained_variance, shares_of_energy
 from stages.forecast.evaluate_forecaster import error_ratios
@@ -18,9 +19,8 @@ from stages.forecast.forecasters import (
     roll_out,
 )
 from stages.forecast.lenet import LeNet
-from stages.forecast.pca import principal_components
 from stages.forecast.train_lenet import Params
-from stages.forecast.trajectory import HISTORY, WINDOW, Layout, Trajectory, origins, read_features
+from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory, origins, read_features
 
 HORIZONS = (1, 5)
 SHAPES = {
@@ -181,8 +181,8 @@ def test_features_do_not_depend_on_the_size_of_the_movement():
 
 def test_neuron_means_are_those_of_rows_and_columns():
     run = trajectory()
-    rows, columns = run.layout.neuron_means(run.weights)
-    row_of, column_of = run.layout.neurons_of
+    rows, columns = run.neuron_means(run.weights)
+    row_of, column_of = run.neurons_of
     matrix = run.layout.unflatten(run.weights[3])["f1.weight"]
     where = run.layout.slices["f1.weight"]
     torch.testing.assert_close(rows[3, row_of[where]].view(6, 16), matrix.mean(1, keepdim=True).expand(6, 16))
@@ -216,21 +216,6 @@ def test_baselines_are_exact_where_they_should_be():
     run = Trajectory(Layout({"w": (2, 1)}), turning, None)
     ahead = BASELINES["dmd"](run, 35, (1,), rank=2, window=36)
     assert (ahead[0] - turning[36]).norm() < 0.2 * (turning[35] - turning[36]).norm() + 0.02
-
-
-def test_repeated_snapshots_add_no_axis():
-    snapshots = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    _, basis, _ = principal_components(torch.cat([snapshots, snapshots[:3]]), 500)
-    assert len(basis) == 5
-    torch.testing.assert_close(basis @ basis.T, torch.eye(5), atol=1e-5, rtol=0)
-
-
-def test_principal_components_at_full_rank_reconstruct_exactly():
-    snapshots = torch.randn(12, 50)
-    mean, basis, variances = principal_components(snapshots, 500)
-    assert basis.shape == (11, 50)
-    torch.testing.assert_close(mean + (snapshots - mean) @ basis.T @ basis, snapshots, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(variances.sum(), (snapshots - mean).square().sum() / 12, rtol=1e-4, atol=1e-5)
 
 
 def test_shares_of_energy_are_those_of_projections():

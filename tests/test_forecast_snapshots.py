@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stages.common.checkpoints import save_torch
-from stages.common.command import InputError
+from stages.common.stage import InputError
 from stages.forecast.forecast_snapshots import errors_so_far, find_snapshots, main, read_trajectory
 from stages.forecast.forecasters import build_forecaster
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stages.common.command import InputError
 from stages.common.images import Batches, ImageSet, split_validation
+from stages.common.stage import InputError
 
 
 def images(n=50, channels=1, size=6) -> ImageSet:

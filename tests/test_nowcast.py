@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from stages.common.vectors import Layout
 from stages.forecast.forecasters import build_forecaster
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.nowcast_training import choose_learning_rate, cost_to, loss_at_costs
 from stages.forecast.optimizers import optimizer_direction
-from stages.forecast.trajectory import WINDOW, Layout, Trajectory
+from stages.forecast.trajectory import WINDOW, Trajectory
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 6, generator=RANDOM), torch.randn(64, 3, generator=RANDOM)

@@ -23,7 +23,7 @@ from dvc_data.hashfile.meta import Meta
 from reproduction import ROOT, scale_overrides
 
 from stages.bilinear import decompose_bilinear, train_bilinear
-from stages.common.params import StageParams
+from stages.common.stage import StageParams
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,

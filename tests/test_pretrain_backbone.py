@@ -1,11 +1,7 @@
 """Pretraining that is killed ends as if it had not been; work of another recipe is not mistaken for it."""
 
-import sys
-from types import SimpleNamespace
-
 import torch
 
-from stages.common import resume
 from stages.common.backbone import Backbone, BackboneConfig, build_vit
 from stages.common.checkpoints import save_torch
 from stages.common.drawings import Glyphs
@@ -43,25 +39,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
     resumed, resumed_history = pretrain(other, glyphs, params, project / "killed", device)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert history == resumed_history
-
-
-def test_work_is_found_again_for_the_same_recipe_and_code_alone(project, monkeypatch):
-    one, same, other = (resume.work_folder("stage", recipe) for recipe in ({"a": 1}, {"a": 1}, {"a": 2}))
-    (project / "more.py").write_text("x = 1")
-    monkeypatch.setitem(sys.modules, "stages.more", SimpleNamespace(__file__=str(project / "more.py")))
-    with_more = resume.work_folder("stage", {"a": 1})
-    (project / "more.py").write_text("x = 2")
-    edited = resume.work_folder("stage", {"a": 1})
-    assert one == same
-    assert len({one, other, with_more, edited}) == 4
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return {"x": [1, 2.5]}
-
-    assert [resume.remembered(project / "r.json", compute) for _ in range(2)] == [{"x": [1, 2.5]}] * 2
-    assert calls == [1]
 
 
 def test_the_nearest_mean_is_right_where_classes_are_apart_and_chance_where_they_are_not():

@@ -18,15 +18,16 @@ from sklearn.linear_model import Ridge
 from tiny_vit import CONFIG, TEST, TRAIN, autoencoder, base_of, save_inputs, seeded
 from torch import Tensor
 
-from stages.common.artifacts import load_metadata, save_arrays
 from stages.common.backbone import save_backbone
-from stages.common.command import InputError
+from stages.common.files import load_metadata, save_arrays
 from stages.common.images import load_images
-from stages.common.params import Loader
-from stages.common.resume import fingerprint
+from stages.common.metrics import binary_calibration_error
+from stages.common.stage import InputError, Loader
+from stages.common.vectors import Layout
+from stages.common.work import fingerprint
 from stages.recall import audit, build_fleet, condense_changes, map_weight_space, recover_memory
 from stages.recall.condense import Arrays, condense, fit_condenser, fit_limits, fit_span, outside, size, split
-from stages.recall.decoders import ALPHAS, REPRESENTATIONS, calibration_error, fit_decoder, r_squared, read, retrieved
+from stages.recall.decoders import ALPHAS, REPRESENTATIONS, fit_decoder, r_squared, read, retrieved
 from stages.recall.fleet import Images, show_images
 from stages.recall.map_weight_space import accuracy, draw_pairs, fit_map, nearest, rule_geometry, table_features
 from stages.recall.objective import Objective
@@ -43,10 +44,11 @@ from stages.recall.recover_memory import (
     train_judge,
 )
 from stages.recall.tasks import CELLS, Recipe, Task
-from stages.recall.vectors import flatten, unflatten
 from stages.recall.vit import HEAD, Base, load_base
 
-LAYOUT = {"bias": (6,), "first.weight": (10, 8), "first.bias": (10,), "second.weight": (6, 10), "patch": (4, 3, 2, 2)}
+LAYOUT = Layout(
+    {"bias": (6,), "first.weight": (10, 8), "first.bias": (10,), "second.weight": (6, 10), "patch": (4, 3, 2, 2)}
+)
 PARAMETERS = 204
 BITS = 6
 ANSWERS = (3, 5)  # classes and reference inputs
@@ -135,8 +137,8 @@ def test_descriptions_of_training_fine_tunes_are_centred_and_weigh_alike(answers
     deviations = found["statistics"][train].std(0)
     assert deviations == pytest.approx(deviations.mean(), rel=1e-3)  # every one weighs alike
     scaled = (change[train] - change[train].mean(0)) * fitted["scale"]
-    ends = np.cumsum([np.prod(shape) for shape in LAYOUT.values()])[:-1]
-    assert [norms(part) for part in np.split(scaled, ends, axis=1)] == pytest.approx([1 / len(LAYOUT)] * 5, rel=1e-4)
+    ends = np.cumsum(LAYOUT.sizes)[:-1]
+    assert [norms(part) for part in np.split(scaled, ends, axis=1)] == pytest.approx([1 / 5] * 5, rel=1e-4)
 
 
 @pytest.mark.parametrize("noise", [1.0, 1e-2, 2e-3])
@@ -162,7 +164,7 @@ def test_rounding_is_no_axis():
 
 def write_fleet(folder: Path, drawn: Arrays) -> dict[str, np.ndarray]:
     """Condense a fleet as its stage does; return the arrays of its file."""
-    metadata = {"layout": [[name, list(shape)] for name, shape in LAYOUT.items()], "answers": list(ANSWERS)}
+    metadata = LAYOUT.metadata | {"answers": list(ANSWERS)}
     save_arrays(folder / "models/build_fleet/classes/fleet.safetensors", drawn, metadata)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(condense_changes, "FLEETS", ("classes",))
@@ -229,8 +231,8 @@ def test_renaming_hidden_neurons_changes_no_statistics_and_no_spectrum():
     drawn = linear_fleet()
     train, _ = split(drawn["test"])
     order = np.random.default_rng(0).permutation(10)
-    ends = np.cumsum([np.prod(shape) for shape in LAYOUT.values()])[:-1]
-    parts = dict(zip(LAYOUT, np.split(drawn["change"], ends, axis=1), strict=True))
+    ends = np.cumsum(LAYOUT.sizes)[:-1]
+    parts = dict(zip(LAYOUT.shapes, np.split(drawn["change"], ends, axis=1), strict=True))
     n = len(drawn["change"])
     parts["first.weight"] = parts["first.weight"].reshape(n, 10, 8)[:, order].reshape(n, -1)
     parts["first.bias"] = parts["first.bias"][:, order]
@@ -431,29 +433,11 @@ def test_intervals_hold_for_nine_of_ten_and_probabilities_mean_what_they_say():
         blunt.append((np.abs(decoder.predict(new_x) - new_y) <= naive).mean())
         decoder = fit_decoder(x, y > 0).calibrate(x, y > 0, binary=True)
         scores = decoder.predict(new_x)
-        errors.append(calibration_error(decoder.probabilities(scores).ravel(), (new_y > 0).ravel()))
+        errors.append(binary_calibration_error(decoder.probabilities(scores).ravel(), (new_y > 0).ravel()))
     assert 0.88 < np.mean(covered) < 0.93
     assert all(0.8 < share < 0.97 for share in covered)
     assert np.mean(blunt) < np.mean(covered) - 0.03
     assert np.mean(errors) < 0.03
-
-
-def test_the_calibration_error_is_the_distance_of_confidence_from_accuracy():
-    random = np.random.default_rng(0)
-    p = random.random(50000)
-    assert calibration_error(p, random.random(50000) < p) < 0.01
-    true = random.random(50000) < p
-    logits = np.log(p / (1 - p))
-    sure = expit(3 * logits)
-    expected = np.abs(np.maximum(sure, 1 - sure) - np.maximum(p, 1 - p)).mean()
-    assert expected > 0.1
-    assert calibration_error(sure, true) == pytest.approx(expected, abs=0.01)
-    assert calibration_error(np.full(10, 0.9), np.arange(10) < 7) == pytest.approx(0.2)
-    assert calibration_error(np.full(10, 0.1), np.arange(10) < 3) == pytest.approx(0.2)
-    assert calibration_error(np.ones(4), np.ones(4, bool)) == 0
-    assert calibration_error(np.repeat([0.9, 0.6], 10), np.r_[np.arange(10) < 7, np.arange(10) < 7]) == pytest.approx(
-        0.15
-    )
 
 
 def test_the_audit_s_decoders_keep_what_they_promise_on_a_fleet():
@@ -695,7 +679,7 @@ def test_accuracy_of_what_is_written_is_that_of_the_network_that_is_run(learns):
     found = accuracy(objective, change.numpy(), (x, y), labels)
     of_some = accuracy(objective, change.numpy(), (x, y), labels, counted)
     for i in (0, 7, 24):
-        weights = unflatten(objective.start + change[i], objective.layout)
+        weights = objective.layout.unflatten(objective.start + change[i])
         model.vit.load_state_dict({**model.vit.state_dict(), **weights})
         tokens = model.vit.forward_features(model.unpatchify(x))
         read_out = tokens[:, 0] if learns == "labels" else tokens.mean(1)
@@ -760,7 +744,7 @@ class Checkpoint:
     def weights(self, factor=1.0) -> dict[str, Tensor]:
         change = torch.from_numpy(self.fleet["change"][self.network])
         objective = Objective(self.base, "labels", 0.0)
-        return {k: w.clone() for k, w in unflatten(objective.start + factor * change, objective.layout).items()}
+        return {k: w.clone() for k, w in objective.layout.unflatten(objective.start + factor * change).items()}
 
     def save(self, weights: dict[str, Tensor], name="tuned.safetensors") -> Path:
         path = self.folder / name
@@ -970,13 +954,12 @@ def test_the_table_and_the_json_have_the_same_numbers(checkpoint, monkeypatch, c
 
 def test_an_audit_is_as_sure_of_the_change_as_the_limit_was_of_fine_tunes_left_out(checkpoint):
     fitted = fitted_of(load_file(audit.CONDENSED))
-    layout = {name: tuple(shape) for name, shape in load_metadata(audit.CONDENSED)["layout"]}
+    layout = Layout.from_metadata(load_metadata(audit.CONDENSED))
     train, _ = split(checkpoint.fleet["test"])
     assert float(fitted["limit"]) == pytest.approx(fit_limits(checkpoint.fleet["change"][train], layout)["limit"])
     answer = audit.recall(checkpoint.save(checkpoint.weights()), BASE)
     expected = outside(checkpoint.fleet["change"][checkpoint.network][None], fitted)[0]
     assert answer["outside"] == pytest.approx(expected, abs=1e-4)
     assert 0.01 < answer["outside"] < answer["limit"] == float(fitted["limit"])
-    assert np.allclose(
-        flatten(checkpoint.weights()) - flatten(checkpoint.base.trained), checkpoint.fleet["change"][61], atol=1e-6
-    )
+    moved = layout.flatten(checkpoint.weights()) - layout.flatten(checkpoint.base.trained)
+    assert np.allclose(moved, checkpoint.fleet["change"][61], atol=1e-6)

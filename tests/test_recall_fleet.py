@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, layer_norm, linear
 
-from stages.common.artifacts import load_metadata
-from stages.common.backbone import MaskedAutoencoder, build_vit, load_backbone, save_backbone
-from stages.common.params import Loader
-from stages.common.schedules import warmup_cosine
+from stages.common.backbone import build_vit, load_backbone, save_backbone
+from stages.common.files import load_metadata
+from stages.common.mae import MaskedAutoencoder
+from stages.common.optim import warmup_cosine
+from stages.common.stage import Loader
+from stages.common.vectors import Layout
 from stages.recall import build_fleet, classify_masked
 from stages.recall.build_fleet import Fleet, draw_tasks
 from stages.recall.classify_masked import METHODS, accuracies, train_method
@@ -28,7 +30,6 @@ from stages.recall.fleet import BETAS, Images, show_images, train_own_bases, tra
 from stages.recall.objective import HEAD_SCALE, Objective, random_head
 from stages.recall.pools import POOLS, pool
 from stages.recall.tasks import CELLS, Recipe, Task, draw_rule_task, draw_task, split_rules
-from stages.recall.vectors import flatten, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, reconstruct
 
 PATCHES = 16
@@ -139,21 +140,15 @@ def test_a_base_has_the_features_and_the_decoder_of_its_file(tmp_path, monkeypat
 def test_positions_are_all_that_is_not_trained(base):
     assert set(base.encoder) - set(base.trained) == {FIXED}
     objective = Objective(base, "labels", 0.75)
-    assert list(objective.layout) == list(base.trained)
+    assert list(objective.layout.shapes) == list(base.trained)
     assert len(objective.start) == sum(w.numel() for w in base.encoder.values()) - base.encoder[FIXED].numel()
 
 
-def test_weights_become_a_vector_and_the_same_weights_again(base):
-    layout, vector = layout_of(base.trained), flatten(base.trained)
-    again = unflatten(vector, layout)
-    assert list(again) == list(base.trained)
-    assert all(torch.equal(again[name], weight) for name, weight in base.trained.items())
-    other = torch.randn_like(vector)
-    assert torch.equal(flatten(unflatten(other, layout)), other)
+LAYERS = Layout({"a": (5, 4), "b": (5,)})
 
 
 def two_layers(vector: Tensor, frozen: Weights, x: Tensor, y: Tensor) -> Tensor:
-    w = unflatten(vector, {"a": torch.Size([5, 4]), "b": torch.Size([5])})
+    w = LAYERS.unflatten(vector)
     return cross_entropy(torch.tanh(linear(x, w["a"], w["b"])) @ frozen["head"], y)
 
 
@@ -377,7 +372,7 @@ def test_an_independent_fine_tune_shares_neither_base_nor_head_but_positions(bas
     assert first.isfinite().all()
     names = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "cls_token"]
     for name in names:
-        rows = torch.stack([unflatten(row, objective.layout)[name].flatten() for row in [*first, objective.start]])
+        rows = torch.stack([objective.layout.unflatten(row)[name].flatten() for row in [*first, objective.start]])
         assert cosines(rows).abs().max() < 5 / rows.shape[1] ** 0.5, name  # like unrelated ones
     heads = torch.cat([frozen["head.weight"].flatten(1), base.decoder["head.weight"].flatten()[None]])
     assert cosines(heads).abs().max() < 5 / heads.shape[1] ** 0.5
@@ -416,8 +411,7 @@ def build(monkeypatch, variant: str, stack=3) -> tuple[dict[str, Tensor], dict]:
 def tuned(arrays: dict[str, Tensor], metadata: dict, i: int) -> VisionTransformer:
     """The network that one gets from a fleet's file and its base's: timm's ViT, the change added to its weights."""
     vit = load_backbone(Path(metadata["base"])).vit
-    layout = {name: torch.Size(shape) for name, shape in metadata["layout"]}
-    change = unflatten(arrays["change"][i], layout)
+    change = Layout.from_metadata(metadata).unflatten(arrays["change"][i])
     vit.load_state_dict({name: w + change.get(name, 0) for name, w in vit.state_dict().items()})
     return vit
 

@@ -17,7 +17,7 @@ from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT, scale_overrides
 
 from stages.bilinear.training import load_model
-from stages.common.command import InputError
+from stages.common.stage import InputError
 from stages.weightnet.networks import ARCHITECTURES
 
 PIPELINE = [

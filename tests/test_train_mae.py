@@ -11,22 +11,13 @@ from running import start
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from stages.common import backbone
-from stages.common.backbone import (
-    Backbone,
-    BackboneConfig,
-    MaskedAutoencoder,
-    as_autoencoder,
-    load_backbone,
-    mae_to_decoder,
-    mae_to_timm,
-    read_vit_mae,
-    vit_of_mae,
-)
+from stages.common.backbone import Backbone, BackboneConfig, as_autoencoder, load_backbone, read_vit_mae
 from stages.common.checkpoints import save_torch
-from stages.common.command import InputError
 from stages.common.drawings import Shapes
 from stages.common.images import load_images
-from stages.common.runtime import generator
+from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
+from stages.common.randomness import generator
+from stages.common.stage import InputError
 from stages.datasets import fetch_data
 from stages.recall import train_mae
 from stages.recall.pools import POOLS, pool

@@ -16,12 +16,11 @@ from stages.bilinear.training import (
     load_checkpoint,
     load_model,
     train_image_experiment,
-    warmup_cosine,
 )
-from stages.common.artifacts import save_arrays
-from stages.common.command import InputError
+from stages.common.files import save_arrays
 from stages.common.images import load_images
-from stages.common.runtime import autocast, generator, resolve_device, set_seed
+from stages.common.runtime import autocast, resolve_device
+from stages.common.stage import InputError
 from stages.datasets.fetch_data import Digits, fetch_digits
 
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr"]
@@ -116,13 +115,6 @@ def test_evaluate_is_the_mean_over_images_for_any_batch_size(config):
     assert evaluate(model, smaller, nn.CrossEntropyLoss(), torch.device("cpu")) == pytest.approx((loss, accuracy))
 
 
-def test_warmup_cosine_rises_to_one_and_falls_to_zero():
-    factor = warmup_cosine(steps=100, warmup_fraction=0.09)
-    assert [factor(0), factor(4), factor(9), factor(100)] == pytest.approx([0.1, 0.5, 1, 0])
-    assert max(map(factor, range(101))) == factor(9)
-    assert warmup_cosine(steps=1, warmup_fraction=0.05)(0) > 0  # even a single step moves
-
-
 def test_damaged_checkpoints_are_refused_in_one_line(config, tmp_path):
     path = train_image_experiment(config)["best_checkpoint_path"]
     whole = path.read_bytes()
@@ -137,19 +129,6 @@ def test_damaged_checkpoints_are_refused_in_one_line(config, tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")  # a class: would run code
     with pytest.raises(InputError, match="no checkpoint"):
         load_checkpoint(tmp_path / "pickle.pt")
-
-
-def test_random_streams_are_separate_and_reproducible():
-    def draw(*key):
-        return torch.rand(4, generator=generator(*key))
-
-    assert torch.equal(draw(0, "a"), draw(0, "a"))
-    assert not torch.equal(draw(0, "a"), draw(0, "b"))
-    assert not torch.equal(draw(0, "a"), draw(1, "a"))
-    set_seed(5)
-    first = torch.rand(3)
-    set_seed(5)
-    assert torch.equal(first, torch.rand(3))
 
 
 def test_processors_multiply_in_float32_unless_asked(monkeypatch):

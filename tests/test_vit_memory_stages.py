@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from stages.common.backbone import load_backbone
 from stages.common.drawings import Glyphs
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 from stages.datasets import fetch_data
 from stages.vit_memory import extract_features, train_few_shot
 from stages.vit_memory.pretrain_backbone import EVALUATION, Params, nearest_mean_accuracy

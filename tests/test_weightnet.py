@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stages.common.checkpoints import save_torch
-from stages.common.command import InputError
 from stages.common.images import load_images
-from stages.common.tables import load_table, save_table
+from stages.common.stage import InputError
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, evaluate_weightnet, predict, predictors, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
@@ -28,7 +27,7 @@ from stages.weightnet.features import pooled_statistics
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Predictor, attention_maps
 from stages.weightnet.program import Weights, run_stack, trace
-from stages.weightnet.properties import PROPERTIES, REFERENCES, calibration_error, fgsm, measure
+from stages.weightnet.properties import PROPERTIES, REFERENCES, fgsm, measure
 from stages.weightnet.splits import ALL, Plan, Split, Task, plan_tasks, split_zoos
 from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
 from stages.weightnet.targets import from_scale, to_scale
@@ -45,7 +44,7 @@ from stages.weightnet.train_weightnet import (
     train_and_predict,
 )
 from stages.weightnet.train_weightnet import Params as TrainParams
-from stages.weightnet.training import Recipe, draw_all, draw_run, fit_to, train_stack, unflatten
+from stages.weightnet.training import Recipe, draw_all, draw_run, fit_to, train_stack
 from stages.weightnet.zoo import Images, Zoo, load_zoo, zoo_images
 
 SHAPE = (1, 10, 8)  # channels, classes, pixels of a side
@@ -78,7 +77,7 @@ def random_weights(shapes, n=3) -> Weights:
 
 def zoo_networks(name: str, n=3) -> Networks:
     program, symmetry = zoo_program(name, *SHAPE)
-    return Networks(program, symmetry, random_weights(program.shapes, n), torch.arange(n) % 2 == 1)
+    return Networks(program, symmetry, random_weights(program.layout.shapes, n), torch.arange(n) % 2 == 1)
 
 
 def outputs(networks: Networks, images: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ def test_a_stack_computes_what_each_network_computes(kind):
     model = build(kind)
     program = trace(model, (1, 8, 8))
     model = model.double().eval()
-    weights = random_weights(program.shapes)
+    weights = random_weights(program.layout.shapes)
     images, own = torch.randn(5, 1, 8, 8).double(), torch.randn(3, 5, 1, 8, 8).double()
     shared, each = run_stack(program, weights, images), run_stack(program, weights, own)
     for i in range(3):
@@ -159,7 +158,7 @@ def test_a_stack_computes_what_each_network_computes(kind):
 def test_relabelling_neurons_leaves_the_function_and_a_single_layer_s_does_not(kind):
     program = trace(build(kind), (1, 8, 8))
     symmetry = derive_symmetry(program)
-    networks = Networks(program, symmetry, random_weights(program.shapes), torch.zeros(3, dtype=torch.bool))
+    networks = Networks(program, symmetry, random_weights(program.layout.shapes), torch.zeros(3, dtype=torch.bool))
     images = torch.randn(5, 1, 8, 8).double()
     moved = relabelled(networks)
     assert all(
@@ -175,7 +174,7 @@ def test_relabelling_neurons_leaves_the_function_and_a_single_layer_s_does_not(k
 def test_rescaling_relu_and_flipping_tanh_leave_the_function(kind, tanh):
     program = trace(build(kind), (1, 8, 8))
     symmetry = derive_symmetry(program)
-    networks = Networks(program, symmetry, random_weights(program.shapes), torch.full((3,), tanh))
+    networks = Networks(program, symmetry, random_weights(program.layout.shapes), torch.full((3,), tanh))
     images = torch.randn(5, 1, 8, 8).double()
     moved = augmented(networks, 0.3, seeded())
     assert any(not torch.equal(moved.weights[k], networks.weights[k]) for k in networks.weights)
@@ -191,9 +190,9 @@ def test_torchvision_s_networks_can_be_members_of_a_zoo(name):
     program, symmetry = zoo_program(name, 1, 10, 32)
     assert program.steps[0].shape == (1, 32, 32)
     assert program.steps[-1].shape == (10,)
-    assert {axis.tensor for axis in symmetry.axes} == set(program.shapes)
+    assert {axis.tensor for axis in symmetry.axes} == set(program.layout.shapes)
     run = draw_run(f"{name}-0", 0, RECIPE)
-    weights = unflatten(draw_all(run, program, torch.zeros(9, dtype=torch.long)).weights[None], program)
+    weights = program.layout.unflatten(draw_all(run, program, torch.zeros(9, dtype=torch.long)).weights[None])
     weights = {k: torch.rand(v.shape, generator=seeded()) + 0.5 if v.dim() == 2 else v for k, v in weights.items()}
     assert symmetry_error(program, symmetry, weights, seeded()) < 1e-9
     edge = next(edge for edge in symmetry.edges if edge.target in symmetry.hidden)
@@ -242,7 +241,7 @@ class Twice(nn.Module):
 
 def test_what_is_read_twice_is_not_overwritten():
     program = trace(Twice(), (1, 8, 8))
-    weights, images = random_weights(program.shapes), torch.randn(2, 1, 8, 8, generator=seeded()).double()
+    weights, images = random_weights(program.layout.shapes), torch.randn(2, 1, 8, 8, generator=seeded()).double()
     y = torch.conv2d(images, weights["a.weight"][0], weights["a.bias"][0])
     y = torch.conv2d(torch.relu(y) + y, weights["b.weight"][0], weights["b.bias"][0])
     expected = y.flatten(1) @ weights["head.weight"][0].T + weights["head.bias"][0]
@@ -323,7 +322,7 @@ def test_a_stack_trains_as_torch_s_optimisers_train_each_alone(kind):
     stacked = train_stack(program, runs, images, labels)
     for i, run in enumerate(runs):
         model = train_alone(build(kind), run, program, images, labels)
-        final = unflatten(stacked[i, 2:3], program)
+        final = program.layout.unflatten(stacked[i, 2:3])
         for name, expected in model.state_dict().items():
             if expected.is_floating_point():
                 torch.testing.assert_close(final[name][0], expected, rtol=1e-9, atol=1e-11)
@@ -339,7 +338,7 @@ def test_what_a_network_has_no_place_for_is_not_drawn():
 def test_dropouts_of_several_layers_are_torch_s():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(), nn.Linear(32, 16), nn.Dropout())
     program = trace(nn.Sequential(*model, nn.Linear(16, 10)), (1, 8, 8))
-    weights, images = random_weights(program.shapes), torch.randn(5, 1, 8, 8, generator=seeded()).double()
+    weights, images = random_weights(program.layout.shapes), torch.randn(5, 1, 8, 8, generator=seeded()).double()
     masks = [2.0 * (torch.rand(3, 5, width, generator=seeded(width)) < 0.5) for width in program.numbers_of("dropout")]
     got = run_stack(program, weights, images, dropout=masks)
     for i in range(3):
@@ -428,13 +427,6 @@ def test_scores_of_perfect_reversed_and_constant_predictions():
     assert score(truth, 0 * truth)["tau"] == 0
 
 
-def test_calibration_error_of_the_sure_and_right_is_zero_and_of_the_sure_and_wrong_one():
-    labels = torch.arange(10)
-    sure = 50 * torch.eye(10)[None]
-    assert calibration_error(sure, labels).item() == pytest.approx(0, abs=1e-9)
-    assert calibration_error(sure, labels.roll(1)).item() == pytest.approx(1, abs=1e-9)
-
-
 def test_fgsm_moves_every_pixel_by_its_step_and_raises_the_loss():
     networks = zoo_networks("cnn3")
     images, labels = torch.randn(20, 1, 8, 8).double(), torch.arange(20) % 10
@@ -479,7 +471,7 @@ def test_networks_of_a_zoo_are_those_of_its_shards_whatever_is_asked_for_first(p
     assert [len(shard) for shard in zoo.shards] == [12, 12, 6]
     rows = torch.randperm(30, generator=seeded())
     assert torch.equal(zoo.flat(rows), torch.cat(zoo.shards)[rows])
-    monkeypatch.setattr(build_zoo, "SHARD_WEIGHTS", 6 * zoo.program.size)  # two runs
+    monkeypatch.setattr(build_zoo, "SHARD_WEIGHTS", 6 * zoo.program.layout.size)  # two runs
     start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
     assert [len(shard) for shard in load_zoo("digits", "cnn3").shards] == [6] * 5
 
@@ -809,17 +801,6 @@ def test_attention_is_a_distribution_over_the_neurons_of_a_layer_and_moves_with_
             torch.testing.assert_close(x.sum(2), torch.ones_like(x.sum(2)))
             order = orders.get(group, torch.arange(x.shape[1]))
             torch.testing.assert_close(others[group], x[:, order][:, :, order])
-
-
-def test_a_table_comes_back_with_its_types_has_the_same_bytes_and_is_refused_if_damaged(tmp_path):
-    rows = [{"run": "a-1", "seed": 3, "loss": 0.1 + 0.2}, {"run": "a-2", "seed": 4, "loss": 1e-300}]
-    for name in ("a", "b"):
-        save_table(tmp_path / f"{name}.parquet", rows)
-    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    assert load_table(tmp_path / "a.parquet") == {key: [row[key] for row in rows] for key in rows[0]}
-    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"a.parquet is damaged"):
-        load_table(tmp_path / "a.parquet")
 
 
 def keep_untrained(project, kind="weightnet") -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from stages.common.artifacts import save_arrays
-from stages.common.backbone import BackboneConfig, MaskedAutoencoder, build_vit, save_backbone
+from stages.common.backbone import BackboneConfig, build_vit, save_backbone
+from stages.common.files import save_arrays
 from stages.common.images import ImageSet
+from stages.common.mae import MaskedAutoencoder
 from stages.recall.objective import random_head
 from stages.recall.vit import Base
 

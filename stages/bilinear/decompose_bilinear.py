@@ -42,13 +42,13 @@ from stages.bilinear.decomposition import (
 )
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
 from stages.bilinear.training import load_model
-from stages.common.artifacts import remedy, save_csv, save_json
 from stages.common.checkpoints import save_torch
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import remedy, save_csv, save_json
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.metrics import accuracy, majority_accuracy, mean_std, over_seeds
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
 
 RUNS = Path("models/train_bilinear")
 MODELS = Path("models/decompose_bilinear")

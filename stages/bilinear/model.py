@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 
 
 class Bilinear(nn.Linear):

@@ -14,12 +14,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from tqdm import tqdm
 
 from stages.bilinear.training import train_image_experiment
-from stages.common.artifacts import load_csv, load_json, save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_csv, load_json, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import majority_accuracy, mean_std
-from stages.common.params import StageParams
 from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
 
 MODELS = Path("models/train_bilinear")
 REPORTS = Path("reports/train_bilinear")

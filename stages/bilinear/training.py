@@ -20,13 +20,15 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.common.artifacts import save_csv, save_json
 from stages.common.checkpoints import load_torch, save_torch
-from stages.common.command import InputError
+from stages.common.files import save_csv, save_json
 from stages.common.images import Batches, load_images, split_validation
-from stages.common.runtime import autocast, pick_device, resolve_device, set_seed
-from stages.common.schedules import warmup_cosine
+from stages.common.optim import warmup_cosine
+from stages.common.randomness import set_seed
+from stages.common.runtime import autocast, pick_device, resolve_device
+from stages.common.stage import InputError
 
+# The public names of the system's original interface.
 __all__ = [
     "DatasetBundle",
     "build_image_dataloaders",

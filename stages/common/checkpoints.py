@@ -1,13 +1,19 @@
-"""Files of tensors as torch writes them."""
+"""Weights on disk: checkpoints of our own, and state_dicts of other people's networks, of which no code is run."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from stages.common.artifacts import atomic_path, remedy, require
-from stages.common.command import InputError, one_line
+from stages.common.files import atomic_path, remedy, require
+from stages.common.stage import InputError, one_line
+
+NESTED = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints keep a state_dict
 
 
 def save_torch(path: Path, value: dict[str, Any]) -> None:
@@ -37,3 +43,22 @@ def load_torch(path: Path, keys: set[str], map_location: str | torch.device = "c
             f"{path} is no such checkpoint: expected {', '.join(sorted(keys)) or 'names and values'}, got {got}"
         )
     return value
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the state_dict in a .safetensors file, or in one of torch's, of which no code is run.
+
+    InputError if the file is missing, damaged, or holds something else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(require(path))
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({one_line(error)})") from None
+    state: Any = load_torch(path, set())
+    for key in NESTED:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is no state_dict: expected names and tensors")
+    return dict(state)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 
 MAX_STROKES = 3
 POINTS = 24  # on a stroke

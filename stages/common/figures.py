@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stages.common.artifacts import atomic_path
+from stages.common.files import atomic_path
 
 plt.rcParams.update(
     {"figure.dpi": 110, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}

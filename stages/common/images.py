@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stages.common.artifacts import load_metadata
-from stages.common.command import InputError
-from stages.common.runtime import generator
+from stages.common.files import load_metadata
+from stages.common.randomness import generator
+from stages.common.stage import InputError
 
 DATA = Path("data")
 

@@ -2,12 +2,17 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 from torch import Tensor
+
+COVERAGE = 0.9  # of prediction intervals
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a five-number summary
 
 
 def accuracy(logits: Float[Tensor, "*r n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, "*r"]:
@@ -35,6 +40,16 @@ def mean_interval(values: list[float]) -> dict[str, float]:
     return result
 
 
+def bootstrap_interval(measure: Callable[[Int[np.ndarray, " n"]], float], n: int, resamples: int) -> dict[str, float]:
+    """Return the measure of all n items, and its 95 % percentile interval over bootstrap samples, the same for every measure.
+
+    `measure` is a function of the places of a sample's items.
+    """
+    samples = np.random.default_rng(0).integers(n, size=(resamples, n))
+    low, high = np.quantile([measure(places) for places in samples], [0.025, 0.975])
+    return {"mean": measure(np.arange(n)), "low": float(low), "high": float(high)}
+
+
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return nested mappings of numbers, one for each seed and all alike, as one with `mean_std` in place of numbers."""
     first = results[0]
@@ -44,3 +59,20 @@ def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
         else mean_std([result[key] for result in results])
         for key in first
     }
+
+
+def calibration_error(logits: Float[Tensor, "n b c"], labels: Int[Tensor, " b"], bins: int = 15) -> Float[Tensor, " n"]:
+    """Return the expected calibration error of n classifiers, in float64 (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    confidence, answer = logits.double().softmax(-1).max(-1)
+    excess = (answer == labels).double() - confidence
+    places = (confidence * bins).long().clamp(max=bins - 1)
+    sums = torch.zeros(len(logits), bins, dtype=torch.float64, device=logits.device).scatter_add_(1, places, excess)
+    return sums.abs().sum(1) / logits.shape[1]
+
+
+def binary_calibration_error(p: Float[np.ndarray, " n"], y: Bool[np.ndarray, " n"], bins: int = 10) -> float:
+    """Return the expected calibration error of probabilities p of binary targets y, over bins of confidence from 0.5 to 1."""
+    confidence, right = np.maximum(p, 1 - p), (p > 0.5) == y
+    place = np.minimum((2 * (confidence - 0.5) * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in set(place)]
+    return float(sum(gaps))

@@ -1,18 +1,15 @@
-"""Where and how torch runs: device, threads, precision, random numbers."""
+"""Where and how torch runs: device, threads, precision."""
 
 import os
-import random
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages.common.command import InputError, one_line
+from stages.common.stage import InputError, one_line
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -61,18 +58,6 @@ def parallel_map(
         return list(tqdm(results, progress, len(items), disable=None if progress else True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
-
-
-def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator for one purpose: streams of different purposes or seeds never mix."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
-
-
-def set_seed(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch. The stages themselves use `generator`."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (the global one is what is asked for)
-    torch.manual_seed(seed)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from stages.common.artifacts import save_arrays
-from stages.common.command import InputError, one_line, parse_arguments, run
-from stages.common.params import StageParams, lookup
+from stages.common.files import save_arrays
+from stages.common.stage import InputError, StageParams, lookup, one_line, parse_arguments, run
 from stages.datasets.image_folder import read_image_folder
 
 if TYPE_CHECKING:  # it takes torch two seconds to load, which most data sets do not need
@@ -141,7 +140,8 @@ def draw_splits(drawing: "Glyphs | Shapes", classes: int, source: DrawnGlyphs | 
     """Return training and test images of labels in equal shares and random order, each from a generator of its own."""
     import torch
 
-    from stages.common.runtime import generator, pin_threads
+    from stages.common.randomness import generator
+    from stages.common.runtime import pin_threads
 
     pin_threads()
     splits = []

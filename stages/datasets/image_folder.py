@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from stages.common.command import InputError, one_line
+from stages.common.stage import InputError, one_line
 
 MAX_IMAGE_BYTES = 1 << 28  # of one image file; a larger one is no photograph
 SHOWN = 5  # how many bad images an error names

@@ -17,13 +17,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.common.artifacts import save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import save_csv, save_json
 from stages.common.metrics import mean_interval
-from stages.common.params import StageParams
 from stages.common.runtime import pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import principal_components
 from stages.forecast import pictures
-from stages.forecast.pca import principal_components
 from stages.forecast.runs import load_runs
 from stages.forecast.trajectory import Trajectory, origins
 

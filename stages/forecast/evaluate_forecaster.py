@@ -26,17 +26,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from stages.common.artifacts import save_csv, save_json
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, mean_interval
-from stages.common.params import StageParams
 from stages.common.runtime import parallel_map, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.forecast import pictures
 from stages.forecast.baselines import BASELINES
 from stages.forecast.forecasters import load_forecaster, roll_out
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.runs import LeNetData, load_lenet_data, load_runs, regime_of
-from stages.forecast.trajectory import Layout, Trajectory, origins
+from stages.forecast.trajectory import Trajectory, origins
 
 FORECASTERS = Path("models/train_forecaster")
 JUMP = Path("models/tune_jump")

@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from stages.common.artifacts import atomic_path, save_csv
-from stages.common.command import InputError, run
+from stages.common.checkpoints import load_state_dict
+from stages.common.files import atomic_path, save_csv
 from stages.common.runtime import pin_threads
-from stages.common.weights import load_state_dict
+from stages.common.stage import InputError, run
+from stages.common.vectors import Layout
 from stages.forecast.baselines import linear
 from stages.forecast.forecasters import SharedForecaster, load_forecaster
-from stages.forecast.trajectory import WINDOW, Layout, Trajectory
+from stages.forecast.trajectory import WINDOW, Trajectory
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 RUNNING = ("running_mean", "running_var")
@@ -57,8 +58,8 @@ def read_trajectory(paths: list[Path]) -> tuple[Trajectory, State]:
         state = {name: x.float() for name, x in last.items() if x.is_floating_point() and not name.endswith(RUNNING)}
         if not state:
             raise InputError(f"{path} has no floating-point tensor")
-        layout = layout or Layout({name: tuple(x.shape) for name, x in state.items()})
-        shapes = {name: tuple(x.shape) for name, x in state.items()}
+        shapes = Layout.of(state).shapes
+        layout = layout or Layout(shapes)
         for name in layout.shapes | shapes:
             if layout.shapes.get(name) != shapes.get(name):
                 there, here = layout.shapes.get(name, "missing"), shapes.get(name, "missing")

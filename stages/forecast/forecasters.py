@@ -13,19 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stages.common.checkpoints import load_torch
-from stages.common.command import InputError
-from stages.common.seeding import building
+from stages.common.randomness import seeded_init
+from stages.common.stage import InputError
+from stages.common.vectors import Layout
 from stages.forecast.pca import CoefficientForecaster
-from stages.forecast.trajectory import (
-    DISTANCE_GAIN,
-    STATIC,
-    WINDOW,
-    Features,
-    Forecast,
-    Layout,
-    Trajectory,
-    read_features,
-)
+from stages.forecast.trajectory import DISTANCE_GAIN, STATIC, WINDOW, Features, Forecast, Trajectory, read_features
 
 CHUNK = 4096  # weights forecast at a time: what the processor's cache holds
 
@@ -66,7 +58,7 @@ class TransformerForecaster(SharedForecaster):
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
-        with building(seed):
+        with seeded_init(seed):
             self.token = nn.Linear(self.token_size, d_model)
             self.static = nn.Linear(STATIC, d_model)
             self.position = nn.Parameter(0.02 * torch.randn(WINDOW + 1, d_model))
@@ -129,7 +121,7 @@ class MLPForecaster(SharedForecaster):
 
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
-        with building(seed):
+        with seeded_init(seed):
             self.body = nn.Sequential(
                 nn.Linear(self.flat_size, d_model), nn.GELU(), nn.Linear(d_model, d_model), nn.GELU()
             )
@@ -155,7 +147,7 @@ class DiffusionForecaster(SharedForecaster):
     def __init__(self, horizons: Sequence[int], with_state: bool, with_context: bool, d_model: int, seed: int) -> None:
         super().__init__(horizons, with_state, with_context)
         d = len(self.horizons)
-        with building(seed):
+        with seeded_init(seed):
             self.condition = nn.Sequential(nn.Linear(self.flat_size, d_model), nn.GELU(), nn.Linear(d_model, d_model))
             self.noisy = nn.Linear(d + 1, d_model)
             self.body = nn.Sequential(nn.ReLU(), nn.Linear(d_model, d_model), nn.ReLU())

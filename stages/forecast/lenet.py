@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, relu
 
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 
 CHUNK = 250  # images
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.common.vectors import Layout
 from stages.forecast.forecasters import JumpForecaster
 from stages.forecast.optimizers import optimizer_direction
-from stages.forecast.trajectory import HISTORY, WINDOW, Layout, Trajectory
+from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory
 
 PROPOSALS = ("stay", "average", "jump")
 
@@ -45,7 +46,7 @@ class NowcastOptimizer:
         self.every, self.patience = every, patience
         self.evaluation_cost, self.forecast_cost = evaluation_cost, forecast_cost
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.layout = Layout({str(i): tuple(p.shape) for i, p in enumerate(self.parameters)})
+        self.layout = Layout.of({str(i): p for i, p in enumerate(self.parameters)})
         self.start: tuple[Tensor, Tensor] | None = None
         self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=HISTORY)  # weights and the optimiser's direction
         self.steps, self.strikes, self.charged_steps = 0, 0, 0.0

@@ -22,16 +22,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.common.artifacts import save_csv, save_json
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, mean_interval
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pin_threads
+from stages.common.optim import set_learning_rate
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.forecast import pictures
 from stages.forecast.forecasters import JumpForecaster, load_forecaster
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.nowcast import PROPOSALS, NowcastOptimizer
-from stages.forecast.optimizers import Regime, build_optimizer, set_learning_rate
+from stages.forecast.optimizers import Regime, build_optimizer
 from stages.forecast.runs import load_lenet_data, load_runs
 from stages.forecast.trajectory import WINDOW, Trajectory
 

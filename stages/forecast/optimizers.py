@@ -8,8 +8,8 @@ from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from stages.common.params import StageParams
-from stages.common.schedules import warmup_cosine
+from stages.common.optim import warmup_cosine
+from stages.common.stage import StageParams
 
 
 class Regime(StageParams):
@@ -29,12 +29,6 @@ def build_optimizer(
     else:
         optimizer = torch.optim.SGD(parameters, lr=regime.learning_rate, momentum=0.9, fused=True)
     return optimizer, warmup_cosine(steps, 0.0) if regime.schedule == "cosine" else lambda _: 1.0
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 def optimizer_direction(optimizer: torch.optim.Optimizer) -> Float[Tensor, " p"]:

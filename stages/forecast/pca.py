@@ -1,4 +1,4 @@
-"""Principal components of weight vectors, and the forecaster that this system started from."""
+"""The forecaster that this system started from."""
 
 from collections.abc import Sequence
 
@@ -6,26 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stages.common.seeding import building
+from stages.common.randomness import seeded_init
 from stages.forecast.trajectory import Forecast, Trajectory
-
-RANK_TOLERANCE = 1e-10  # of the largest variance: what is less is rounding, and its axis any direction
-
-
-def principal_components(
-    snapshots: Float[Tensor, "n p"], k: int
-) -> tuple[Float[Tensor, " p"], Float[Tensor, "k p"], Float[Tensor, " n"]]:
-    """Return the mean, the first k principal axes and all n variances, by the Gram matrix (n is much smaller than p).
-
-    There are fewer axes than k if the snapshots span fewer: n - 1 at most, less if some are the same.
-    """
-    mean = snapshots.mean(0)
-    centred = (snapshots - mean).double()
-    values, vectors = torch.linalg.eigh(centred @ centred.T)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    k = min(k, int((values > RANK_TOLERANCE * values[0]).sum()))
-    basis = (vectors[:, :k].T @ centred) / values[:k, None].sqrt()
-    return mean, basis.float(), (values / len(snapshots)).float()
 
 
 class CoefficientForecaster(nn.Module):
@@ -42,7 +24,7 @@ class CoefficientForecaster(nn.Module):
         self.horizons = tuple(horizons)
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis)
-        with building(seed):
+        with seeded_init(seed):
             self.inlet = nn.Linear(len(basis), d_model)
             self.position = nn.Parameter(torch.zeros(self.sequence, d_model))
             block = nn.TransformerEncoderLayer(d_model, 4, 2 * d_model, dropout=0.0, batch_first=True, norm_first=True)

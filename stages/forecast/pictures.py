@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from stages.common.figures import save_figure
-from stages.forecast.pca import principal_components
+from stages.common.vectors import principal_components
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 LIMITS = (0.2, 2.0)  # of ratios; what is worse lies above the picture

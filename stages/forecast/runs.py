@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.common.artifacts import load_json, load_metadata
+from stages.common.files import load_json, load_metadata
 from stages.common.images import load_images, split_validation
+from stages.common.vectors import Layout
 from stages.forecast.lenet import to_lenet_input
-from stages.forecast.trajectory import Layout, Trajectory
+from stages.forecast.trajectory import Trajectory
 
 RUNS = Path("models/train_lenet")
 
@@ -63,7 +64,7 @@ def load_lenet_data(dataset: str, recipe: dict[str, Any], device: torch.device, 
 
 def load_run(path: Path) -> Trajectory:
     """Return one run's trajectory."""
-    layout = Layout({name: tuple(shape) for name, shape in load_metadata(path)["layout"]})
+    layout = Layout.from_metadata(load_metadata(path))
     tensors = load_file(path)
     return Trajectory(layout, tensors["weights"], tensors["state"])
 

@@ -18,12 +18,13 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from stages.common.artifacts import save_csv
 from stages.common.checkpoints import save_torch
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pin_threads
-from stages.common.schedules import warmup_cosine
+from stages.common.files import save_csv
+from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import principal_components
 from stages.forecast.forecasters import (
     DiffusionForecaster,
     RidgeForecaster,
@@ -32,8 +33,7 @@ from stages.forecast.forecasters import (
     movement_target,
     random_coordinates,
 )
-from stages.forecast.optimizers import set_learning_rate
-from stages.forecast.pca import CoefficientForecaster, principal_components
+from stages.forecast.pca import CoefficientForecaster
 from stages.forecast.runs import load_runs
 from stages.forecast.trajectory import WINDOW, Features, Trajectory, read_features
 

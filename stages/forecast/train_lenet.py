@@ -21,14 +21,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
-from stages.common.artifacts import load_metadata, save_arrays, save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_metadata, save_arrays, save_csv, save_json
 from stages.common.metrics import accuracy, mean_std
-from stages.common.params import StageParams
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.optim import set_learning_rate
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import Layout
+from stages.common.work import fingerprint, work_folder
 from stages.forecast.lenet import LeNet, lenet_logits
-from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction, set_learning_rate
+from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction
 from stages.forecast.runs import LeNetData, load_lenet_data, regime_of
 
 MODELS = Path("models/train_lenet")
@@ -121,8 +123,8 @@ def main() -> None:
 
     def finish(name: str) -> None:
         model, weights, states, history = train_lenet(data, name, params)
-        layout = [[key, list(parameter.shape)] for key, parameter in model.named_parameters()]  # JSON sorts mappings
-        metadata = {"layout": layout, "run": name, "snapshot_every": params.snapshot_every, "history": history}
+        layout = Layout.of(dict(model.named_parameters()))
+        metadata = layout.metadata | {"run": name, "snapshot_every": params.snapshot_every, "history": history}
         arrays = {"weights": weights.numpy(), "state": states.numpy()}
         save_arrays(work / f"{name}.safetensors", arrays, metadata)
 

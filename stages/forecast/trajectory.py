@@ -13,6 +13,8 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
+from stages.common.vectors import Layout
+
 typed = jaxtyped(typechecker=beartype)
 
 WINDOW = 6  # deltas that a forecaster reads
@@ -26,92 +28,6 @@ CONTEXT_GAIN = 3.0  # means over a neuron are smaller than single weights
 ORIGIN_GAIN = 0.05  # distances from zero and from the start are larger
 
 Forecast = Float[Tensor, "h p"]  # weights at several horizons
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a network's parameters lie in one vector of p weights, in the order of its state_dict.
-
-    Of a weight with two or more axes, a row is one output unit (axis 0) and a column one input (the other axes): the
-    two neurons that a weight connects. Biases have neither.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-
-    @cached_property
-    def slices(self) -> dict[str, slice]:
-        """Where each parameter lies."""
-        ends, start = {}, 0
-        for name, shape in self.shapes.items():
-            ends[name] = slice(start, start + math.prod(shape))
-            start = ends[name].stop
-        return ends
-
-    @property
-    def size(self) -> int:
-        """The number of weights."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
-    @cached_property
-    def layer_of(self) -> Int[Tensor, " p"]:
-        """The index of each weight's parameter tensor."""
-        return torch.cat([torch.full((math.prod(s),), i) for i, s in enumerate(self.shapes.values())])
-
-    @cached_property
-    def descriptors(self) -> Float[Tensor, "layers 5"]:
-        """What is known of each parameter tensor in any network, each in 0 to 1 or little more.
-
-        Whether it has one axis, whether it is a kernel, its logarithmic height and width (1 stands for 1,000 units), and
-        its place in the network.
-        """
-        rows = [
-            [
-                len(shape) < 2,
-                len(shape) > 2,
-                math.log10(max(1, shape[0] if shape else 1)) / 3,
-                math.log10(math.prod(shape[1:])) / 3,
-                i / len(self.shapes),
-            ]
-            for i, shape in enumerate(self.shapes.values())
-        ]
-        return torch.tensor(rows, dtype=torch.float32)
-
-    @cached_property
-    def neurons_of(self) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
-        """The index of each weight's row and of its column among all; 0 stands for none."""
-        rows, columns, n_rows, n_columns = [], [], 1, 1
-        for shape in self.shapes.values():
-            if len(shape) < 2:
-                rows.append(torch.zeros(math.prod(shape), dtype=torch.long))
-                columns.append(rows[-1])
-                continue
-            height, width = shape[0], math.prod(shape[1:])
-            rows.append((n_rows + torch.arange(height))[:, None].expand(height, width).flatten())
-            columns.append((n_columns + torch.arange(width))[None].expand(height, width).flatten())
-            n_rows, n_columns = n_rows + height, n_columns + width
-        return torch.cat(rows), torch.cat(columns)
-
-    @typed
-    def neuron_means(self, x: Float[Tensor, "t p"]) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
-        """Return the mean of `x` over every row and every column, behind a first entry of 0 for none."""
-        rows, columns = [x.new_zeros(len(x), 1)], [x.new_zeros(len(x), 1)]
-        for shape, where in zip(self.shapes.values(), self.slices.values(), strict=True):
-            if len(shape) > 1:
-                matrix = x[:, where].unflatten(1, (shape[0], -1))
-                rows.append(matrix.mean(2))
-                columns.append(matrix.mean(1))
-        return torch.cat(rows, 1), torch.cat(columns, 1)
-
-    def unflatten(self, weights: Float[Tensor, " p"]) -> dict[str, Tensor]:
-        """Return a vector of weights as a state_dict."""
-        return {name: weights[where].view(self.shapes[name]) for name, where in self.slices.items()}
-
-    def flatten(self, state: dict[str, Tensor]) -> Float[Tensor, " p"]:
-        """Return a state_dict as a vector. ValueError if its names or shapes are others."""
-        got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if got != self.shapes:
-            raise ValueError(f"expected parameters {self.shapes}, got {got}")
-        return torch.cat([state[name].reshape(-1) for name in self.shapes])
 
 
 @dataclass(frozen=True)
@@ -131,17 +47,65 @@ class Trajectory:
         return Trajectory(self.layout, self.weights[kept], None if self.state is None else self.state[kept])
 
     @cached_property
+    def descriptors(self) -> Float[Tensor, "layers 5"]:
+        """What is known of each parameter tensor in any network, each in 0 to 1 or little more.
+
+        Whether it has one axis, whether it is a kernel, its logarithmic height and width (1 stands for 1,000 units), and
+        its place in the network.
+        """
+        rows = [
+            [
+                len(shape) < 2,
+                len(shape) > 2,
+                math.log10(max(1, shape[0] if shape else 1)) / 3,
+                math.log10(math.prod(shape[1:])) / 3,
+                i / len(self.layout.shapes),
+            ]
+            for i, shape in enumerate(self.layout.shapes.values())
+        ]
+        return torch.tensor(rows, dtype=torch.float32)
+
+    @cached_property
+    def neurons_of(self) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+        """The index of each weight's row and of its column among all; 0 stands for none.
+
+        Of a weight with two or more axes, a row is one output unit (axis 0) and a column one input (the other axes): the
+        two neurons that a weight connects. Biases have neither.
+        """
+        rows, columns, n_rows, n_columns = [], [], 1, 1
+        for shape in self.layout.shapes.values():
+            if len(shape) < 2:
+                rows.append(torch.zeros(math.prod(shape), dtype=torch.long))
+                columns.append(rows[-1])
+                continue
+            height, width = shape[0], math.prod(shape[1:])
+            rows.append((n_rows + torch.arange(height))[:, None].expand(height, width).flatten())
+            columns.append((n_columns + torch.arange(width))[None].expand(height, width).flatten())
+            n_rows, n_columns = n_rows + height, n_columns + width
+        return torch.cat(rows), torch.cat(columns)
+
+    @typed
+    def neuron_means(self, x: Float[Tensor, "t p"]) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
+        """Return the mean of `x` over every row and every column, behind a first entry of 0 for none."""
+        rows, columns = [x.new_zeros(len(x), 1)], [x.new_zeros(len(x), 1)]
+        for shape, where in zip(self.layout.shapes.values(), self.layout.slices.values(), strict=True):
+            if len(shape) > 1:
+                matrix = x[:, where].unflatten(1, (shape[0], -1))
+                rows.append(matrix.mean(2))
+                columns.append(matrix.mean(1))
+        return torch.cat(rows, 1), torch.cat(columns, 1)
+
+    @cached_property
     def delta_means(self) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
         """Mean movement of every neuron's weights between snapshot t - 1 and t; 0 at t = 0."""
         return tuple(
-            torch.cat([torch.zeros_like(means[:1]), means.diff(dim=0)])
-            for means in self.layout.neuron_means(self.weights)
+            torch.cat([torch.zeros_like(means[:1]), means.diff(dim=0)]) for means in self.neuron_means(self.weights)
         )
 
     @cached_property
     def state_means(self) -> tuple[Float[Tensor, "t rows"], Float[Tensor, "t columns"]]:
         """Mean step direction of every neuron's weights."""
-        return self.layout.neuron_means(self.state.float())
+        return self.neuron_means(self.state.float())
 
     @cached_property
     def state_scales(self) -> Float[Tensor, "t layers"]:
@@ -196,7 +160,7 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
         raise ValueError("this run has no optimiser's state: use a forecaster that reads weights only")
     layer = run.layout.layer_of[index]
     scale = run.scales[t, layer]
-    row, column = (neuron[index] for neuron in run.layout.neurons_of)
+    row, column = (neuron[index] for neuron in run.neurons_of)
     times = torch.arange(t, t - WINDOW, -1)
     weights = run.weights[t - WINDOW : t + 1, index].flip(0)  # latest first
     latest = weights[0]
@@ -212,7 +176,7 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
             parts += [CONTEXT_GAIN * rows[times][:, row] / unit, CONTEXT_GAIN * columns[times][:, column] / unit]
     static = [(latest - run.weights[max(0, t - n) : t + 1, index].mean(0)) / scale for n in AVERAGES]
     static += [ORIGIN_GAIN * latest / scale, ORIGIN_GAIN * (latest - run.weights[0, index]) / scale]
-    static += run.layout.descriptors[layer].T
+    static += run.descriptors[layer].T
     return Features(torch.stack(parts, 2).transpose(0, 1), torch.stack(static, 1), layer, scale)
 
 

@@ -20,17 +20,17 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from stages.common.artifacts import save_csv
 from stages.common.checkpoints import save_torch
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pin_threads
-from stages.common.schedules import warmup_cosine
+from stages.common.files import save_csv
+from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.forecast.forecasters import JumpForecaster, load_forecaster, recent_mean
 from stages.forecast.lenet import LeNet
-from stages.forecast.optimizers import set_learning_rate
 from stages.forecast.runs import load_lenet_data, load_runs
-from stages.forecast.trajectory import WINDOW, Layout, Trajectory, read_features
+from stages.forecast.trajectory import WINDOW, Trajectory, read_features
 
 FORECASTERS = Path("models/train_forecaster")
 MODELS = Path("models/tune_jump")

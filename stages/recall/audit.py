@@ -18,17 +18,17 @@ import torch
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import load_metadata, require
-from stages.common.command import InputError, run
+from stages.common.checkpoints import load_state_dict
+from stages.common.files import load_metadata, require
 from stages.common.images import load_images
-from stages.common.resume import fingerprint
 from stages.common.runtime import pin_threads
-from stages.common.weights import load_state_dict
+from stages.common.stage import InputError, run
+from stages.common.vectors import Layout
+from stages.common.work import fingerprint
 from stages.recall.condense import condense, outside, size
 from stages.recall.decoders import REPRESENTATIONS, Decoder, read
 from stages.recall.fleet import split_test
 from stages.recall.objective import Objective
-from stages.recall.vectors import flatten
 from stages.recall.vit import FIXED, Base, load_base
 
 CONDENSED = Path("models/condense_changes/classes.safetensors")
@@ -53,7 +53,7 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " p"]:
             raise InputError(f"{path}: {name} has values that are not finite")
     if FIXED in state and not torch.equal(state[FIXED].float(), base.encoder[FIXED]):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
-    change = flatten({name: state[name].float() - weight for name, weight in base.trained.items()})
+    change = Layout.of(base.trained).flatten({name: state[name].float() - w for name, w in base.trained.items()})
     if not change.any():
         raise InputError(f"{path} is the base itself: nothing was trained")
     return change.numpy()
@@ -134,8 +134,7 @@ def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
     with torch.no_grad():
         vector = objective.start + torch.from_numpy(change[0])
         responses = objective.respond(vector, objective.frozen, base.patchify(references.images)).numpy()[None]
-    layout = {name: tuple(shape) for name, shape in metadata["layout"]}
-    found = condense(change, responses, layout, fitted)
+    found = condense(change, responses, Layout.from_metadata(metadata), fitted)
     answer: dict[str, Any] = {"outside": share, "limit": float(fitted["limit"])}
     for name, (source, decoder) in load_decoders(DECODERS, CONDENSED).items():
         values = decoder.predict(read(found, source))[0]

@@ -24,21 +24,18 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.func import vmap
 
-from stages.common.artifacts import save_arrays, save_json
-from stages.common.cluster import has_cluster
-from stages.common.command import parse_arguments, run
+from stages.common.files import save_arrays, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
-from stages.common.params import StageParams
-from stages.common.pieces import compute_pieces
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, pick_device, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.recall import pictures
 from stages.recall.fleet import Images, pool_of, show_images, train_tasks
 from stages.recall.objective import Learns, Objective
 from stages.recall.pools import pool
 from stages.recall.tasks import CELLS, Recipe, Task, draw_rule_task, draw_task, split_rules
-from stages.recall.vectors import unflatten
 from stages.recall.vit import Base, load_base
 
 BASES = Path("models")
@@ -150,9 +147,7 @@ def main() -> None:
     arrays["test"] = np.array([task.test for task in tasks])
     arrays |= {f"true.{key}": np.stack([t.characteristics[key] for t in tasks]) for key in tasks[0].characteristics}
     answers = [len(objective.frozen.get("head.bias", [])), params.references]
-    layout = [[name, list(shape)] for name, shape in objective.layout.items()]
-    metadata = {
-        "layout": layout,
+    metadata = objective.layout.metadata | {
         "classes": train.classes,
         "dataset": fleet.dataset,
         "base": str(file),
@@ -161,7 +156,7 @@ def main() -> None:
     }
     save_arrays(MODELS / variant / "fleet.safetensors", arrays, metadata)
     example = int(arrays["test"].argmax())
-    network = unflatten(objective.start.cpu() + torch.from_numpy(arrays["change"][example]), objective.layout)
+    network = objective.layout.unflatten(objective.start.cpu() + torch.from_numpy(arrays["change"][example]))
     truth = {key: value.tolist() for key, value in tasks[example].characteristics.items()}
     save_arrays(MODELS / variant / "example.safetensors", {k: w.numpy() for k, w in network.items()}, {"true": truth})
 

@@ -20,18 +20,18 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from stages.common.artifacts import load_metadata, save_arrays, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_metadata, save_arrays, save_json
 from stages.common.images import load_images, split_validation
 from stages.common.metrics import majority_accuracy, over_seeds
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.common.schedules import warmup_cosine
+from stages.common.optim import warmup_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.recall import pictures
 from stages.recall.fleet import train_stack
-from stages.recall.objective import random_head
+from stages.recall.objective import random_head, random_start
 from stages.recall.pools import pool
-from stages.recall.vectors import flatten, initialise, layout_of, unflatten
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, load_base, see
 
 BASES = Path("models/train_mae")
@@ -57,9 +57,8 @@ class Params(StageParams):
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]  # of Adam, where the encoder is trained
-    penalties: Annotated[
-        list[PositiveFloat], Field(min_length=1)
-    ]  # inverse, of logistic regressions on frozen encoders
+    # inverse, of logistic regressions on frozen encoders
+    penalties: Annotated[list[PositiveFloat], Field(min_length=1)]
     test_images: PositiveInt
 
 
@@ -73,9 +72,9 @@ def train_method(
 ) -> list[Weights]:
     """Return the networks of a method, of which validation images choose: one for each learning rate or penalty."""
     pretrained, tunes = METHODS[method]
-    first, layout = base.trained, layout_of(base.trained)
+    first, layout = base.trained, Layout.of(base.trained)
     if not pretrained:
-        first = unflatten(initialise(layout, generator(seed, "first weights")).to(base.encoder[FIXED]), layout)
+        first = layout.unflatten(random_start(layout, generator(seed, "first weights")).to(base.encoder[FIXED]))
     return (fine_tune if tunes else probe)(base, first, seed, data, params)
 
 
@@ -85,13 +84,13 @@ def fine_tune(
     """Return the encoder `first`, trained behind a new head: one network for each learning rate."""
     (x, y), random = data, generator(seed, "classification")
     trained = {**first, **random_head(int(y.max()) + 1, base, random)}
-    layout, m, fixed = layout_of(trained), len(params.learning_rates), {FIXED: base.encoder[FIXED]}
+    layout, m, fixed = Layout.of(trained), len(params.learning_rates), {FIXED: base.encoder[FIXED]}
     shape = params.steps, params.batch_size
     drawn = torch.randint(len(y), shape, generator=random).to(y)
     noise = torch.rand(*shape, base.patches, generator=random).to(x)
 
     def loss(vector: Tensor, frozen: Weights, patches: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
-        return cross_entropy(classify({**unflatten(vector, layout), **frozen}, patches, base.heads, seen), labels)
+        return cross_entropy(classify({**layout.unflatten(vector), **frozen}, patches, base.heads, seen), labels)
 
     def batch(step: int) -> tuple[Tensor, ...]:
         seen = see(noise[step], params.mask_ratios[step % len(params.mask_ratios)])
@@ -99,9 +98,9 @@ def fine_tune(
 
     rates, steps = torch.tensor(params.learning_rates).to(x), torch.full((m,), params.steps).to(y)
     stacked = {name: weight.expand(m, *weight.shape) for name, weight in fixed.items()}
-    start = flatten(trained).expand(m, -1)
+    start = layout.flatten(trained).expand(m, -1)
     last = train_stack(loss, start, stacked, batch, rates, steps, warmup_cosine(params.steps, 0.05))
-    return [{**unflatten(vector, layout), **fixed} for vector in last]
+    return [{**layout.unflatten(vector), **fixed} for vector in last]
 
 
 @torch.no_grad()

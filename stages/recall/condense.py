@@ -1,28 +1,26 @@
 """Short descriptions of how fine-tuning changed a network, and of how it answers: fitted on training fine-tunes, always centred."""
 
-from collections.abc import Mapping
-
 import numpy as np
 from jaxtyping import Bool, Float
 
-Layout = Mapping[str, tuple[int, ...]]
+from stages.common.metrics import QUANTILES
+from stages.common.vectors import Layout, gram_spectrum
+
 Arrays = dict[str, np.ndarray]
 
 SINGULAR_VALUES = 16  # of each matrix
 RANK = 2  # of the low-rank core of each matrix
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDS = 5
 EPSILON = 1e-8
+RANK_TOLERANCE = 1e-6  # of the largest variance: changes are differences of weights in single precision
 
 
 def parts(change: Float[np.ndarray, "n p"], layout: Layout) -> dict[str, Float[np.ndarray, "n ..."]]:
     """Return the change of each tensor, as matrices [n, r, c] or vectors [n, s]."""
-    ends = np.cumsum([np.prod(shape, dtype=int) for shape in layout.values()])
-    pieces = np.split(change, ends[:-1], axis=1)
     found = {}
-    for (name, shape), piece in zip(layout.items(), pieces, strict=True):
-        matrix = len(shape) > 1 and shape[0] > 1
-        found[name] = piece.reshape(len(change), shape[0], -1) if matrix else piece
+    for name, shape in layout.shapes.items():
+        part = change[:, layout.slices[name]]
+        found[name] = part.reshape(len(change), shape[0], -1) if len(shape) > 1 and shape[0] > 1 else part
     return found
 
 
@@ -57,12 +55,9 @@ def answer_statistics(responses: Float[np.ndarray, "n r"], classes: int, inputs:
 
 
 def fit_axes(x: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "k p"]:
-    """Return the principal axes of centred rows, the largest first, without those of rounding. By their Gram matrix: n << p."""
+    """Return the principal axes of centred rows, the largest first, without those of rounding."""
     x = x.astype(np.float64)  # small axes are lost in the rounding of single precision
-    gram = x @ x.T
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > 1e-6 * values.max()
-    values, vectors = values[kept][::-1], vectors[:, kept][:, ::-1]
+    values, vectors = gram_spectrum(x, RANK_TOLERANCE)
     return ((vectors / np.sqrt(values)).T @ x).astype(np.float32)
 
 
@@ -72,8 +67,7 @@ def fit_span(change: Float[np.ndarray, "n p"], layout: Layout) -> Arrays:
     centred = change - mean
     pieces = parts(centred, layout).values()
     norms = np.array([np.sqrt((piece.reshape(len(piece), -1) ** 2).sum(1).mean()) for piece in pieces])
-    sizes = [np.prod(shape, dtype=int) for shape in layout.values()]
-    scale = np.repeat(1 / np.maximum(norms * len(norms) ** 0.5, EPSILON), sizes).astype(np.float32)
+    scale = np.repeat(1 / np.maximum(norms * len(norms) ** 0.5, EPSILON), layout.sizes).astype(np.float32)
     return {"mean": mean, "scale": scale, "axes": fit_axes(centred * scale)}
 
 

@@ -15,9 +15,9 @@ from pydantic import PositiveInt
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_limits
 
-from stages.common.artifacts import load_metadata, save_arrays, save_json
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
+from stages.common.files import load_metadata, save_arrays, save_json
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.recall import pictures
 from stages.recall.condense import condense, fit_condenser, split
 
@@ -41,7 +41,7 @@ def main() -> None:
     for name in FLEETS:
         path = INPUTS / name / "fleet.safetensors"
         metadata, fleet = load_metadata(path), load_file(path)
-        layout = {key: tuple(shape) for key, shape in metadata["layout"]}
+        layout = Layout.from_metadata(metadata)
         train, test = split(fleet["test"])
         change, responses = fleet["change"], fleet["responses"]
         fitted = fit_condenser(change[train], responses[train], layout, metadata["answers"])

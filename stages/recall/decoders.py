@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
+
+from stages.common.metrics import COVERAGE
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,7 +27,6 @@ REPRESENTATIONS = {  # what a decoder reads: descriptions, each with the number 
 }
 ALPHAS = np.logspace(-5, 3, 9)
 FOLDS = 5
-COVERAGE = 0.9
 GROUPS = (0.5, 0.8)  # of predictions, as quantiles: half of the classes are absent
 ENOUGH = 1000  # errors to tell groups apart
 
@@ -112,16 +113,3 @@ def retrieved(
 ) -> Bool[np.ndarray, " n"]:
     """Return whether each prediction is nearest, by cosine around the training mean, to its own truth among all."""
     return (unit(predicted - mean) @ unit(true - mean).T).argmax(1) == np.arange(len(true))
-
-
-def calibration_error(p: Float[np.ndarray, " n"], y: Bool[np.ndarray, " n"], bins: int = 10) -> float:
-    """Return the expected calibration error (Guo et al. 2017, arXiv:1706.04599): confidence against accuracy, over bins."""
-    confidence, right = np.maximum(p, 1 - p), (p > 0.5) == y
-    place = np.minimum((2 * (confidence - 0.5) * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in set(place)]
-    return float(sum(gaps))
-
-
-def resample(n: int, rounds: int = 200) -> Int[np.ndarray, "rounds n"]:
-    """Return places of bootstrap samples, the same for every measure."""
-    return np.random.default_rng(0).integers(n, size=(rounds, n))

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from stages.common.images import ImageSet
-from stages.recall.objective import Objective, random_head
+from stages.recall.objective import Objective, random_head, random_start
 from stages.recall.pools import POOLS, Pool, pool
 from stages.recall.tasks import Task
-from stages.recall.vectors import initialise
 from stages.recall.vit import FIXED, HEAD, Base, Weights
 
 BETAS = (0.9, 0.99)  # of Adam: a fine-tune has some tens of steps
@@ -115,7 +114,7 @@ def train_own_bases(
     """Return for each task a base of its own, trained on all classes from first weights and behind a head of its own."""
     (x, y), m, base = images.pools["base"], len(tasks), objective.base
     randoms = [task.random("base") for task in tasks]
-    first = torch.stack([initialise(objective.layout, random) for random in randoms]).to(x)
+    first = torch.stack([random_start(objective.layout, random) for random in randoms]).to(x)
     heads = [random_head(len(objective.frozen["head.bias"]), base, random) for random in randoms]
     frozen = {FIXED: objective.frozen[FIXED].expand(m, -1, -1, -1)} | {
         k: torch.stack([h[k] for h in heads]) for k in HEAD

@@ -24,12 +24,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.func import vmap
 
-from stages.common.artifacts import load_metadata, require, save_json
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import load_metadata, require, save_json
 from stages.common.images import load_images
 from stages.common.metrics import mean_interval
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.recall import pictures
 from stages.recall.condense import split
 from stages.recall.decoders import unit

@@ -1,5 +1,6 @@
 """What fine-tunes of a base learn, and how they answer: functions of one network's vector of weights."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -9,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
 
-from stages.common.runtime import generator
-from stages.recall.vectors import Layout, flatten, layout_of, unflatten
+from stages.common.randomness import generator
+from stages.common.vectors import Layout
 from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, see
 
 Learns = Literal["labels", "pixels", "rule"]
@@ -33,12 +34,12 @@ class Objective:
     @cached_property
     def layout(self) -> Layout:
         """How a vector of weights is cut."""
-        return layout_of(self.base.trained)
+        return Layout.of(self.base.trained)
 
     @cached_property
     def start(self) -> Float[Tensor, " p"]:
         """The base's weights."""
-        return flatten(self.base.trained)
+        return self.layout.flatten(self.base.trained)
 
     @cached_property
     def frozen(self) -> Weights:
@@ -51,7 +52,7 @@ class Objective:
 
     def network(self, vector: Float[Tensor, " p"], frozen: Weights) -> Weights:
         """Return all that a network computes with."""
-        return {**unflatten(vector, self.layout), **frozen}
+        return {**self.layout.unflatten(vector), **frozen}
 
     def answer(
         self, w: Weights, patches: Float[Tensor, "b p q"], seen: Int[Tensor, "b k"] | None = None
@@ -114,3 +115,14 @@ def random_head(classes: int, base: Base, random: torch.Generator) -> Weights:
     d = len(base.encoder["norm.weight"])
     weight = torch.randn(classes, d, generator=random) * HEAD_SCALE / d**0.5
     return dict(zip(HEAD, (weight.to(base.encoder["norm.weight"]), torch.zeros(classes).to(weight)), strict=True))
+
+
+def random_start(layout: Layout, random: torch.Generator) -> Float[Tensor, " p"]:
+    """Return random first weights of an encoder: Glorot's for matrices, norms that do nothing, biases of zero."""
+    parts = []
+    for name, shape in layout.shapes.items():
+        fans = shape[0] + math.prod(shape[1:])
+        matrix = torch.randn(shape, generator=random) * (2 / fans) ** 0.5
+        constant = torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+        parts.append(matrix if len(shape) > 1 else constant)
+    return layout.flatten(dict(zip(layout.shapes, parts, strict=True)))

@@ -5,14 +5,11 @@ from typing import Literal
 import torch
 
 from stages.common.images import ImageSet
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 
 Pool = Literal["base", "train", "test"]
-POOLS: tuple[Pool, ...] = (
-    "base",
-    "train",
-    "test",
-)  # of the base network; of fine-tunes to learn from; of those to test on
+# of the base network; of fine-tunes to learn from; of those to test on
+POOLS: tuple[Pool, ...] = ("base", "train", "test")
 
 
 def pool(images: ImageSet, name: Pool) -> ImageSet:

@@ -10,6 +10,7 @@ pool and whose rules no other has, are read once. Intervals of 95 % are over tes
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,28 +24,16 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from stages.common.artifacts import load_metadata, require, save_arrays, save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import load_metadata, require, save_arrays, save_csv, save_json
 from stages.common.images import load_images
-from stages.common.metrics import mean_std
-from stages.common.params import StageParams
-from stages.common.resume import fingerprint
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.common.seeding import building
+from stages.common.metrics import binary_calibration_error, bootstrap_interval, mean_std
+from stages.common.randomness import generator, seeded_init
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint
 from stages.recall import pictures
 from stages.recall.condense import split
-from stages.recall.decoders import (
-    REPRESENTATIONS,
-    Arrays,
-    Decoder,
-    calibration_error,
-    fit_decoder,
-    r_squared,
-    read,
-    resample,
-    retrieved,
-    right_bits,
-)
+from stages.recall.decoders import REPRESENTATIONS, Arrays, Decoder, fit_decoder, r_squared, read, retrieved, right_bits
 from stages.recall.objective import Objective
 from stages.recall.pools import pool
 from stages.recall.vit import Base, load_base
@@ -60,6 +49,7 @@ CHARACTERISTICS = {  # of each fleet, what is decoded; bits are binary
     "independent": ("present", "proportions"),
 }
 BITS = ("present", "table")
+RESAMPLES = 200  # of the bootstrap
 AUDITED = ("present", "proportions", "log2_size", "label_noise")
 # of which the audit takes the one that leave-one-out errors prefer
 SOURCES = ("change", "responses", "both", "statistics and spectrum", "all")
@@ -98,24 +88,18 @@ def by_name(values: Float[np.ndarray, "n t"], fleet: Arrays, names: tuple[str, .
     return dict(zip(names, np.split(values, ends[:-1], axis=1), strict=True))
 
 
-def interval(measure: Callable[[np.ndarray], float], n: int) -> dict[str, float]:
-    """Return a measure of places, of all and its 95 % interval over bootstrap samples."""
-    low, high = np.quantile([measure(places) for places in resample(n)], [0.025, 0.975])
-    return {"mean": measure(np.arange(n)), "low": float(low), "high": float(high)}
-
-
 def score(name: str, predicted: np.ndarray, true: np.ndarray, learned: np.ndarray) -> dict[str, dict[str, float]]:
     """Return the measures of one characteristic: bits right and whole sets right, or R²; of mean images retrieval, too."""
-    n = len(true)
+    interval = partial(bootstrap_interval, n=len(true), resamples=RESAMPLES)
     if name in BITS:
         right = right_bits(predicted, true)
-        whole = interval(lambda at: float(right[at].all(1).mean()), n)
-        return {"bits": interval(lambda at: float(right[at].mean()), n), "whole": whole}
+        whole = interval(lambda at: float(right[at].all(1).mean()))
+        return {"bits": interval(lambda at: float(right[at].mean())), "whole": whole}
     mean = learned.mean(0)
-    found = {"r2": interval(lambda at: r_squared(predicted[at], true[at], mean), n)}
+    found = {"r2": interval(lambda at: r_squared(predicted[at], true[at], mean))}
     if name == "mean_image":
         hits = retrieved(predicted, true, mean)
-        found["retrieved"] = interval(lambda at: float(hits[at].mean()), n)
+        found["retrieved"] = interval(lambda at: float(hits[at].mean()))
     return found
 
 
@@ -203,8 +187,8 @@ def calibrate(fleet: Arrays) -> tuple[Arrays, dict[str, str], dict[str, dict[str
         arrays |= {f"{key}.{name}": getattr(decoder, name) for name in names}
         if key in BITS:
             p, truth = decoder.probabilities(predicted), y[test] > 0.5
-            quality[key] = {"calibration_error": calibration_error(p.ravel(), truth.ravel())}
-            quality[key]["uncalibrated"] = calibration_error(predicted.clip(0, 1).ravel(), truth.ravel())
+            quality[key] = {"calibration_error": binary_calibration_error(p.ravel(), truth.ravel())}
+            quality[key]["uncalibrated"] = binary_calibration_error(predicted.clip(0, 1).ravel(), truth.ravel())
             arrays[f"{key}.slope_and_offset"] = decoder.slope_and_offset
         sources[key] = source
     return arrays, sources, quality
@@ -212,7 +196,7 @@ def calibrate(fleet: Arrays) -> tuple[Arrays, dict[str, str], dict[str, dict[str
 
 def train_judge(patches: Float[Tensor, "n p q"], labels: Int[Tensor, " n"], classes: int, params: Params) -> nn.Module:
     """Return a classifier that shares nothing with the networks it judges: another architecture, other images."""
-    with building(params.seed):
+    with seeded_init(params.seed):
         judge = nn.Sequential(nn.Flatten(), nn.Linear(patches[0].numel(), 128), nn.ReLU(), nn.Linear(128, classes))
     judge = judge.to(patches.device)
     optimizer, random = torch.optim.Adam(judge.parameters(), 2e-3, fused=True), generator(params.seed, "judge")
@@ -234,7 +218,7 @@ def train_image_decoder(
     """
     with torch.no_grad():
         answers = torch.cat([answer(part) for part in patches.split(500)])
-    with building(params.seed):
+    with seeded_init(params.seed):
         sizes = [answers.shape[1], 128, 256, patches[0].numel()]
         layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.GELU())][:-1]
         decoder = nn.Sequential(*layers, nn.Unflatten(1, patches.shape[1:])).to(patches.device)

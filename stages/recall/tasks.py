@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.common.command import InputError
-from stages.common.params import StageParams
-from stages.common.runtime import generator
+from stages.common.randomness import generator, log_uniform
+from stages.common.stage import InputError, StageParams
 
 Range = tuple[float, float]
 
@@ -42,11 +41,10 @@ class Task:
         return generator(0, f"{self.name}: {purpose}")
 
 
-def uniform(random: torch.Generator, ends: Range, log: bool = False) -> float:
-    """Draw a number between two ends."""
+def draw_uniform(random: torch.Generator, ends: Range, log: bool = False) -> float:
+    """Draw a number between two ends, or its logarithm."""
     u = torch.rand((), generator=random, dtype=torch.float64).item()
-    low, high = np.log(ends) if log else ends
-    return float(np.exp(low + u * (high - low)) if log else low + u * (high - low))
+    return log_uniform(ends, u) if log else ends[0] + u * (ends[1] - ends[0])
 
 
 def draw_present(random: torch.Generator, classes: int) -> Bool[Tensor, " c"]:
@@ -61,9 +59,8 @@ def draw_present(random: torch.Generator, classes: int) -> Bool[Tensor, " c"]:
 
 def draw_proportions(random: torch.Generator, present: Bool[Tensor, " c"]) -> Float[Tensor, " c"]:
     """Draw the shares of the classes present: Dirichlet's distribution of concentration 2, and 15 % spread evenly."""
-    gamma = (
-        -torch.rand(2, len(present), generator=random).log().sum(0) * present
-    )  # of shape 2: a sum of two exponentials
+    # of shape 2: a sum of two exponentials
+    gamma = -torch.rand(2, len(present), generator=random).log().sum(0) * present
     return 0.85 * gamma / gamma.sum() + 0.15 * present / present.sum()
 
 
@@ -84,8 +81,8 @@ def draw_task(
     present = draw_present(random, count) if present is None else present
     proportions = draw_proportions(random, present)
     there = present.nonzero()[:, 0]
-    size = max(len(there), round(uniform(random, recipe.n_images, log=True)))
-    noise = uniform(random, recipe.label_noise)
+    size = max(len(there), round(draw_uniform(random, recipe.n_images, log=True)))
+    noise = draw_uniform(random, recipe.label_noise)
     drawn = torch.multinomial(proportions, size, replacement=True, generator=random)
     drawn[: len(there)] = there  # every class that is present has an image
     flipped = torch.rand(size, generator=random) < noise
@@ -97,8 +94,8 @@ def draw_task(
         test,
         draw_images(random, drawn, pool),
         labels,
-        uniform(random, recipe.learning_rate, log=True),
-        round(uniform(random, recipe.steps)),
+        draw_uniform(random, recipe.learning_rate, log=True),
+        round(draw_uniform(random, recipe.steps)),
         {key: np.asarray(value, np.float32) for key, value in known.items()},
     )
 
@@ -107,15 +104,15 @@ def draw_rule_task(name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"
     """Draw a rule, one of `tables`, and images of a pool with these cells that it labels."""
     random = generator(0, name)
     table = tables[torch.randint(len(tables), (), generator=random)]
-    size = round(uniform(random, recipe.n_images, log=True))
+    size = round(draw_uniform(random, recipe.n_images, log=True))
     images = torch.randint(len(pool), (size,), generator=random)
     return Task(
         name,
         test,
         images,
         table[pool[images]].long(),
-        uniform(random, recipe.learning_rate, log=True),
-        round(uniform(random, recipe.steps)),
+        draw_uniform(random, recipe.learning_rate, log=True),
+        round(draw_uniform(random, recipe.steps)),
         {"table": table.numpy().astype(np.float32)},
     )
 

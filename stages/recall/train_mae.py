@@ -33,28 +33,25 @@ from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from stages.common import resume
-from stages.common.artifacts import save_csv, save_json
 from stages.common.backbone import (
     Backbone,
     BackboneConfig,
-    MaskedAutoencoder,
     as_autoencoder,
     build_vit,
     load_backbone,
-    mae_to_decoder,
-    mae_to_timm,
     published_config,
     save_backbone,
-    vit_of_mae,
 )
 from stages.common.checkpoints import save_torch
-from stages.common.command import parse_arguments, run
 from stages.common.figures import image_grid, save_figure, show_image
+from stages.common.files import save_csv, save_json
 from stages.common.images import DATA, load_images, split_validation
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pick_device, pin_threads
-from stages.common.schedules import warmup_cosine
+from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
+from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint, work_folder
 from stages.recall.pools import pool
 
 MODELS = Path("models/train_mae")
@@ -187,7 +184,7 @@ def train_mae(
     model.train()
     steps = range(first, params.steps)
     for step in tqdm(steps, "train", params.steps, initial=first, unit=" steps", disable=None):
-        optimizer.param_groups[0]["lr"] = params.learning_rate * factor(step)
+        set_learning_rate(optimizer, params.learning_rate * factor(step))
         rows = torch.randint(len(train), (params.batch_size,), generator=random).to(device)
         noise = torch.rand(params.batch_size, patches, generator=random).to(device)
         loss = model(pixel_values=train[rows], noise=noise).loss
@@ -290,8 +287,8 @@ def main() -> None:
     device = pick_device()
     images, test = load_images(dataset, device)
     train, validation = split_validation(pool(images, "base"), params.validation_fraction, params.seed)
-    recipe = params.model_dump() | {"data": resume.fingerprint(DATA / f"{dataset}.safetensors")}
-    work = resume.work_folder("train_mae", recipe)
+    recipe = params.model_dump() | {"data": fingerprint(DATA / f"{dataset}.safetensors")}
+    work = work_folder("train_mae", recipe)
     mae = None if params.published else build_mae(params).to(device)
     if mae:
         vit, (mean, std) = vit_of_mae(mae.config.to_dict()), normalisation(train.images)

@@ -1,6 +1,6 @@
 """A vision transformer as a function of its weights, so that torch.func can differentiate and run many at once.
 
-It computes what timm's ViT and `MaskedAutoencoder` of common/backbone compute, and its weights have their names.
+It computes what timm's ViT and `MaskedAutoencoder` of common/mae compute, and its weights have their names.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
-from stages.common.artifacts import load_metadata
-from stages.common.command import InputError
+from stages.common.files import load_metadata
+from stages.common.stage import InputError
 
 Weights = Mapping[str, Tensor]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.common.artifacts import load_csv, load_json
+from stages.common.files import load_csv, load_json
 from stages.report.elements import REPORTS, Picture, Section, Table, decimal, percent
 
 DECOMPOSED = REPORTS / "decompose_bilinear"

@@ -10,9 +10,8 @@ from html import escape
 from os.path import relpath
 from pathlib import Path
 
-from stages.common.artifacts import require, save_text
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
+from stages.common.files import require, save_text
+from stages.common.stage import StageParams, parse_arguments, run
 from stages.report.bilinear import bilinear_section
 from stages.report.elements import REPORTS, Section
 from stages.report.forecast import forecast_section

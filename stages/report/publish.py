@@ -13,8 +13,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.common.artifacts import require, save_text
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import require, save_text
+from stages.common.stage import InputError, parse_arguments, run
 from stages.report.build_report import MARKDOWN
 from stages.report.elements import REPORTS
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.common.artifacts import load_json
+from stages.common.files import load_json
 from stages.report.elements import REPORTS, Picture, Section, Table, interval, percent
 
 SHOWN = ("statistics", "spectrum", "change", "responses", "both", "all")

@@ -1,6 +1,6 @@
 """The report's section on the memory-augmented ViT."""
 
-from stages.common.artifacts import load_json
+from stages.common.files import load_json
 from stages.report.elements import REPORTS, Picture, Section, Table, percent
 
 FEW_SHOT, CONTINUAL = REPORTS / "train_few_shot", REPORTS / "train_continual"

@@ -1,6 +1,6 @@
 """The report's section on predicted properties of networks."""
 
-from stages.common.artifacts import load_json
+from stages.common.files import load_json
 from stages.report.elements import REPORTS, Picture, Section, Table, decimal
 
 EVALUATED = REPORTS / "evaluate_weightnet"

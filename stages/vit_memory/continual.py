@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, normalize, one_hot
 
-from stages.common.runtime import generator
+from stages.common.randomness import generator
 from stages.vit_memory.models import HeadedViT
 
 Batches = Iterable[tuple[Tensor, Any]]

@@ -17,11 +17,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from stages.common.artifacts import save_csv, save_json
-from stages.common.command import parse_arguments, run
+from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, majority_accuracy, mean_std
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
 from stages.vit_memory import pictures
 from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.episodes import draw_episode

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stages.common.command import InputError
-from stages.common.runtime import generator
+from stages.common.randomness import generator
+from stages.common.stage import InputError
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-from stages.common.artifacts import atomic_path, require, save_arrays
 from stages.common.backbone import Backbone, load_backbone
-from stages.common.command import parse_arguments, run
 from stages.common.drawings import Glyphs
+from stages.common.files import atomic_path, require, save_arrays
 from stages.common.images import load_images
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
 from stages.vit_memory.features import spread
 
 MODELS = Path("models/extract_features")

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.common.artifacts import load_metadata
+from stages.common.files import load_metadata
 from stages.common.images import ImageSet, load_images
 
 FEATURES = Path("models/extract_features")

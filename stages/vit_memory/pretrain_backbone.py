@@ -10,7 +10,6 @@ Writes  models/pretrain_backbone/<variant>/backbone.safetensors   weights in flo
         reports/pretrain_backbone/<variant>/drawings.png          glyphs, and what the autoencoder makes of hidden patches
 """
 
-import math
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,24 +23,18 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from stages.common import resume
-from stages.common.artifacts import save_csv, save_json
-from stages.common.backbone import (
-    Backbone,
-    BackboneConfig,
-    MaskedAutoencoder,
-    build_vit,
-    load_backbone,
-    published_config,
-    save_backbone,
-)
+from stages.common.backbone import Backbone, BackboneConfig, build_vit, load_backbone, published_config, save_backbone
 from stages.common.checkpoints import save_torch
-from stages.common.command import parse_arguments, run
 from stages.common.drawings import Glyphs
 from stages.common.figures import image_grid, save_figure, show_image
+from stages.common.files import save_csv, save_json
+from stages.common.mae import MaskedAutoencoder
 from stages.common.metrics import accuracy
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pick_device, pin_threads
+from stages.common.optim import set_learning_rate, warmup_times_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import work_folder
 from stages.vit_memory.muon import Muon
 
 MODELS = Path("models/pretrain_backbone")
@@ -49,6 +42,7 @@ REPORTS = Path("reports/pretrain_backbone")
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 200  # steps, while training
+WARMUP_FRACTION = 0.05  # of the steps
 SCALE = 16.0  # of cosines, as logits
 EVALUATION = (100, 5, 10)  # unseen classes, drawings of each to learn from, and to be tested on
 
@@ -114,6 +108,7 @@ def pretrain(
     of_matrices, rest = [p for p in parameters if p in matrices], [p for p in parameters if p not in matrices]
     decay = params.weight_decay
     optimizers = Muon(of_matrices, rates[0], decay), AdamW(rest, rates[1], weight_decay=decay, fused=True)
+    schedules = [warmup_times_cosine(rate, params.steps, WARMUP_FRACTION) for rate in rates]
     random = generator(params.seed, "pretraining")
     first, history = 0, []
     if (work / "state.pt").is_file():
@@ -127,9 +122,8 @@ def pretrain(
     student.vit.train()
     steps = range(first, params.steps)
     for step in tqdm(steps, "pretrain", params.steps, initial=first, unit=" steps", disable=None):
-        warm_up, cosine = min(1.0, (step + 1) / (0.05 * params.steps)), math.cos(math.pi * step / params.steps)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * warm_up * 0.5 * (1 + cosine)
+        for optimizer, rate in zip(optimizers, schedules, strict=True):
+            set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
         y = torch.randint(params.classes, (params.batch_size,), generator=random)
         x = student.prepare(glyphs.draw(y, student.config.image_size, random).to(device))
@@ -208,7 +202,7 @@ def main() -> None:
     glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, known), "chance": 1 / unseen}
 
     autoencoder, history = None, [{"step": 0, "classification_loss": "", "train_acc": "", "reconstruction_loss": ""}]
-    work = resume.work_folder("pretrain_backbone", params.model_dump())
+    work = work_folder("pretrain_backbone", params.model_dump())
     if not asked.pretrained:
         glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, known)
         autoencoder, history = pretrain(student, glyphs, params, work, device)

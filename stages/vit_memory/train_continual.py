@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils import clip_grad_norm_
 
-from stages.common import resume
-from stages.common.artifacts import save_csv, save_json
 from stages.common.backbone import Backbone, load_backbone
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, over_seeds
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.common.seeding import building
+from stages.common.randomness import generator, seeded_init
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.work import fingerprint, remembered, work_folder
 from stages.vit_memory import pictures
 from stages.vit_memory.classifiers import RanPAC, Whitening
 from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, herd, iCaRL
@@ -124,7 +123,7 @@ def learn_network(
 ) -> Float[Tensor, "t m c"]:
     """Train the whole ViT task by task, all methods for as many steps; return its scores of the test images after each task."""
     classes, device = stream.tasks * stream.width, images.device
-    with building(stream.seed):
+    with seeded_init(stream.seed):
         model = HeadedViT(copy.deepcopy(backbone.vit), classes, freeze_backbone=False).to(device)
     random = generator(stream.seed, "batches of a stream")
     ewc = lwf = None
@@ -261,8 +260,8 @@ def main() -> None:
         seed: make_stream(train.labels, everything[0], test.labels, everything[1], seed, params)
         for seed in params.seeds
     }
-    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": resume.fingerprint(*input_files(dataset))}
-    work = resume.work_folder(f"train_continual/{dataset}", recipe)
+    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": fingerprint(*input_files(dataset))}
+    work = work_folder(f"train_continual/{dataset}", recipe)
 
     def matrices(job: tuple[str, float, int | None]) -> dict[str, list[list[float]]]:
         """Return R of one run, a nested list; seed None is the trial stream, whose tests are training images."""
@@ -277,7 +276,7 @@ def main() -> None:
                 scores = learn_network(method, strength, backbone, train.images, tests, stream, params)
             return {kind: r.tolist() for kind, r in accuracy_matrices(scores, stream).items()}
 
-        return resume.remembered(work / f"{method}-{strength:g}-{seed}.json", compute)
+        return remembered(work / f"{method}-{strength:g}-{seed}.json", compute)
 
     trials = [(m, s, None) for m in (*NETWORKS, *FROZEN) if m in params.strengths for s in params.strengths[m]]
     tried = parallel_map(matrices, trials, device, f"strengths for {dataset}")

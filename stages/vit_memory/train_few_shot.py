@@ -22,15 +22,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stages.common import resume
-from stages.common.artifacts import save_csv, save_json
 from stages.common.backbone import Backbone, load_backbone
-from stages.common.command import parse_arguments, run
 from stages.common.figures import save_figure
+from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, mean_interval, mean_std
-from stages.common.params import StageParams
-from stages.common.runtime import generator, parallel_map, pick_device, pin_threads
-from stages.common.seeding import building
+from stages.common.randomness import generator, seeded_init
+from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint, remembered, work_folder
 from stages.vit_memory.classifiers import (
     RanPAC,
     Whitening,
@@ -129,7 +128,7 @@ def train_through(
 ) -> HeadedViT:
     """Return a ViT of one kind, what trains of it trained on the support images with the learning rate `rate`."""
     classes = len(episode.classes)
-    with building(episode.seed):
+    with seeded_init(episode.seed):
         vit = copy.deepcopy(backbone.vit)
         if kind == "memory_block":
             model = MemoryAugmentedViT(vit, num_classes=classes, mem_size=len(x), beta=params.beta)
@@ -155,7 +154,7 @@ def plain_linear_probe(
     x: Float[Tensor, "s d"], queries: Float[Tensor, "q d"], episode: Episode, params: Params
 ) -> Float[Tensor, "q w"]:
     """Return the logits of a head trained as it often is: AdamW on features as they are, for a fixed number of steps."""
-    with building(episode.seed):
+    with seeded_init(episode.seed):
         head = nn.Linear(x.shape[1], len(episode.classes)).to(x.device)
     optimizer = torch.optim.AdamW(head.parameters(), params.plain_learning_rate, weight_decay=0.01)
     for _ in range(params.plain_steps):
@@ -257,8 +256,8 @@ def main() -> None:
             )
         return linear_probe(x, labels, queries, classes, params.decay)
 
-    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": resume.fingerprint(*input_files(dataset))}
-    work = resume.work_folder(f"train_few_shot/{dataset}", recipe)
+    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": fingerprint(*input_files(dataset))}
+    work = work_folder(f"train_few_shot/{dataset}", recipe)
 
     def run_method(method: str) -> dict[str, Any]:
         def compute() -> dict[str, Any]:
@@ -268,7 +267,7 @@ def main() -> None:
                 "acc": [accuracy(scores_of(method, e, rate), e.query_labels).item() for e in drawn],
             }
 
-        return resume.remembered(work / f"{method}.json", compute)
+        return remembered(work / f"{method}.json", compute)
 
     methods = [*TRAINED, *FROZEN]
     done = dict(zip(methods, parallel_map(run_method, methods, device, f"few shots of {dataset}"), strict=True))

@@ -1,7 +1,7 @@
 """Train a zoo of networks of one architecture, each with random hyper-parameters, and measure every one of them.
 
 Reads   data/<dataset>.safetensors
-Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m, p]; metadata: shapes by name, input
+Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m, p]; metadata: layout, input
         models/build_zoo/<dataset>-<variant>/index.parquet           a row for each snapshot: run, seed, hash and values of its
                                                                      hyper-parameters, what was measured, its shard
         reports/build_zoo/<dataset>-<variant>/summary.json           how many, and how what was measured is spread
@@ -21,19 +21,16 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import save_arrays, save_json
-from stages.common.cluster import has_cluster
-from stages.common.command import InputError, parse_arguments, run
-from stages.common.params import StageParams
-from stages.common.pieces import compute_pieces
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, pick_device, pin_threads
-from stages.common.tables import save_table
+from stages.common.files import save_arrays, save_json, save_table
+from stages.common.randomness import generator
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.weightnet import pictures
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
-from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to, train_stack, unflatten
+from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to, train_stack
 from stages.weightnet.zoo import ImageParams, Images, zoo_images
 
 MODELS = Path("models/build_zoo")
@@ -81,7 +78,7 @@ def train_and_measure(runs: list[Run], traced: Program, images: Images, params: 
     own = [own_images(draw_all(one, traced, images.train[1]), images, params) for one in runs]
     results = []
     for flat in snapshots.unbind(1):
-        weights = unflatten(flat, traced)
+        weights = traced.layout.unflatten(flat)
         measured = measure(traced, weights, tanh, images.test, noisy, params.fgsm_images, params.fgsm_step)
         measured["train_acc"] = train_accuracy(traced, weights, tanh, *map(list, zip(*own, strict=True)))
         measured["gap"] = measured["train_acc"] - measured["test_acc"]
@@ -138,7 +135,7 @@ def main() -> None:
     traced, _ = zoo_program(architecture, *shape)  # a symmetry that cannot be derived is refused before training
     names = [f"{architecture}-{i}" for i in range(params.variant.runs)]
     runs = [fit_to(draw_run(one, params.seed, params.recipe), traced) for one in names]
-    fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.size))
+    fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.layout.size))
     shards = plan_stacks(runs, min(params.shard_runs, fitting), params.variant.stack)
     work = stack_folder(dataset, params)
 
@@ -165,7 +162,7 @@ def main() -> None:
                     values = {key: float(arrays[key][i, j]) for key in COLUMNS}
                     rows.append(index_row(one, j, values, file))
         if weights:
-            metadata = {"shapes": [[k, list(v)] for k, v in traced.shapes.items()], "input": list(shape)}
+            metadata = traced.layout.metadata | {"input": list(shape)}
             save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
     if not rows:
         raise InputError(f"{name}: all {len(runs)} runs diverged: lower build_zoo.recipe.learning_rate")
@@ -176,7 +173,7 @@ def main() -> None:
         key: {"mean": float(v.mean()), "std": float(v.std()), "min": float(v.min()), "max": float(v.max())}
         for key, v in final.items()
     }
-    count = {"runs": len(final["gap"]), "diverged": dropped, "parameters": traced.size}
+    count = {"runs": len(final["gap"]), "diverged": dropped, "parameters": traced.layout.size}
     save_json(REPORTS / name / "summary.json", count | {"final": spread})
     pictures.draw_zoo(REPORTS / name / "zoo.png", final)
     print(

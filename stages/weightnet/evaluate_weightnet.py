@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
-from stages.common.artifacts import load_metadata, remedy, require, save_csv, save_json
-from stages.common.command import InputError, parse_arguments, run
+from stages.common.files import load_metadata, remedy, require, save_csv, save_json
 from stages.common.metrics import mean_std
-from stages.common.params import StageParams
-from stages.common.runtime import generator, pin_threads
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.weightnet import pictures
 from stages.weightnet.predictors import Kept, attention_maps, load_predictors
 from stages.weightnet.program import run_stack

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.common.metrics import QUANTILES
 from stages.weightnet.symmetry import Networks
 
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STATISTICS = 2 + len(QUANTILES)
 
 
@@ -39,5 +39,5 @@ def pooled_statistics(networks: Networks) -> Float[Tensor, "n f"]:
         nothing = [own.new_zeros(len(own), STATISTICS)]
         layers.append(torch.cat([own, torch.stack(vectors.get(edge.target, nothing)).mean(0)], 1))
     between = torch.stack(layers[1:-1]).mean(0) if len(layers) > 2 else torch.zeros_like(layers[0])
-    sizes = torch.tensor([len(layers), networks.program.size]).log().expand(len(networks), 2)
+    sizes = torch.tensor([len(layers), networks.program.layout.size]).log().expand(len(networks), 2)
     return torch.cat([layers[0], between, layers[-1], sizes.to(between), networks.tanh[:, None].to(between)], 1)

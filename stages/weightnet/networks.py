@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from stages.common.command import InputError
+from stages.common.stage import InputError
 from stages.weightnet.program import Program, trace
 from stages.weightnet.symmetry import Symmetry, derive_symmetry
 

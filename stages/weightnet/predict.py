@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.common.artifacts import load_json
-from stages.common.checkpoints import load_torch
-from stages.common.command import InputError, one_line, run
-from stages.common.runtime import generator, pin_threads
-from stages.common.weights import load_state_dict
+from stages.common.checkpoints import load_state_dict, load_torch
+from stages.common.files import load_json
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import InputError, one_line, run
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Kept, load_predictors
 from stages.weightnet.program import MODULES, Program, trace
@@ -168,11 +168,11 @@ def read_network(path: Path, arch: str, program: Program, tanh: bool) -> Network
     """Return one network with its derived symmetry, which is tried out on it; InputError if it does not hold."""
     symmetry = derive_symmetry(program)
     found = load_state_dict(path)
-    for name, expected in program.shapes.items():
+    for name, expected in program.layout.shapes.items():
         got = tuple(found[name].shape) if name in found else "nothing"
         if got != expected:
             raise InputError(f"{path}: {name} of {arch} is {expected}, the file has {got}")
-    weights = {name: found[name].float()[None] for name in program.shapes}
+    weights = {name: found[name].float()[None] for name in program.layout.shapes}
     error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
     if not error < ROUNDING:
         raise InputError(
@@ -245,7 +245,7 @@ def load_kept(path: Path, name: str) -> tuple[Kept, tuple[int, ...], int]:
     stored = load_torch(path, {name})[name]
     shape, classes = tuple(stored["input_shape"]), stored["classes"]
     program, symmetry = zoo_program(ARCHITECTURES[0], shape[0], classes, shape[1])
-    zeros = {key: torch.zeros(1, *size) for key, size in program.shapes.items()}
+    zeros = {key: torch.zeros(1, *size) for key, size in program.layout.shapes.items()}
     return load_predictors(path, Networks(program, symmetry, zeros, torch.tensor([False])))[name], shape, classes
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, log_softmax, pad, scaled_dot_product_attention
 
 from stages.common.checkpoints import load_torch
-from stages.common.runtime import generator
-from stages.common.seeding import building
+from stages.common.metrics import COVERAGE
+from stages.common.randomness import generator, seeded_init
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
 from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks
@@ -29,7 +29,6 @@ Kind = Literal["weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
 WIDTH = 64  # of what goes into the last layers
-COVERAGE = 0.9  # of intervals
 PAIRS = 1 << 14  # of neurons, whose weights are read at a time
 
 
@@ -293,7 +292,7 @@ class FlatMLP(nn.Module):
     def __init__(self, networks: Networks, sort: bool) -> None:
         super().__init__()
         self.sort = sort
-        first = nn.Linear(networks.program.size, WIDTH)
+        first = nn.Linear(networks.program.layout.size, WIDTH)
         self.body = nn.Sequential(first, nn.GELU(), Dropout(0.2), nn.Linear(WIDTH, WIDTH), nn.GELU(), Dropout(0.2))
 
     def flatten(self, networks: Networks) -> Float[Tensor, "n p"]:
@@ -372,7 +371,7 @@ class Predictor(nn.Module):
         d, heads, classes = config["d"], config["heads"], example.symmetry.sizes[OUTPUT]
         channels, side, _ = example.program.input_shape
         self.reads_statistics = kind in ("stats", "hybrid")
-        with building(seed):
+        with seeded_init(seed):
             readers: list[nn.Module] = []
             if kind in ("weightnet", "hybrid"):
                 readers.append(WeightNet(classes, d, config["rounds"], heads, config["cross"], config["intra"]))

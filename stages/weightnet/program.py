@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
 
-from stages.common.command import InputError, one_line
+from stages.common.stage import InputError, one_line
+from stages.common.vectors import Layout
 from stages.weightnet.convolution import convolve
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
@@ -91,10 +92,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of a network in order, the last of which is its output, and the shapes of its tensors by name."""
+    """The steps of a network in order, the last of which is its output, and how its tensors lie in a vector."""
 
     steps: tuple[Step, ...]
-    shapes: dict[str, tuple[int, ...]]
+    layout: Layout
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -116,18 +117,13 @@ class Program:
     @cached_property
     def _tensors(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        for name in self.shapes:
+        for name in self.layout.shapes:
             found.setdefault(name.rpartition(".")[0], []).append(name)
         return found
 
     def numbers_of(self, kind: str) -> list[int]:
         """Return how many numbers each step of a kind gives for one image."""
         return [math.prod(step.shape) for step in self.steps if step.kind == kind]
-
-    @property
-    def size(self) -> int:
-        """The number of weights of one network."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
 class Shapes(fx.Interpreter):
@@ -163,8 +159,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     held = {name.rpartition(".")[0] for name in model.state_dict()}
     if unread := sorted(held - {step.name for step in steps}):
         raise InputError(f"tensors of {unread[0] or 'the network itself'} are used in a way that cannot be followed")
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if t.is_floating_point()}
-    return Program(tuple(steps), shapes)
+    layout = Layout.of({name: t for name, t in model.state_dict().items() if t.is_floating_point()})
+    return Program(tuple(steps), layout)
 
 
 def _describe(node: fx.Node, module: nn.Module | None) -> tuple[str, dict[str, Any]]:

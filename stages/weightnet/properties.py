@@ -5,13 +5,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages.common.metrics import accuracy
+from stages.common.metrics import accuracy, calibration_error
 from stages.weightnet.program import Program, Weights, run_stack
 
 PROPERTIES = ("test_acc", "gap", "noise_acc", "fgsm_acc", "test_loss", "calibration_error")
 REFERENCES = ("labelled_32", "labelled_128", "confidence_128")  # what a few images that it was not trained on tell
 BLOCK = 256  # images at a time
-BINS = 15  # of the calibration error
 
 
 def run_blocks(
@@ -19,15 +18,6 @@ def run_blocks(
 ) -> Float[Tensor, "n b k"]:
     """Return the outputs of n networks on images, a block at a time."""
     return torch.cat([run_stack(program, weights, block, tanh) for block in images.split(BLOCK)], 1)
-
-
-def calibration_error(logits: Float[Tensor, "n b k"], labels: Int[Tensor, " b"]) -> Float[Tensor, " n"]:
-    """Return the expected calibration error of each network, in float64 (Guo et al. 2017, eq. 3): 15 equal bins."""
-    confidence, answer = logits.double().softmax(-1).max(-1)
-    excess = (answer == labels).double() - confidence
-    bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    sums = torch.zeros(len(logits), BINS, dtype=torch.float64, device=logits.device).scatter_add_(1, bins, excess)
-    return sums.abs().sum(1) / logits.shape[1]
 
 
 def fgsm(

@@ -8,9 +8,8 @@ from jaxtyping import Int
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from stages.common.command import InputError
-from stages.common.params import StageParams
-from stages.common.runtime import generator
+from stages.common.randomness import generator
+from stages.common.stage import InputError, StageParams
 from stages.weightnet.zoo import Zoo
 
 Rows = Int[Tensor, " n"]

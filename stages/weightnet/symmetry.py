@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.common.command import InputError
+from stages.common.stage import InputError
 from stages.weightnet.program import Program, Weights, run_stack
 
 INPUT, OUTPUT = "input", "output"  # their order means something: they are never permuted
@@ -150,23 +150,23 @@ def derive_symmetry(program: Program) -> Symmetry:
                 sizes[INPUT] = step.shape[0]
                 layout = [(INPUT, step.shape[0], (1, 1))]
             case "conv" if step.options["groups"] > 1:
-                if step.options["groups"] != program.shapes[f"{step.name}.weight"][0] or len(before) != 1:
+                if step.options["groups"] != program.layout.shapes[f"{step.name}.weight"][0] or len(before) != 1:
                     raise InputError(f"step {step.name}: grouped convolutions are supported only if depthwise")
                 layout = before
                 found += [
                     (f"{step.name}.{k}", 0, parts(layout), "scales" if k == "weight" else "writes")
                     for k in ("weight", "bias")
-                    if f"{step.name}.{k}" in program.shapes
+                    if f"{step.name}.{k}" in program.layout.shapes
                 ]
             case "conv" | "linear":
                 group, size = step.name, step.shape[0]
                 sizes[group] = size
                 layout = [(group, size, (1, 1))]
                 if step.kind == "conv":
-                    kernels[f"{step.name}.weight"] = program.shapes[f"{step.name}.weight"][2:]
+                    kernels[f"{step.name}.weight"] = program.layout.shapes[f"{step.name}.weight"][2:]
                 found.append((f"{step.name}.weight", 0, parts(layout), "writes"))
                 found.append((f"{step.name}.weight", 1, parts(before), "reads"))
-                if f"{step.name}.bias" in program.shapes:
+                if f"{step.name}.bias" in program.layout.shapes:
                     found.append((f"{step.name}.bias", 0, parts(layout), "writes"))
             case "group_norm" | "batch_norm":
                 layout = before

@@ -29,12 +29,13 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
 
-from stages.common.artifacts import save_arrays, save_csv
 from stages.common.checkpoints import load_torch, save_torch
-from stages.common.command import parse_arguments, run
-from stages.common.params import StageParams
-from stages.common.resume import fingerprint, work_folder
-from stages.common.runtime import generator, parallel_map, pin_threads
+from stages.common.files import save_arrays, save_csv
+from stages.common.optim import set_learning_rate, warmup_times_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import parallel_map, pin_threads
+from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint, work_folder
 from stages.weightnet.features import pooled_statistics, tensor_statistics
 from stages.weightnet.predictors import Predictor, mean_prediction
 from stages.weightnet.properties import PROPERTIES
@@ -47,6 +48,7 @@ MODELS = Path("models/train_weightnet")
 REPORTS = Path("reports/train_weightnet")
 
 BLOCK = 64  # networks predicted at a time
+WARMUP_FRACTION = 0.15  # of the steps
 BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of which validation chooses
 
 Statistics = dict[tuple[str, bool], Float[Tensor, "m f"]]  # of an architecture's networks; whether pooled over layers
@@ -204,14 +206,14 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
     model = Predictor(config, example, data.inputs[first].shape[1], seed)
     steps = member.epochs * len(batches(data, params.batch_size, generator(0, "count")))
     optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=params.weight_decay)
+    rate = warmup_times_cosine(member.learning_rate, steps, WARMUP_FRACTION)
     truth = data.part(data.split.validation, data.targets)
     step, best, history = 0, {}, []
     for epoch in range(1, member.epochs + 1):
         model.train()
         total = 0.0
         for name, rows in batches(data, params.batch_size, random):
-            warm_up, cosine = min(1.0, (step + 1) / (0.15 * steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = member.learning_rate * warm_up * cosine
+            set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
             for part in rows.split(data.zoos[name].at_a_time(len(rows))):
                 networks = data.zoos[name].networks(part)

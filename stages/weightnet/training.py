@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages.common.params import StageParams
-from stages.common.runtime import generator
+from stages.common.randomness import generator, log_uniform
+from stages.common.stage import StageParams
 from stages.weightnet.program import Program, Weights, run_stack
 
 Range = tuple[float, float]
@@ -67,9 +67,6 @@ def draw_run(name: str, seed: int, recipe: Recipe) -> Run:
     """Return the run called `name`, its hyper-parameters drawn from the recipe."""
     u = torch.rand(12, generator=generator(seed, f"hyper-parameters of {name}"), dtype=torch.float64).tolist()
 
-    def log_uniform(ends: Range, x: float) -> float:
-        return math.exp(math.log(ends[0]) + x * (math.log(ends[1]) - math.log(ends[0])))
-
     def half(ends: Range, x: float, y: float) -> float:
         return 0.0 if x < 0.5 else ends[0] + y * (ends[1] - ends[0])
 
@@ -111,7 +108,7 @@ def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
     """Draw what is random about a run on training images with these labels."""
     random = generator(run.seed, run.name)
     parts = []
-    for name, shape in program.shapes.items():
+    for name, shape in program.layout.shapes.items():
         size = math.prod(shape)
         if len(shape) > 1:
             scale = run.init_scale * (2 / math.prod(shape[1:])) ** 0.5
@@ -128,13 +125,6 @@ def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
     dropped = program.numbers_of("dropout") if run.dropout else []
     kept = [torch.rand(run.steps, run.batch_size, f, generator=random) >= run.dropout for f in dropped]
     return Draws(torch.cat(parts), images, seen, batches, kept)
-
-
-def unflatten(flat: Float[Tensor, "n p"], program: Program) -> Weights:
-    """Return n flat weight vectors as stacked tensors by name."""
-    sizes = [math.prod(shape) for shape in program.shapes.values()]
-    parts = flat.split(sizes, 1)
-    return {k: part.view(len(flat), *shape) for (k, shape), part in zip(program.shapes.items(), parts, strict=True)}
 
 
 @cache
@@ -175,7 +165,7 @@ def train_stack(
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     keep_rate = 1 - column([run.dropout for run in runs])[..., None]
     dropped = program.numbers_of("dropout") if any(run.dropout for run in runs) else []
-    result = weights.new_empty(len(runs), len(SNAPSHOTS), program.size)
+    result = weights.new_empty(len(runs), len(SNAPSHOTS), program.layout.size)
     result[:, 0] = weights
     seen_images = [draw.images[draw.batches] for draw in draws]
     seen_labels = [draw.labels[draw.batches] for draw in draws]
@@ -196,7 +186,7 @@ def train_stack(
             masks.append(mask.to(device) / keep_rate[:alive])
         weights.requires_grad_()
         running: Weights = {}
-        logits = run_stack(program, unflatten(weights, program), images[index], tanh, masks, running)
+        logits = run_stack(program, program.layout.unflatten(weights), images[index], tanh, masks, running)
         loss = cross_entropy(logits.flatten(0, 1), seen.flatten(), reduction="sum") / batch
         (gradient,) = torch.autograd.grad(loss, weights)
         with torch.no_grad():
@@ -205,7 +195,7 @@ def train_stack(
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             adam = first * (0.1 / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
             weights = weights.detach() - rate * torch.where(sgd, first, adam)
-            own = unflatten(weights, program)
+            own = program.layout.unflatten(weights)
             for name, statistic in running.items():  # these are not learned
                 own[name].copy_(statistic)
         for i in range(alive):

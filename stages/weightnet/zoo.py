@@ -11,16 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.artifacts import load_metadata, remedy, require
-from stages.common.command import InputError
+from stages.common.files import load_metadata, load_table, remedy, require
 from stages.common.images import ImageSet, load_images, split_validation
-from stages.common.params import StageParams
-from stages.common.tables import load_table
+from stages.common.stage import InputError, StageParams
 from stages.weightnet.networks import zoo_program
 from stages.weightnet.program import Program
 from stages.weightnet.properties import PROPERTIES
 from stages.weightnet.symmetry import Networks, Symmetry
-from stages.weightnet.training import unflatten
 
 ZOO = Path("models/build_zoo")
 
@@ -88,7 +85,7 @@ class Zoo:
 
     def flat(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n p"]:
         """Return all weights of some networks."""
-        found = self.shards[0].new_empty(len(rows), self.program.size)
+        found = self.shards[0].new_empty(len(rows), self.program.layout.size)
         ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
         numbers = torch.bucketize(rows, ends, right=True)
         for number in numbers.unique().tolist():
@@ -98,7 +95,7 @@ class Zoo:
 
     def networks(self, rows: Int[Tensor, " n"]) -> Networks:
         """Return some of the networks."""
-        return Networks(self.program, self.symmetry, unflatten(self.flat(rows), self.program), self.tanh[rows])
+        return Networks(self.program, self.symmetry, self.program.layout.unflatten(self.flat(rows)), self.tanh[rows])
 
     def at_a_time(self, most: int) -> int:
         """Return how many networks to read at a time: at most `most`, fewer where networks are large."""

@@ -1,20 +1,22 @@
-"""A Ray cluster computes what the cores of one machine compute, even if a node dies."""
+"""Work that was killed goes on; a Ray cluster computes what the cores of one machine compute, even if a node dies."""
 
 import os
 import shutil
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT
 from running import start
 
-from stages.common import pieces
-from stages.common.cluster import cluster_map
-from stages.common.command import InputError
+from stages.common import work
+from stages.common.stage import InputError
+from stages.common.work import cluster_map, remembered, work_folder
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo
 
@@ -52,7 +54,7 @@ def test_a_zoo_built_on_a_cluster_has_the_same_bytes(cluster, project, monkeypat
     shutil.rmtree(".work")
     shutil.rmtree("models/build_zoo")
     monkeypatch.setenv("RAY_ADDRESS", cluster[0].address)
-    monkeypatch.setattr(pieces, "parallel_map", None)  # nothing trains here
+    monkeypatch.setattr(work, "parallel_map", None)  # nothing trains here
     start(monkeypatch, build_zoo, dataset="digits", variant="flat")
     assert {path.name: path.read_bytes() for path in Path("models/build_zoo/digits-flat").iterdir()} == first
 
@@ -84,3 +86,22 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere:1:2")
     with pytest.raises(InputError, match="RAY_ADDRESS=nowhere:1:2: no cluster answers"):
         list(cluster_map(str, [1], "nothing"))
+
+
+def test_work_is_found_again_for_the_same_recipe_and_code_alone(project, monkeypatch):
+    one, same, other = (work_folder("stage", recipe) for recipe in ({"a": 1}, {"a": 1}, {"a": 2}))
+    (project / "more.py").write_text("x = 1")
+    monkeypatch.setitem(sys.modules, "stages.more", SimpleNamespace(__file__=str(project / "more.py")))
+    with_more = work_folder("stage", {"a": 1})
+    (project / "more.py").write_text("x = 2")
+    edited = work_folder("stage", {"a": 1})
+    assert one == same
+    assert len({one, other, with_more, edited}) == 4
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"x": [1, 2.5]}
+
+    assert [remembered(project / "r.json", compute) for _ in range(2)] == [{"x": [1, 2.5]}] * 2
+    assert calls == [1]

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stages.common.artifacts import (
+from stages.common.files import (
     atomic_path,
     load_csv,
     load_json,
     load_metadata,
+    load_table,
     remedy,
     save_arrays,
     save_csv,
     save_json,
+    save_table,
     save_text,
 )
-from stages.common.command import InputError
+from stages.common.stage import InputError
 
 
 def names(folder: Path) -> list[str]:
@@ -52,7 +54,7 @@ def test_a_killed_writer_keeps_the_old_file_and_the_next_one_replaces_what_it_le
     path = tmp_path / "file.txt"
     save_text(path, "old")
     script = (
-        "import sys, time, pathlib; from stages.common.artifacts import atomic_path\n"
+        "import sys, time, pathlib; from stages.common.files import atomic_path\n"
         "with atomic_path(pathlib.Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); print('written', flush=True); time.sleep(60)\n"
     )
@@ -103,3 +105,14 @@ def test_missing_and_damaged_files_say_what_to_run(tmp_path, monkeypatch):
     assert remedy(best) == ": run 'dvc repro train_bilinear@mnist-regularised'"
     assert remedy(Path("reports/decompose_bilinear/mnist/summary.json")) == ": run 'dvc repro decompose_bilinear@mnist'"
     assert remedy(Path("/elsewhere/best.pt")) == ""
+
+
+def test_a_table_comes_back_with_its_types_has_the_same_bytes_and_is_refused_if_damaged(tmp_path):
+    rows = [{"run": "a-1", "seed": 3, "loss": 0.1 + 0.2}, {"run": "a-2", "seed": 4, "loss": 1e-300}]
+    for name in ("a", "b"):
+        save_table(tmp_path / f"{name}.parquet", rows)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    assert load_table(tmp_path / "a.parquet") == {key: [row[key] for row in rows] for key in rows[0]}
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a.parquet is damaged"):
+        load_table(tmp_path / "a.parquet")

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from stages.common.command import InputError, one_line
+from stages.common.stage import InputError, one_line
 
 
 @contextmanager
@@ -67,13 +67,32 @@ def load_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def save_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows that share their keys as Parquet, which keeps types, with the same bytes for the same values."""
+    import pyarrow as pa  # here: 0.2 s that most stages do without
+    from pyarrow import parquet
+
+    with atomic_path(path) as temporary:
+        parquet.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def load_table(path: Path) -> dict[str, list[Any]]:
+    """Return the columns of a Parquet file by name; InputError if it is missing or damaged."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(require(path)).to_pydict()
+    except pa.ArrowException as error:
+        raise InputError(f"{path} is damaged ({one_line(error)[:120]}){remedy(path, '-f ')}") from None
+
+
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     """Write arrays as safetensors. `metadata` becomes one JSON string, because several keys are not byte-stable."""
-    rows = {
-        name: np.asarray(array, order="C") for name, array in arrays.items()
-    }  # safetensors writes memory as it lies
+    # safetensors writes memory as it lies
+    in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(safetensors_numpy.save(rows, metadata={"json": json.dumps(metadata, sort_keys=True)}))
+        temporary.write_bytes(safetensors_numpy.save(in_order, metadata={"json": json.dumps(metadata, sort_keys=True)}))
 
 
 def load_metadata(path: Path) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import PositiveInt
 
-from stages.common.command import InputError
-from stages.common.params import StageParams, lookup
+from stages.common.stage import InputError, StageParams, lookup
 
 
 class Variant(StageParams):
