@@ -1,7 +1,7 @@
 """A clone of this commit at smoke scale, and what running its pipeline gives. Used by the tests and by CI.
 
-python tests/reproduction.py check     # the committed metrics come out again, and nothing is left to do after
-python tests/reproduction.py update    # measure them anew, after a change that is meant to change them: half an hour
+python tests/tools/reproduction.py check     # the committed metrics come out again, and nothing is left to do after
+python tests/tools/reproduction.py update    # measure them anew, after a change that is meant to change them: half an hour
 
 Everything runs in float32 on the processor. Other processors have other vector instructions, so other orders of sums, so other
 roundings, which training amplifies. `update` measures by how much: it runs the scale as it is, and again with first weights that
@@ -26,7 +26,7 @@ import numpy as np
 from dvc.utils.hydra import apply_overrides
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXPECTED = ROOT / "tests/expected/smoke.json"
 
 FIXED = {"WEIGHTLENS_PRECISION": "float32", "WEIGHTLENS_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
@@ -40,7 +40,7 @@ def perturbed(seed: int, threads: int = 1, instructions: str | None = None) -> d
     """Return the environment of a run that rounds otherwise: see perturbed/sitecustomize.py."""
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE")
     older = dict(zip(names, OLDER[instructions], strict=True)) if instructions else {}
-    folder = str(ROOT / "tests/perturbed")
+    folder = str(ROOT / "tests/tools/perturbed")
     return {"PYTHONPATH": folder, "WEIGHTLENS_PERTURB": str(seed), "WEIGHTLENS_THREADS": str(threads), **older}
 
 
