@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import opened
 from dvc.utils.hydra import apply_overrides
 from tqdm import tqdm
 
@@ -192,13 +193,18 @@ def counts(measured: dict[str, dict]) -> dict[str, dict[str, int]]:
 
 
 def run_smoke(environment: dict[str, str], quiet: bool = False, twice: bool = False) -> dict[str, float]:
-    """Run the smoke scale in a fresh clone and return its metrics; `twice`: a second run must find nothing to do."""
+    """Run the smoke scale in a fresh clone and return its metrics; `twice`: a second run must find nothing to do, and no stage
+    may have opened what dvc.yaml does not list."""
     with tempfile.TemporaryDirectory() as folder:
         project = smoke_clone(Path(folder, "clone"))
+        log = project.with_name("opened")
+        environment = environment | (opened.recording(log) if twice else {})
         words, output = ["dvc", "repro", "--no-run-cache"], subprocess.PIPE if quiet else None
         done = subprocess.run(words, cwd=project, env=os.environ | FIXED | environment, stdout=output, stderr=output)
         if done.returncode:
             sys.exit(f"dvc repro failed{': ' + done.stderr.decode()[-2000:] if quiet else ''}")
+        if twice and (lines := opened.slips(project, log)):
+            sys.exit("\n".join(lines))
         if twice and "Running stage" in (again := command(project, "dvc", "repro")):
             sys.exit(f"the second repro had something to do:\n{again}")
         return metrics(project)
