@@ -9,7 +9,8 @@ from tqdm import tqdm
 from stages.common.command import InputError, one_line
 from stages.common.runtime import pin_threads
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 RETRIES = 10  # of a piece whose worker or node died; an error of the piece itself is raised at once
 
