@@ -1,6 +1,5 @@
 """dvc.yaml tells the truth: what a stage depends on is exactly what it imports and reads."""
 
-import ast
 import copy
 import importlib
 import json
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dependencies
 import pytest
 import yaml
 from dvc.repo import Repo
@@ -23,7 +23,6 @@ from dvc_data.hashfile.meta import Meta
 from reproduction import ROOT, scale_overrides
 
 from stages.bilinear import decompose_bilinear, train_bilinear
-from stages.common.stage import StageParams
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,
@@ -43,10 +42,11 @@ from stages.recall import (
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
 from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 
-DVC_YAML = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+TEXT = (ROOT / "dvc.yaml").read_text()
+DVC_YAML = yaml.safe_load(TEXT)["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 COMMANDS = {"audit", "forecast_snapshots", "predict", "publish"}  # no stages: for users' own files, and for git
-TEXT: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
+PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))
 
 
@@ -63,7 +63,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[PipelineStage]:
 
 def tracked() -> set[str]:
     """The paths that git tracks."""
-    return set(subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, **TEXT).stdout.splitlines())
+    return set(subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, **PIPED).stdout.splitlines())
 
 
 def script(stage: PipelineStage) -> Path:
@@ -73,40 +73,6 @@ def script(stage: PipelineStage) -> Path:
     return Path(*words[2].split(".")).with_suffix(".py")
 
 
-def imports(path: Path) -> set[Path]:
-    """The project's files that `path` imports, directly or not, and itself: DVC does not follow imports, so we do."""
-    found, queue = set(), [path]
-    while queue:
-        path = queue.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: relative imports escape this test"
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            candidates = [Path(*name.split(".")).with_suffix(".py") for name in names if name.startswith("stages.")]
-            queue += [candidate for candidate in candidates if (ROOT / candidate).is_file()]
-    return found
-
-
-def arguments(stage: PipelineStage) -> dict[str, str]:
-    """The `--item value` pairs of a stage's command."""
-    words = stage.cmd.split()[3:]
-    return {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-
-
-def keys_read(params: type[StageParams], section: str, items: dict[str, str]) -> set[str]:
-    """The keys of params.yaml that `params.load` reads for one item of a stage's matrix."""
-    keys = set(params.model_fields) - {"variant"}
-    keys |= {f"overrides.{items['dataset']}"} if "dataset" in items else set()
-    keys |= {f"variants.{items['variant']}"} if "variant" in items else set()
-    return {f"{section}.{key}" for key in keys}
-
-
 def test_stage_script_and_params_section_share_one_name(stages):
     scripts = {path.stem for path in (ROOT / "stages").rglob("*.py") if "def main()" in path.read_text()}
     assert set(DVC_YAML) == set(PARAMS) == scripts - COMMANDS
@@ -114,21 +80,64 @@ def test_stage_script_and_params_section_share_one_name(stages):
         assert script(stage).stem == stage.name.split("@")[0]
 
 
-def test_code_dependencies_are_the_import_closure(stages):
-    for stage in stages:
-        listed = {Path(dep.def_path) for dep in stage.deps if dep.def_path.endswith(".py")}
-        assert listed == imports(script(stage)), stage.name
+def test_dvc_yaml_says_what_stages_import_and_read():
+    notes = [edit.note for edit in dependencies.edits(TEXT, PARAMS)]
+    assert not notes, "\n".join([*notes, f"run '{dependencies.COMMAND}'"])
 
 
-def test_parameter_dependencies_are_the_keys_read(stages):
+@pytest.mark.parametrize(
+    ("there", "planted"),
+    [
+        ("stages/forecast/pca.py, ", ""),  # an import that is not listed
+        ("stages/forecast/pca.py", "stages/forecast/nowcast.py"),  # and one that there is not
+        (", train_mae.dim", ""),
+        ("train_mae.dim", "train_mae.dime"),
+        (', "train_mae.overrides.${item.dataset}"', ""),
+        ("variants.${key}", "variants"),
+        ("sources.${item.dataset}", "sources"),
+        (', "models/build_zoo/${item.dataset}-flat"', ""),  # a member
+        ('"models/build_zoo/${item.dataset}-flat"', '"models/build_zoo/${item.dataset}-resnet18"'),
+        ("models/build_fleet/rules/fleet.safetensors, ", ""),
+        ("models/condense_changes/rules.safetensors, ", ""),
+        (", two_layer, linear]", ", two_layer]"),  # a variant
+    ],
+)
+def test_whatever_dvc_yaml_should_not_say_is_found_and_mended(there, planted):
+    text = TEXT.replace(there, planted)
+    assert text != TEXT
+    assert list(dependencies.edits(text, PARAMS))
+    mended = dependencies.updated(text, PARAMS)
+    assert yaml.safe_load(mended) == yaml.safe_load(TEXT)
+    assert dependencies.updated(mended, PARAMS) == mended
+
+
+def test_computed_lists_are_written_for_a_stage_that_has_none():
+    lists = re.compile(r"^ +(deps|params): \[[^]]*\]\n", re.MULTILINE)
+    for name in ("train_mae", "build_fleet"):
+        start = TEXT.index(f"  {name}:\n")
+        text = TEXT[:start] + lists.sub("", TEXT[start:], count=2)
+        mended = yaml.safe_load(dependencies.updated(text, PARAMS))["stages"]
+        stage, whole = (stages[name].get("do", stages[name]) for stages in (mended, DVC_YAML))
+        assert stage["params"] == whole["params"]
+        assert stage["deps"] == [dep for dep in whole["deps"] if dependencies.is_code(dep)]
+
+
+def test_what_is_written_by_hand_stays():
+    """Comments, data and formatting, even of lists beside those that are written anew."""
+    comment = "  # a word on the masked autoencoder\n"
+    text = TEXT.replace("  train_mae:\n", f"{comment}  train_mae:\n").replace(", train_mae.dim", "")
+    assert dependencies.updated(text, PARAMS).replace(comment, "") == TEXT
+    with pytest.raises(SystemExit, match=r"train_mae: params .* comment"):
+        dependencies.updated(TEXT.replace(", train_mae.dim", ",  # a word\n      train_mae.dime"), PARAMS)
+
+
+def test_fields_of_params_are_those_that_their_files_show(stages):
+    """They are read from the source: a field that is inherited would be missed."""
     for stage in stages:
-        listed = {key for dep in stage.params for key in dep.params}
         module = importlib.import_module(".".join(script(stage).with_suffix("").parts))
-        name, items = stage.name.split("@")[0], arguments(stage)
-        if name == "fetch_data":  # a section for each data set, validated as a whole
-            assert listed == {f"{module.SECTION}.{items['dataset']}"}
-        else:
-            assert listed == keys_read(module.Params, name, items), stage.name
+        if hasattr(module, "Params"):
+            fields = {f"x.{key}" for key in module.Params.model_fields if key != "variant"}
+            assert dependencies.keys_read("x", script(stage), {}) == fields, stage.name
 
 
 def run_cache_key(stage: PipelineStage) -> str:
@@ -214,7 +223,7 @@ def test_no_stage_writes_what_git_tracks(stages):
     """DVC deletes outputs before a stage runs, and another processor makes other bytes: git would call it a change."""
     outputs = {Path(out.def_path) for stage in stages for out in stage.outs}
     assert not [path for path in map(Path, tracked()) if outputs & {path, *path.parents}]
-    ignored = subprocess.run(["git", "check-ignore", "--stdin"], cwd=ROOT, input="\n".join(map(str, outputs)), **TEXT)
+    ignored = subprocess.run(["git", "check-ignore", "--stdin"], cwd=ROOT, input="\n".join(map(str, outputs)), **PIPED)
     assert set(map(Path, ignored.stdout.splitlines())) == outputs
 
 
@@ -300,15 +309,11 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
 
 
 def test_variants_are_the_same_everywhere():
-    """They are listed where DVC, the values and the analysis need them."""
-    matrix = DVC_YAML["train_bilinear"]["matrix"]["variant"]
-    assert set(matrix) == set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
-    matrix = DVC_YAML["train_forecaster"]["matrix"]["variant"]
-    assert set(matrix) == set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
-    zoos = set(DVC_YAML["build_zoo"]["matrix"]["variant"])
-    assert set(PARAMS["train_weightnet"]["tasks"]["architectures"]) == zoos <= set(PARAMS["build_zoo"]["variants"])
-    matrix = DVC_YAML["train_weightnet"]["matrix"]["variant"]
-    assert set(matrix) == set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
+    """The analysis names what params.yaml lists; dvc.yaml's lists are computed."""
+    assert set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
+    assert set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
+    assert set(PARAMS["train_weightnet"]["tasks"]["architectures"]) <= set(PARAMS["build_zoo"]["variants"])
+    assert set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
     fleets = PARAMS["build_fleet"]["variants"]
     assert set(fleets) == set(condense_changes.FLEETS) == set(recover_memory.CHARACTERISTICS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}

@@ -4,6 +4,7 @@ Axes: n images, p patches, q numbers of a patch.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -116,7 +117,7 @@ def mae_to_decoder(state: State, patch_size: int) -> State:
 
 def respell(state: State, spellings: dict[str, str]) -> State:
     """Return weights of ViTMAE with patterns of their names replaced, and within blocks with timm's names and matrices."""
-    within_blocks = {
+    within_blocks: dict[str, str | Callable[[re.Match[str]], str]] = {
         r"attention\.attention\.(query|key|value)": lambda match: f"attention.{match[1][0]}_proj",
         r"attention\.output\.dense": "attention.o_proj",
         r"intermediate\.dense": "mlp.fc1",

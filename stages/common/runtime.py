@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from stages.common.stage import InputError, one_line
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def resolve_device(name: str = "auto") -> torch.device:

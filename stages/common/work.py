@@ -19,7 +19,8 @@ from stages.common.stage import InputError, one_line
 WORK = Path(".work")
 RETRIES = 10  # of a piece whose worker or node died; an error of the piece itself is raised at once
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 Arrays = dict[str, np.ndarray]
 
 

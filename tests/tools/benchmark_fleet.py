@@ -1,13 +1,13 @@
 """Processor seconds for fine-tunes that train together, against timm and torch.optim one after the other: the same networks.
 
-python tests/benchmark_fleet.py [stack ...]     # fine-tunes that train together, by default 1 5 20
+python tests/tools/benchmark_fleet.py [stack ...]     # fine-tunes that train together, by default 1 5 20
 """
 
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor, nn

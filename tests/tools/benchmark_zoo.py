@@ -1,6 +1,6 @@
 """Seconds for training networks in a stack, against torch.optim on one after the other, and against torch.func.vmap.
 
-python tests/benchmark_zoo.py [side ...]     # of images, by default 8 16 28
+python tests/tools/benchmark_zoo.py [side ...]     # of images, by default 8 16 28
 Processor seconds, or on a GPU (WEIGHTLENS_DEVICE=cuda) those that pass.
 """
 
@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor, nn

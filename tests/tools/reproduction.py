@@ -1,7 +1,7 @@
 """A clone of this commit at smoke scale, and what running its pipeline gives. Used by the tests and by CI.
 
-python tests/reproduction.py check     # the committed metrics come out again, and nothing is left to do after
-python tests/reproduction.py update    # measure them anew, after a change that is meant to change them: half an hour
+python tests/tools/reproduction.py check     # the committed metrics come out again, and nothing is left to do after
+python tests/tools/reproduction.py update    # measure them anew, after a change that is meant to change them: half an hour
 
 Everything runs in float32 on the processor. Other processors have other vector instructions, so other orders of sums, so other
 roundings, which training amplifies. `update` measures by how much: it runs the scale as it is, and again with first weights that
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import opened
 from dvc.utils.hydra import apply_overrides
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXPECTED = ROOT / "tests/expected/smoke.json"
 
 FIXED = {"WEIGHTLENS_PRECISION": "float32", "WEIGHTLENS_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
@@ -40,7 +41,7 @@ def perturbed(seed: int, threads: int = 1, instructions: str | None = None) -> d
     """Return the environment of a run that rounds otherwise: see perturbed/sitecustomize.py."""
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE")
     older = dict(zip(names, OLDER[instructions], strict=True)) if instructions else {}
-    folder = str(ROOT / "tests/perturbed")
+    folder = str(ROOT / "tests/tools/perturbed")
     return {"PYTHONPATH": folder, "WEIGHTLENS_PERTURB": str(seed), "WEIGHTLENS_THREADS": str(threads), **older}
 
 
@@ -204,13 +205,18 @@ def counts(measured: dict[str, dict]) -> dict[str, dict[str, int]]:
 
 
 def run_smoke(environment: dict[str, str], quiet: bool = False, twice: bool = False) -> dict[str, float]:
-    """Run the smoke scale in a fresh clone and return its metrics; `twice`: a second run must find nothing to do."""
+    """Run the smoke scale in a fresh clone and return its metrics; `twice`: a second run must find nothing to do, and no stage
+    may have opened what dvc.yaml does not list."""
     with tempfile.TemporaryDirectory() as folder:
         project = smoke_clone(Path(folder, "clone"))
+        log = project.with_name("opened")
+        environment = environment | (opened.recording(log) if twice else {})
         words, output = ["dvc", "repro", "--no-run-cache"], subprocess.PIPE if quiet else None
         done = subprocess.run(words, cwd=project, env=os.environ | FIXED | environment, stdout=output, stderr=output)
         if done.returncode:
             sys.exit(f"dvc repro failed{': ' + done.stderr.decode()[-2000:] if quiet else ''}")
+        if twice and (lines := opened.slips(project, log)):
+            sys.exit("\n".join(lines))
         if twice and "Running stage" in (again := command(project, "dvc", "repro")):
             sys.exit(f"the second repro had something to do:\n{again}")
         return metrics(project)

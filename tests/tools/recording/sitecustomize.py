@@ -1,0 +1,72 @@
+"""Notes which of the project's files a stage opens: a process with this folder on PYTHONPATH appends to the file WEIGHTLENS_OPENED
+a line for each, its command and the path. See opened.py. Python imports a module of this name when it starts.
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+EVENTS = {  # and below which folders of the project they count: Python itself lists the folders of its modules
+    "open": ("data", "models", "reports", "stages"),
+    "os.listdir": ("data", "models", "reports"),
+    "os.scandir": ("data", "models", "reports"),
+}
+
+
+def record(command: str, log: str) -> None:
+    """Note from now on what this process opens below its working folder; child processes do the same in its name."""
+    os.environ["WEIGHTLENS_OPENED_BY"] = command
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    project = f"{Path.cwd()}{os.sep}"
+    below = {event: tuple(f"{project}{folder}{os.sep}" for folder in folders) for event, folders in EVENTS.items()}
+    noted = set()
+
+    def note(event: str, arguments: tuple) -> None:
+        if event not in below or not isinstance(arguments[0], str | bytes | os.PathLike):
+            return  # a descriptor's path was noted when it was opened
+        path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 (it may be bytes)
+        if not path.startswith(below[event]) or path in noted:
+            return
+        if event == "open" and os.path.isdir(path):  # noqa: PTH112
+            return  # to flush it: who wants to know what is in it lists it
+        noted.add(path)
+        os.write(file, f"{command}\t{path.removeprefix(project)}\n".encode())
+
+    sys.addaudithook(note)
+    sys.meta_path[:0] = [After("safetensors", "safe_open"), After("pyarrow.parquet", "read_table")]
+
+
+class After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a module as it is, and then makes one of its functions say which file it opens, outside of Python."""
+
+    def __init__(self, module: str, function: str) -> None:
+        self.module, self.function = module, function
+
+    def find_spec(self, name, *_):
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+        original = getattr(module, self.function)
+
+        def announced(path, *arguments, **options):
+            sys.audit("open", path, "r", 0)
+            return original(path, *arguments, **options)
+
+        setattr(module, self.function, announced)
+
+
+words = sys.orig_argv
+is_stage = words[1:2] == ["-m"] and words[2].startswith("stages.")
+if command := os.environ.get("WEIGHTLENS_OPENED_BY") or (is_stage and " ".join(words)):
+    record(command, os.environ["WEIGHTLENS_OPENED"])
