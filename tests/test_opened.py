@@ -47,6 +47,7 @@ thread.start()
 thread.join()
 subprocess.run([sys.executable, "-c", "open('data/by_a_child')"], check=True)
 list(Path("data/listed").iterdir())
+list(Path("models").iterdir())
 """
 UNDECLARED = (
     "data/by_a_child",
@@ -58,6 +59,7 @@ UNDECLARED = (
     "data/undeclared.npy",
     "data/undeclared.parquet",
     "data/undeclared.pt",
+    "models",
     "stages/library.py",
 )
 

@@ -5,8 +5,8 @@ Every process of a stage notes what it opens below data/, models/, reports/ and 
 
 Not seen: whether a file is there, its size and date; what another library opens outside of Python; programs that are not Python;
 folders listed through a descriptor; Ray's workers on other nodes; what a stage reads only at another scale or after it was
-interrupted. An input that is declared and that nothing opens is a slip as well, so that a reader which the wrappers miss does not
-go unnoticed.
+interrupted. An input of data that is declared and that no item of the stage opens is a slip as well, so that a reader which the
+wrappers miss does not go unnoticed.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def recording(log: Path) -> dict[str, str]:
 
 
 def slips(project: Path, log: Path) -> list[str]:
-    """Return a line for every file that a stage opened undeclared, and for every input of data that it did not open."""
+    """Return a line for every file that a stage opened undeclared, and for every input of data that no item of it did."""
     opened: dict[str, set[Path]] = {}
     for line in log.read_text().splitlines():
         command, _, path = line.partition("\t")
@@ -31,6 +31,8 @@ def slips(project: Path, log: Path) -> list[str]:
     with Repo(project) as repo:
         stages = {stage.cmd: stage for stage in repo.index.stages if isinstance(stage, PipelineStage)}
     lines = [f"'{command}' ran, which is no stage's command" for command in sorted(opened.keys() - stages.keys())]
+    read: dict[str, set[Path]] = {}  # by the name of a stage in dvc.yaml: all its items together
+    listed: dict[str, set[Path]] = {}
     for command, stage in sorted(stages.items()):
         if command not in opened:
             lines.append(f"{stage.name} did not run, or nothing was noted: it opens at least its code")
@@ -40,9 +42,10 @@ def slips(project: Path, log: Path) -> list[str]:
         for path in sorted(opened[command]):
             if not {path, *path.parents} & (inputs | outputs) and path.name != "__init__.py":
                 lines.append(f"{stage.name} opens {path}, which dvc.yaml does not list")
-        used = {parent for path in opened[command] for parent in (path, *path.parents)}
-        lines += [f"{stage.name} does not open {dep}" for dep in sorted(inputs - used) if dep.suffix != ".py"]
-    return lines
+        name = stage.name.partition("@")[0]
+        read.setdefault(name, set()).update(*((path, *path.parents) for path in opened[command]))
+        listed.setdefault(name, set()).update(path for path in inputs if path.suffix != ".py")
+    return lines + [f"{name} does not open {path}" for name in listed for path in sorted(listed[name] - read[name])]
 
 
 def named(path: Path) -> Path:

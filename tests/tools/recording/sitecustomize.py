@@ -18,7 +18,7 @@ EVENTS = {  # and below which folders of the project they count: Python itself l
 def record(command: str, log: str) -> None:
     """Note from now on what this process opens below its working folder; child processes do the same in its name."""
     os.environ["WEIGHTLENS_OPENED_BY"] = command
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     project = f"{Path.cwd()}{os.sep}"
     below = {event: tuple(f"{project}{folder}{os.sep}" for folder in folders) for event, folders in EVENTS.items()}
     noted = set()
@@ -27,7 +27,7 @@ def record(command: str, log: str) -> None:
         if event not in below or not isinstance(arguments[0], str | bytes | os.PathLike):
             return  # a descriptor's path was noted when it was opened
         path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 (it may be bytes)
-        if not path.startswith(below[event]) or path in noted:
+        if path in noted or not f"{path}{os.sep}".startswith(below[event]):
             return
         if event == "open" and os.path.isdir(path):  # noqa: PTH112
             return  # to flush it: who wants to know what is in it lists it
