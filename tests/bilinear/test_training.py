@@ -114,6 +114,8 @@ def test_evaluate_is_the_mean_over_images_for_any_batch_size(config):
     smaller = copy.copy(data.test_loader)
     smaller.batch_size = 7
     assert evaluate(model, smaller, nn.CrossEntropyLoss(), torch.device("cpu")) == pytest.approx((loss, accuracy))
+    with pytest.raises(ValueError, match="loader: expected at least one batch, got none"):
+        evaluate(model, [], nn.CrossEntropyLoss(), torch.device("cpu"))
 
 
 def test_warmup_cosine_rises_to_one_and_falls_to_zero():
