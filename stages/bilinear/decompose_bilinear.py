@@ -8,6 +8,8 @@ Writes  models/decompose_bilinear/<dataset>/decomposition.pt   DecompositionArti
         reports/decompose_bilinear/<dataset>/*.png
 """
 
+# Axes: n images, c classes, m masks, k eigenvectors, d pixels times channels.
+
 import copy
 import statistics
 from collections.abc import Callable
@@ -56,8 +58,8 @@ REPORTS = Path("reports/decompose_bilinear")
 
 DEPTHS = {"linear": 0, "regularised": 1, "unregularised": 1, "two_layer": 2}  # bilinear layers of each variant
 SINGLE_LAYER = ("regularised", "unregularised")
-CHUNK = 1000  # images at a time, where memory grows with images x classes x eigenvectors
-MASK_CANDIDATES = 3  # masks of each class among which validation chooses
+IMAGES_AT_ONCE = 1000  # where memory grows with images x classes x eigenvectors
+MASK_CANDIDATES = 3  # masks of each class, and their negatives, among which validation chooses
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 Model = BilinearImageClassifier
@@ -127,7 +129,7 @@ def reconstruction_error(model: Model, artifacts: DecompositionArtifacts, x: Flo
 
 def mean_over_chunks(measure: Callable[[ImageSet], Float[Tensor, "*n"]], test: ImageSet) -> Float[Tensor, "*n"]:
     """Return the mean over all images of what `measure` gives as the mean of some: intermediate tensors stay small."""
-    chunks = [test.subset(rows) for rows in torch.arange(len(test)).split(CHUNK)]
+    chunks = [test.subset(rows) for rows in torch.arange(len(test)).split(IMAGES_AT_ONCE)]
     return sum(measure(chunk) * len(chunk) for chunk in chunks) / len(test)
 
 
@@ -175,15 +177,19 @@ def choose_masks(
     return chosen, {"best": on_test[left.amin(1).argmin().item()], "mean": statistics.fmean(on_test)}
 
 
-def mask_accuracy(
-    model: Model, artifacts: DecompositionArtifacts, validation: ImageSet, test: ImageSet, params: Params, seed: int
-) -> tuple[dict[str, dict[str, float]], Float[Tensor, "c d"], Float[Tensor, "c d"]]:
-    """Return test accuracies under masks of norm `mask_norm`, and the masks chosen.
+def candidate_masks(artifacts: DecompositionArtifacts, norm: float, rank: int) -> Float[Tensor, "c m d"]:
+    """Return a few masks of each class, made of the weights, of both signs."""
+    masks = norm * adversarial_masks(artifacts, rank)[:, :MASK_CANDIDATES]
+    return torch.cat([masks, -masks], dim=1)
 
-    `mask` are made of the weights; `permuted`, the baseline, are the same with their pixels permuted, chosen alike.
+
+def mask_accuracy(
+    model: Model, masks: Float[Tensor, "c m d"], validation: ImageSet, test: ImageSet, seed: int
+) -> tuple[dict[str, dict[str, float]], Float[Tensor, "c d"], Float[Tensor, "c d"]]:
+    """Return test accuracies under the most harmful of each class's masks, and the masks chosen.
+
+    `mask` are those given; `permuted`, the baseline, are the same with their pixels permuted, chosen alike.
     """
-    masks = params.mask_norm * adversarial_masks(artifacts, params.mask_rank)[:, :MASK_CANDIDATES]
-    masks = torch.cat([masks, -masks], dim=1)
     order = torch.rand(masks.shape, generator=generator(seed, "permuted masks")).argsort(2).to(masks.device)
     chosen, left = choose_masks(model, masks, validation, test)
     permuted, left_permuted = choose_masks(model, masks.gather(2, order), validation, test)
@@ -191,7 +197,7 @@ def mask_accuracy(
 
 
 def deletion_agreement(model: Model, test: ImageSet, counts: list[int], seed: int) -> dict[str, dict[int, float]]:
-    """Return the share of images that keep their predicted class when n pixels are set to zero, for every n of `counts`.
+    """Return the fraction of images that keep their predicted class when n pixels are set to zero, for every n of `counts`.
 
     `attributed` deletes the pixels that add most to the predicted logit. The baselines: `random`, any pixels that are lit,
     and `brightest`.
@@ -209,23 +215,27 @@ def deletion_agreement(model: Model, test: ImageSet, counts: list[int], seed: in
     return {name: {count: kept(ranking, count) for count in counts} for name, ranking in rankings.items()}
 
 
-def seed_similarity(decompositions: list[DecompositionArtifacts], params: Params) -> dict[str, dict[str, float]]:
-    """Return the similarity between every two seeds' eigenvectors and spans, mean and spread over the pairs."""
+def seed_similarity(
+    decompositions: list[DecompositionArtifacts], matched: int, spanned: int
+) -> dict[str, dict[str, float]]:
+    """Return the similarity between every two seeds, mean and spread over the pairs: of the `matched` largest eigenvectors of
+    each class, and of the span of the `spanned` most positive.
+    """
     pairs = list(combinations(decompositions, 2))
     return {
-        "eigenvectors": mean_std([matched_similarity(a, b, params.similarity_rank) for a, b in pairs]),
-        "subspace": mean_std([subspace_similarity(a, b, params.subspace_rank) for a, b in pairs]),
+        "eigenvectors": mean_std([matched_similarity(a, b, matched) for a, b in pairs]),
+        "subspace": mean_std([subspace_similarity(a, b, spanned) for a, b in pairs]),
     }
 
 
-def analyse_two_layer(network: Network, test: ImageSet, params: Params) -> dict[str, Any]:
+def analyse_two_layer(network: Network, test: ImageSet, ranks: list[int], seed: int) -> dict[str, Any]:
     """Return a two-layer network's accuracy, and `nested`[ranking][k1][k2] from k1 outer and k2 inner eigenvectors a class.
 
     Rankings: `magnitude` takes the largest, `random`, the baseline, any.
     """
     model = network.model
-    ranks = sorted({min(rank, len(model.embedding_weight)) for rank in params.nested_ranks})
-    random = generator(params.seed + network.seed, "random eigenvectors")
+    ranks = sorted({min(rank, len(model.embedding_weight)) for rank in ranks})
+    random = generator(seed + network.seed, "random eigenvectors")
 
     def any_order(values: Float[Tensor, "c k"]) -> Int[Tensor, "c k"]:
         return torch.rand(values.shape, generator=random).argsort(1).to(values.device)
@@ -263,9 +273,10 @@ def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -
     """Measure one single-layer classifier; its random baselines are drawn by `params.seed` and its own seed."""
     model, split, seed = network.model, network.config["dataset"], params.seed + network.seed
     rest, validation = split_validation(train, split["validation_fraction"], split["split_seed"])
-    some = torch.randperm(len(validation), generator=generator(seed, "validation images"))[: params.validation_images]
+    chosen = torch.randperm(len(validation), generator=generator(seed, "validation images"))[: params.validation_images]
     bases, x = decompose_in_bases(model, rest.pixels()), test.pixels()
-    mask_acc, masks, permuted = mask_accuracy(model, bases["input"], validation.subset(some), test, params, seed)
+    candidates = candidate_masks(bases["input"], params.mask_norm, params.mask_rank)
+    mask_acc, masks, permuted = mask_accuracy(model, candidates, validation.subset(chosen), test, seed)
     ranks = {basis: clip_ranks(params.ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
     numbers = {
         "full_acc": accuracy(model(x), test.labels).item(),
@@ -323,7 +334,7 @@ def two_layer_rows(nested: dict[str, Any]) -> Rows:
 
 
 def write_report(
-    folder: Path, summary: dict[str, Any], first: dict[str, Analysis], test: ImageSet, params: Params
+    folder: Path, summary: dict[str, Any], first: dict[str, Analysis], test: ImageSet, headline_ranks: list[int]
 ) -> None:
     """Write the tables, and the pictures of the `first` network of each variant."""
     regularised, unregularised = first["regularised"], first["unregularised"]
@@ -339,7 +350,7 @@ def write_report(
     pictures.draw_attributions(folder / "attributions.png", regularised.model, test)
     save_csv(folder / "truncation.csv", curves)
     save_csv(folder / "two_layer.csv", two_layer_rows(summary["two_layer"]["nested"]))
-    shortened = {variant: headline(summary[variant], params.headline_ranks) for variant in SINGLE_LAYER}
+    shortened = {variant: headline(summary[variant], headline_ranks) for variant in SINGLE_LAYER}
     two_layer = {"full_acc": summary["two_layer"]["full_acc"]}
     save_json(folder / "summary.json", summary | shortened | {"two_layer": two_layer})
     for k, kept in shortened["regularised"]["truncated_acc"]["hidden"]["sign"].items():
@@ -354,6 +365,7 @@ def main() -> None:
     pin_threads()
     device = pick_device()
     train, test = load_images(dataset, device)
+    similarity_ranks = params.similarity_rank, params.subspace_rank
     networks = {variant: load_networks(dataset, variant, depth) for variant, depth in DEPTHS.items()}
 
     summary: dict[str, Any] = {"mask_norm": params.mask_norm}
@@ -364,15 +376,20 @@ def main() -> None:
     for variant in SINGLE_LAYER:
         analyses = parallel_map(lambda n: analyse(n, train, test, params), networks[variant], device, variant)
         summary[variant] = over_seeds([analysis.numbers for analysis in analyses])
-        summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses], params)
+        summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses], *similarity_ranks)
         first[variant] = analyses[0]
     untrained = [decompose_untrained(network) for network in networks["regularised"]]
-    summary["untrained"] = {"similarity": seed_similarity(untrained, params)}
-    trees = parallel_map(lambda n: analyse_two_layer(n, test, params), networks["two_layer"], device, "two_layer")
-    summary["two_layer"] = over_seeds(trees)
+    summary["untrained"] = {"similarity": seed_similarity(untrained, *similarity_ranks)}
+    nested = parallel_map(
+        lambda n: analyse_two_layer(n, test, params.nested_ranks, params.seed),
+        networks["two_layer"],
+        device,
+        "two_layer",
+    )
+    summary["two_layer"] = over_seeds(nested)
 
     save_torch(MODELS / dataset / "decomposition.pt", vars(first["regularised"].bases["hidden"].to("cpu")))
-    write_report(REPORTS / dataset, summary, first, test, params)
+    write_report(REPORTS / dataset, summary, first, test, params.headline_ranks)
 
 
 if __name__ == "__main__":

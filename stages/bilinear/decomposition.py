@@ -4,6 +4,9 @@
 
 Pearce et al. 2024, arXiv:2410.08417, section 3, extended: the constant coordinate folds biases and residuals exactly, other
 bases than the hidden one, and networks of two layers by decomposing the forms of the first along the eigenvectors of the second.
+
+Axes: n images, c classes, h hidden units, z coordinates of the forms (h, or h + 1 with the constant), k eigenvectors, g coordinates
+of a basis, r ranks.
 """
 
 from collections.abc import Callable
@@ -13,12 +16,14 @@ import torch
 from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from stages.bilinear.model import BilinearImageClassifier
 
 typed = jaxtyped(typechecker=beartype)
+
+IMAGES_AT_ONCE = 4096  # more would only take memory
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,25 @@ class DecompositionArtifacts:
 # --- the forms ---------------------------------------------------------------------------------------------------------
 
 
+def with_layers(model: nn.Module, count: int | None = None) -> BilinearImageClassifier:
+    """Return the network; ValueError unless it is a bilinear classifier of so many layers (None: one or more)."""
+    wanted = {None: "1 or more bilinear layers", 1: "1 bilinear layer"}.get(count, f"{count} bilinear layers")
+    if not isinstance(model, BilinearImageClassifier):
+        raise ValueError(f"expected a BilinearImageClassifier with {wanted}, got an object of {type(model).__name__}")
+    if not model.blocks or count not in (None, len(model.blocks)):
+        raise ValueError(f"expected a network of {wanted}, got {len(model.blocks)}")
+    return model
+
+
+def check_ranks(ranks: list[int], what: str = "eigenvectors") -> None:
+    """ValueError unless there are ranks, each 1 or more: 0 and less would count from the end."""
+    if not ranks or min(ranks) < 1:
+        raise ValueError(f"expected 1 or more {what}, got {ranks}")
+
+
 def has_constant(model: BilinearImageClassifier) -> bool:
-    """Whether the network's forms need the constant coordinate: z = [h; 1]."""
+    """Whether the network's forms need the constant coordinate: z = [h; 1]. ValueError without a bilinear layer."""
+    with_layers(model)
     return model.residual or model.blocks[0].bias is not None
 
 
@@ -77,12 +99,12 @@ def layer_forms(model: BilinearImageClassifier, layer: int, u: Float[Tensor, "k 
 
 
 @typed
-def build_bilinear_tensor(model: BilinearImageClassifier) -> Float[Tensor, "c z z"]:
-    """Return Q with logit_c = z^T Q_c z, not symmetrised. ValueError unless the network has exactly one bilinear layer."""
-    if len(model.blocks) != 1:
-        raise ValueError(
-            f"expected a network of 1 bilinear layer, got {len(model.blocks)}: its logits are no quadratic forms; see nested_logits for 2"
-        )
+def build_bilinear_tensor(model: nn.Module) -> Float[Tensor, "c z z"]:
+    """Return Q with logit_c = z^T Q_c z, not symmetrised.
+
+    ValueError unless the network has exactly one bilinear layer: of none its logits are linear, and for two see `nested_logits`.
+    """
+    model = with_layers(model, 1)
     return layer_forms(model, 0, model.output_weight)
 
 
@@ -96,37 +118,40 @@ def symmetrize_bilinear_tensor(tensor: Float[Tensor, "*c z z"]) -> Float[Tensor,
 
 
 @typed
-def input_basis(model: BilinearImageClassifier) -> Float[Tensor, "z g"]:
+def input_basis(model: nn.Module) -> Float[Tensor, "z g"]:
     """Return A with z = A g, where g are orthonormal coordinates of the pixels the embedding sees: E^T = O R, A = R^T.
 
     Its eigenvectors do not change when the hidden space is recombined (E -> M E, L -> L M^-1, R -> R M^-1), the hidden basis's do.
     """
+    model = with_layers(model)
     basis = torch.linalg.qr(model.embedding_weight.T).R.T
     return torch.block_diag(basis, basis.new_ones(1, 1)) if has_constant(model) else basis
 
 
 @typed
-def data_basis(model: BilinearImageClassifier, x: Float[Tensor, "n *chw"]) -> Float[Tensor, "z g"]:
+def data_basis(model: nn.Module, x: Float[Tensor, "n *chw"]) -> Float[Tensor, "z g"]:
     """Return A with z = A g, where g are uncorrelated coordinates of unit second moment on `x` (directions without data left out)."""
-    chunks = (embed(model, chunk.to(model.embed.weight.dtype)) for chunk in x.split(4096))
+    model = with_layers(model)
+    chunks = (embed(model, chunk.to(model.embed.weight.dtype)) for chunk in x.split(IMAGES_AT_ONCE))
     moments, directions = torch.linalg.eigh(sum(z.T @ z for z in chunks) / len(x))
     kept = moments > moments[-1] * len(moments) * torch.finfo(moments.dtype).eps
     return directions[:, kept] * moments[kept].sqrt()
 
 
 @typed
-def decompose_bilinear_model(
-    model: BilinearImageClassifier, basis: Float[Tensor, "z g"] | None = None
-) -> DecompositionArtifacts:
-    """Return the forms of a single-layer classifier and their eigenvectors. ValueError if it has another number of layers.
+def decompose_bilinear_model(model: nn.Module, basis: Float[Tensor, "z g"] | None = None) -> DecompositionArtifacts:
+    """Return the forms of a single-layer classifier and their eigenvectors. ValueError if it is none.
 
     basis: A with z = A g, in whose coordinates the eigenvectors are orthonormal (`input_basis`, `data_basis`); None: the
     hidden space. The eigenvectors returned are the vectors that read z and x, whatever the basis.
     """
+    model = with_layers(model, 1)
     tensor = build_bilinear_tensor(model)
     forms = symmetrize_bilinear_tensor(tensor)
     if basis is None:
         eigenvalues, eigenvectors = torch.linalg.eigh(forms)
+    elif len(basis) != forms.shape[1]:
+        raise ValueError(f"basis: expected {forms.shape[1]} rows, one for each number of z, got {len(basis)}")
     else:
         eigenvalues, eigenvectors = torch.linalg.eigh(symmetrize_bilinear_tensor(basis.T @ forms @ basis))
         eigenvectors = torch.linalg.pinv(basis).T @ eigenvectors
@@ -174,6 +199,7 @@ def truncated_logits(
     terms: Float[Tensor, "n c k"], order: Int[Tensor, "c k"], ranks: list[int]
 ) -> Float[Tensor, "r n c"]:
     """Return the logits from the first r eigenvectors of each class in `order`, for every r in `ranks` (1 to k)."""
+    check_ranks(ranks)
     sums = terms.gather(2, order.expand_as(terms)).cumsum(2)
     return sums[:, :, torch.tensor(ranks) - 1].permute(2, 0, 1)
 
@@ -194,15 +220,13 @@ class NestedDecomposition:
 Order = Callable[[Float[Tensor, "c k"]], Int[Tensor, "c k"]]
 
 
-def decompose_two_layers(
-    model: BilinearImageClassifier, rank: int, order: Order = order_by_magnitude
-) -> NestedDecomposition:
+def decompose_two_layers(model: nn.Module, rank: int, order: Order = order_by_magnitude) -> NestedDecomposition:
     """Return the first `rank` outer eigenvectors of each class in `order`, with all of their inner ones in `order`.
 
-    ValueError if the network has another number of layers than 2.
+    ValueError unless the network has two bilinear layers.
     """
-    if len(model.blocks) != 2:
-        raise ValueError(f"expected a network of 2 bilinear layers, got {len(model.blocks)}")
+    model = with_layers(model, 2)
+    check_ranks([rank])
 
     def ordered(forms: Float[Tensor, "c z z"], rank: int) -> tuple[Float[Tensor, "c k"], Float[Tensor, "c z k"]]:
         values, vectors = torch.linalg.eigh(symmetrize_bilinear_tensor(forms))
@@ -220,6 +244,8 @@ def nested_logits(
     tree: NestedDecomposition, z: Float[Tensor, "n z"], outer_ranks: list[int], inner_ranks: list[int]
 ) -> Float[Tensor, "outer inner n c"]:
     """Return a two-layer classifier's logits from its first r outer and s inner eigenvectors, for all r and s."""
+    check_ranks(outer_ranks, "outer eigenvectors")
+    check_ranks(inner_ranks, "inner eigenvectors")
     logits = []
     for outer, inner, w in zip(tree.outer_values, tree.inner_values, tree.inner_vectors, strict=True):
         terms = eigen_terms(z, inner[:, : max(inner_ranks)], w[:, :, : max(inner_ranks)])
@@ -238,6 +264,7 @@ def adversarial_masks(artifacts: DecompositionArtifacts, rank: int) -> Float[Ten
 
     The pseudo-inverse of the eigenvectors: mask_i . v_j = 0 for i != j (arXiv:2410.08417, section 4.4).
     """
+    check_ranks([rank])
     top = artifacts.eigenvectors_input[:, -rank:].flip(1)
     return normalize(torch.linalg.pinv(top.mT), dim=2)
 
@@ -246,11 +273,14 @@ def adversarial_masks(artifacts: DecompositionArtifacts, rank: int) -> Float[Ten
 def pixel_attributions(
     model: BilinearImageClassifier, x: Float[Tensor, "n *chw"], classes: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n d_input"], Float[Tensor, " n"]]:
-    """Return x_i (Q_c x)_i for every pixel of every image and its class c, and the constant's share (0 without one).
+    """Return x_i (Q_c x)_i for every pixel of every image and its class c, and the constant's part (0 without one).
 
     They sum to the logit exactly: each pixel gets its square and half of every product it is in.
     """
     forms = symmetrize_bilinear_tensor(build_bilinear_tensor(model))
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(forms):
+        got = f"{int(classes.min())} to {int(classes.max())}"
+        raise ValueError(f"classes: expected 0 to {len(forms) - 1}, got {got}")
     z = embed(model, x)
     gradient = torch.empty_like(z)  # half of it: Q_c z
     for c, form in enumerate(forms):
@@ -267,6 +297,8 @@ def matched_similarity(a: DecompositionArtifacts, b: DecompositionArtifacts, ran
     Order is free (Hungarian matching), sign is not defined; eigenvectors of opposite eigenvalue do not match. In 0 to 1.
     """
 
+    check_ranks([rank])
+
     def top(artifacts: DecompositionArtifacts) -> tuple[Float[Tensor, "c r d"], Float[Tensor, "c r"]]:
         order = order_by_magnitude(artifacts.eigenvalues)[:, :rank]
         vectors = artifacts.eigenvectors_input.gather(
@@ -282,5 +314,6 @@ def matched_similarity(a: DecompositionArtifacts, b: DecompositionArtifacts, ran
 @typed
 def subspace_similarity(a: DecompositionArtifacts, b: DecompositionArtifacts, rank: int) -> float:
     """Return the mean cosine of the principal angles between the spans of two networks' `rank` most positive eigenvectors. In 0 to 1."""
+    check_ranks([rank])
     span_a, span_b = (torch.linalg.qr(artifacts.eigenvectors_input[:, -rank:].mT).Q for artifacts in (a, b))
     return torch.linalg.svdvals(span_a.mT @ span_b).mean().item()

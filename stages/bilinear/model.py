@@ -1,6 +1,8 @@
 """The bilinear image classifier: logits = head(B(...B(embed(x)))), with blocks B(h) = (L h) * (R h).
 
 Pearce et al. 2024, "Bilinear MLPs enable weight-based mechanistic interpretability", arXiv:2410.08417, section 3.
+
+Axes: b images, h hidden units.
 """
 
 from typing import Any
@@ -34,6 +36,9 @@ class BilinearImageClassifier(nn.Module):
         self, d_input: int, d_hidden: int, d_output: int, n_layer: int, bias: bool, residual: bool, seed: int
     ) -> None:
         super().__init__()
+        if min(d_input, d_hidden, d_output) < 1 or n_layer < 0:
+            got = f"{d_input}, {d_hidden}, {d_output} and {n_layer} layers"
+            raise ValueError(f"expected d_input, d_hidden and d_output of 1 or more and 0 or more layers, got {got}")
         self.residual = residual
         self.embed = nn.Linear(d_input, d_hidden, bias=False)
         self.blocks = nn.ModuleList([Bilinear(d_hidden, bias) for _ in range(n_layer)])

@@ -1,4 +1,7 @@
-"""Pictures of decomposed bilinear classifiers."""
+"""Pictures of decomposed bilinear classifiers.
+
+Axes: c classes, d pixels times channels.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -107,11 +110,11 @@ def draw_attributions(path: Path, model: BilinearImageClassifier, data: ImageSet
     first = [int((data.labels == c).nonzero()[0]) for c in range(min(MAX_CLASSES, len(data.classes)))]
     x = data.subset(torch.tensor(first)).pixels()
     predicted = model(x).argmax(1)
-    shares = pixel_attributions(model, x, predicted)[0].view_as(x)
+    attributions = pixel_attributions(model, x, predicted)[0].view_as(x)
     figure, axes = image_grid(2, len(first))
     for i, c in enumerate(predicted.tolist()):
         show_image(axes[0, i], x[i].cpu().numpy())
-        show_signed(axes[1, i], shares[i].cpu().numpy())
+        show_signed(axes[1, i], attributions[i].cpu().numpy())
         axes[1, i].set_title(data.classes[c], fontsize=7, pad=1)
     for ax, label in zip(axes[:, 0], ("image", "adds to\nits logit"), strict=True):
         ax.set_ylabel(label, rotation=0, ha="right", va="center")

@@ -28,7 +28,7 @@ from stages.common.randomness import set_seed
 from stages.common.runtime import autocast, pick_device, resolve_device
 from stages.common.stage import InputError
 
-# The public names of the system's original interface.
+# The public names of the system's original interface: users import them from here, wherever the project keeps them.
 __all__ = [
     "DatasetBundle",
     "build_image_dataloaders",
@@ -41,7 +41,7 @@ __all__ = [
     "warmup_cosine",
 ]
 
-EVALUATION_BATCH = 4096
+IMAGES_AT_ONCE = 4096  # where nothing is trained: more would only take memory
 CHECKPOINT_KEYS = {"model_state_dict", "config", "epoch", "metrics"}
 
 
@@ -62,8 +62,8 @@ def build_image_dataloaders(dataset_cfg: dict[str, Any], train_cfg: dict[str, An
     train, validation = split_validation(train, dataset_cfg["validation_fraction"], dataset_cfg["split_seed"])
     return DatasetBundle(
         train_loader=Batches(train, train_cfg["batch_size"], seed, train_cfg["shift"], train_cfg["input_noise"]),
-        val_loader=Batches(validation, EVALUATION_BATCH),
-        test_loader=Batches(test, EVALUATION_BATCH),
+        val_loader=Batches(validation, IMAGES_AT_ONCE),
+        test_loader=Batches(test, IMAGES_AT_ONCE),
         input_shape=tuple(test.images.shape[1:]),
         num_classes=len(test.classes),
     )
@@ -75,6 +75,7 @@ def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object
     Writes best.pt, latest.pt, metrics.csv (a row an epoch) and summary.json into `run_dir`, and returns
     {"run_dir", "metrics_path", "summary_path", "best_checkpoint_path", "latest_checkpoint_path"}.
     """
+    # Elsewhere only main() writes files. Here a run does, since that is the original interface: a config in, paths out.
     recipe, device = config["train"], pick_device()
     data = build_image_dataloaders(config["dataset"], recipe, config["seed"])
     config = config | {
@@ -145,7 +146,10 @@ def evaluate(
     criterion: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
 ) -> tuple[float, float]:
-    """Return (mean loss, accuracy in 0 to 1) over all batches of `loader`; `criterion` averages over a batch."""
+    """Return (mean loss, accuracy in 0 to 1) over all batches of `loader`; `criterion` averages over a batch.
+
+    ValueError if there is none.
+    """
     was_training = model.training
     model.eval()
     loss = correct = n = 0.0
@@ -156,6 +160,8 @@ def evaluate(
         correct += (logits.argmax(1) == labels).sum().item()
         n += len(labels)
     model.train(was_training)
+    if n == 0:
+        raise ValueError("loader: expected at least one batch, got none: it is empty, or a generator that is used up")
     return loss / n, correct / n
 
 

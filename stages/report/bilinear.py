@@ -78,10 +78,10 @@ def attribution_rows(summary: dict[str, Any]) -> list[list[str]]:
     return [
         [
             f"regularised: predictions kept when the top {count} of the pixels by attribution are deleted",
-            percent(share),
+            percent(fraction),
             f"the brightest {percent(kept['brightest'][count])}, random lit ones {percent(kept['random'][count])}",
         ]
-        for count, share in kept["attributed"].items()
+        for count, fraction in kept["attributed"].items()
     ]
 
 

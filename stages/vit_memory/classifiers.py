@@ -1,4 +1,7 @@
-"""Classifiers on frozen features."""
+"""Classifiers on frozen features.
+
+Axes: n examples, m patterns of a memory, q queries, c classes, d features, f random features.
+"""
 
 import torch
 from jaxtyping import Float, Int
@@ -7,16 +10,20 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from stages.vit_memory.hopfield import associate
 
+SMALLEST_STD = 1e-3  # of a feature: one that never changes is left at 0
+LBFGS_STEPS = 40  # at most: enough to the end, since the loss is convex and the weights decay
+SMALLEST_PROBABILITY = 1e-12  # of a class of which nothing is retrieved
+
 
 def linear_probe(
-    x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], queries: Float[Tensor, "m d"], classes: int, decay: float
-) -> Float[Tensor, "m c"]:
+    x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], queries: Float[Tensor, "q d"], classes: int, decay: float
+) -> Float[Tensor, "q c"]:
     """Return the logits of softmax regression on standardised features, fitted to the end by L-BFGS: a strong baseline."""
-    mean, std = x.mean(0), x.std(0) + 1e-3
+    mean, std = x.mean(0), x.std(0) + SMALLEST_STD
     x, queries = (x - mean) / std, (queries - mean) / std
     weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -30,11 +37,11 @@ def linear_probe(
 
 def class_means(x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int) -> Float[Tensor, "c d"]:
     """Return the mean of each class; 0 of an empty one."""
-    member = one_hot(labels, classes).T.to(x)
-    return member @ x / member.sum(1, keepdim=True).clamp(min=1)
+    members = one_hot(labels, classes).T.to(x)
+    return members @ x / members.sum(1, keepdim=True).clamp(min=1)
 
 
-def centred_cosines(means: Float[Tensor, "c d"], queries: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
+def centred_cosines(means: Float[Tensor, "c d"], queries: Float[Tensor, "q d"]) -> Float[Tensor, "q c"]:
     """Return the cosine of each query to each class mean, the mean of the means being the origin."""
     centre = means.mean(0)
     return normalize(queries - centre, dim=1) @ normalize(means - centre, dim=1).T
@@ -62,14 +69,14 @@ class Whitening:
 def memory_log_probabilities(
     keys: Float[Tensor, "m d"],
     labels: Int[Tensor, " m"],
-    queries: Float[Tensor, "n d"],
+    queries: Float[Tensor, "q d"],
     classes: int,
     beta: float,
-) -> Float[Tensor, "n c"]:
-    """Return the log of the retrieved share of each class's patterns; keys and queries are centred and normalised."""
+) -> Float[Tensor, "q c"]:
+    """Return the log of the attention that each class's patterns get; keys and queries are centred and normalised."""
     centre = keys.mean(0)
-    shares = associate(normalize(keys - centre, dim=1), normalize(queries - centre, dim=1), beta)
-    return (shares @ one_hot(labels, classes).to(shares)).clamp(min=1e-12).log()
+    attention = associate(normalize(keys - centre, dim=1), normalize(queries - centre, dim=1), beta)
+    return (attention @ one_hot(labels, classes).to(attention)).clamp(min=SMALLEST_PROBABILITY).log()
 
 
 class RanPAC:
@@ -92,7 +99,7 @@ class RanPAC:
         self.gram += (h.T @ h).double()
         self.targets += (h.T @ one_hot(labels, self.targets.shape[1]).to(h)).double()
 
-    def scores(self, queries: Float[Tensor, "m d"], ridge: float) -> Float[Tensor, "m c"]:
+    def scores(self, queries: Float[Tensor, "q d"], ridge: float) -> Float[Tensor, "q c"]:
         """Return the regression's outputs."""
         weights = torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram), self.targets)
         return self.expand(queries) @ weights.to(queries)

@@ -1,4 +1,7 @@
-"""Few-shot episodes: a few labelled images of a few classes to learn from, and others to be tested on."""
+"""Few-shot episodes: a few labelled images of a few classes to learn from, and others to be tested on.
+
+Axes: n training images, m test images, w classes of an episode, s support images, q queries.
+"""
 
 from dataclasses import dataclass
 
@@ -30,16 +33,16 @@ def draw_episode(
     Training and test images may be the same: then no query is a support.
     """
     random = generator(seed, "episode")
-    known = train_labels.unique().cpu()
-    if n_way > len(known):
-        raise InputError(f"n_way {n_way}: there are {len(known)} classes")
-    classes = known[torch.randperm(len(known), generator=random)[:n_way]].sort().values
+    all_classes = train_labels.unique().cpu()
+    if n_way > len(all_classes):
+        raise InputError(f"n_way {n_way}: there are {len(all_classes)} classes")
+    classes = all_classes[torch.randperm(len(all_classes), generator=random)[:n_way]].sort().values
     support = []
     for c in classes.tolist():
-        own = (train_labels == c).nonzero()[:, 0].cpu()
-        if len(own) < n_shot:
-            raise InputError(f"n_shot {n_shot}: class {c} has {len(own)} training images")
-        support.append(own[torch.randperm(len(own), generator=random)[:n_shot]])
+        of_class = (train_labels == c).nonzero()[:, 0].cpu()
+        if len(of_class) < n_shot:
+            raise InputError(f"n_shot {n_shot}: class {c} has {len(of_class)} training images")
+        support.append(of_class[torch.randperm(len(of_class), generator=random)[:n_shot]])
     support = torch.cat(support)
     free = torch.isin(test_labels.cpu(), classes)
     if train_labels is test_labels:
@@ -47,8 +50,8 @@ def draw_episode(
     free = free.nonzero()[:, 0]
     chosen = free[torch.randperm(len(free), generator=random)[:queries]]
     device = train_labels.device
-    place = torch.full((int(known.max()) + 1,), -1)
-    place[classes] = torch.arange(n_way)
-    labels = place.to(device)
+    labels = torch.full((int(all_classes.max()) + 1,), -1)
+    labels[classes] = torch.arange(n_way)
+    labels = labels.to(device)
     support, chosen = support.to(device), chosen.to(device)
     return Episode(classes, support, labels[train_labels[support]], chosen, labels[test_labels[chosen]], seed)

@@ -21,9 +21,11 @@ from stages.common.images import load_images
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
-from stages.vit_memory.features import spread
+from stages.vit_memory.features import first
 
 MODELS = Path("models/extract_features")
+
+DRAWN_AT_ONCE = 500  # glyphs: more leave the processor's cache
 
 
 class GlyphParams(StageParams):
@@ -39,8 +41,8 @@ class Params(StageParams):
 
     seed: NonNegativeInt
     backbone: Path  # a file of pretrain_backbone, or a released one
-    train_images: PositiveInt  # at most
-    test_images: PositiveInt
+    train_images: PositiveInt  # the first, at most
+    test_images: PositiveInt  # likewise
     glyphs: GlyphParams
 
 
@@ -62,13 +64,14 @@ def main() -> None:
     device = pick_device()
     backbone = load_backbone(require(params.backbone), device)
     train, test = load_images(dataset, device)
-    train = train.subset(spread(len(train), params.train_images))
-    test = test.subset(spread(len(test), params.test_images))
+    train, test = first(train, params.train_images), first(test, params.test_images)
     labels = torch.arange(params.glyphs.images) % params.glyphs.classes
     glyphs = Glyphs(params.glyphs.first_class + params.glyphs.classes, params.seed)
     random = generator(params.seed, "glyph features")
     size = backbone.config.image_size
-    drawings = torch.cat([glyphs.draw(params.glyphs.first_class + y, size, random) for y in labels.split(500)])
+    drawings = torch.cat(
+        [glyphs.draw(params.glyphs.first_class + y, size, random) for y in labels.split(DRAWN_AT_ONCE)]
+    )
     untrained = with_random_weights(backbone, params.seed)
     jobs = {
         "train": (backbone, train.images),

@@ -1,4 +1,7 @@
-"""The features that extract_features leaves."""
+"""The features that extract_features leaves.
+
+Axes: n images, g glyphs, d features.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +56,12 @@ def load_features(dataset: str, device: torch.device) -> FeatureSets:
     return FeatureSets(**parts, glyphs_images=tensors["glyphs_images"], classes=classes)
 
 
-def spread(n: int, count: int) -> Int[Tensor, " m"]:
-    """Return the indices of at most `count` of n images, evenly through their order: a folder's are in the order of classes."""
-    count = min(n, count)
-    return torch.arange(count) * n // count
+def first(images: ImageSet, count: int) -> ImageSet:
+    """Return the first `count` images, or all: no data set has its images in the order of their classes."""
+    return images.subset(torch.arange(min(count, len(images))))
 
 
 def load_featured_images(dataset: str, device: torch.device) -> tuple[FeatureSets, ImageSet, ImageSet]:
     """Return the features of one data set, and the training and test images that they are of."""
     features, (train, test) = load_features(dataset, device), load_images(dataset, device)
-    kept = (
-        images.subset(spread(len(images), len(part)))
-        for images, part in ((train, features.train), (test, features.test))
-    )
-    return features, *kept
+    return features, first(train, len(features.train)), first(test, len(features.test))

@@ -2,16 +2,29 @@
 
 Retrieval is one attention step over stored patterns (Ramsauer et al. 2020, arXiv:2008.02217, eq. 3); its energy never rises
 (their theorem 1). Stores are written by explicit calls alone, and forget a class exactly.
+
+Axes: m stored patterns or slots, n queries, d features, c classes; `*` any axes before.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
+from stages.vit_memory.checks import (
+    check_choice,
+    check_counts,
+    check_fraction,
+    check_label,
+    check_labels,
+    check_positive,
+)
+
+ClassMode = Literal["class_prototype", "metric"]
 Mode = Literal["associative", "class_prototype", "metric"]
 
 
@@ -68,6 +81,9 @@ class SlotMemory(nn.Module):
 
     def __init__(self, dim: int, size: int, beta: float = 16.0, novelty: float = 0.95, rate: float = 0.1) -> None:
         super().__init__()
+        check_counts(size=size)
+        check_positive(beta=beta)
+        check_fraction(rate=rate)
         self.beta, self.novelty, self.rate = beta, novelty, rate
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("values", torch.zeros(size, dim))
@@ -78,9 +94,11 @@ class SlotMemory(nn.Module):
     def write(self, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"] | None = None) -> None:
         """Store vectors one after the other."""
         labels = torch.full((len(x),), -1) if labels is None else labels
+        if labels.is_floating_point() or len(labels) != len(x):
+            raise ValueError(f"labels: expected {len(x)} integers, got {len(labels)} of {labels.dtype}")
         for value, key, label in zip(x, unit(x), labels.tolist(), strict=True):
-            own = (self.writes > 0) & (self.labels == label)
-            cosine = torch.where(own, self.keys @ key, -2.0)
+            same_label = (self.writes > 0) & (self.labels == label)
+            cosine = torch.where(same_label, self.keys @ key, -2.0)
             slot = int(cosine.argmax())
             if cosine[slot] < self.novelty:
                 slot = int(self.writes.argmin())  # a free one, if there is one
@@ -114,27 +132,42 @@ class ClassMemory(nn.Module):
     equally likely. `shrinkage` mixes the covariance with a multiple of the identity that has its trace (0 to 1).
     """
 
-    def __init__(self, dim: int, num_classes: int, mode: Mode, beta: float = 16.0, shrinkage: float = 0.1) -> None:
+    def __init__(self, dim: int, num_classes: int, mode: ClassMode, beta: float = 16.0, shrinkage: float = 0.1) -> None:
         super().__init__()
+        check_choice("mode", mode, ClassMode)
+        check_counts(num_classes=num_classes)
+        check_positive(beta=beta)
+        check_fraction(shrinkage=shrinkage)
         self.metric, self.beta, self.shrinkage = mode == "metric", beta, shrinkage
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(num_classes, dim, dtype=torch.float64))
         moments = num_classes if self.metric else 0
         self.register_buffer("moments", torch.zeros(moments, dim, dim, dtype=torch.float64))
 
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the sums as `function` does, but leave them in float64: counts in bfloat16 would end at 256."""
+
+        def move(sums: Tensor) -> Tensor:
+            moved = function(sums)
+            return moved if moved.dtype == sums.dtype else sums.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     @torch.no_grad()
     def write(self, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
         """Add vectors to their classes."""
+        check_labels(labels, len(x), len(self.counts))
         x = x.double() if self.metric else unit(x.double())
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         self.sums.index_add_(0, labels, x)
         for label in labels.unique().tolist() if self.metric else []:
-            own = x[labels == label]
-            self.moments[label] += own.T @ own
+            of_class = x[labels == label]
+            self.moments[label] += of_class.T @ of_class
 
     @torch.no_grad()
     def forget(self, label: int) -> None:
         """Remove a class: nothing of it is left, bit for bit, since classes share no sums."""
+        check_label(label, len(self.counts))
         for buffer in (self.counts, self.sums, self.moments[: len(self.counts) if self.metric else 0]):
             if len(buffer):
                 buffer[label] = 0

@@ -2,6 +2,8 @@
 
 torch.optim.Muon is the same in bfloat16. On processors that do not multiply bfloat16 in hardware it takes ten times as long, which
 for matrices as small as ours is more than the whole forward and backward pass.
+
+Axes: r rows, c columns.
 """
 
 from collections.abc import Iterable
@@ -29,6 +31,9 @@ class Muon(torch.optim.Optimizer):
         self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
+        if others := [shape for shape in shapes if len(shape) != 2]:
+            raise ValueError(f"parameters: expected matrices, got shapes {others}")
 
     @torch.no_grad()
     def step(self) -> None:

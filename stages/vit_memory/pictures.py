@@ -1,5 +1,9 @@
-"""Pictures of continual learning and of associative memory."""
+"""Pictures of pretraining, of few shots, of continual learning, and of associative memory.
 
+Axes: n images, m stored images or slots, t tasks, c h w channels and pixels.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,21 @@ from torch import Tensor
 from stages.common.figures import image_grid, save_figure, show_image
 
 Rows = list[dict[str, Any]]
+RECONSTRUCTIONS = 10  # images in a row
+RETRIEVED = 4  # stored images shown beside each image
+COMMON_BETA = 0.125  # 1 / sqrt(64): that of attention between tokens, often taken for memories as well
+CLASSICAL_CAPACITY = 0.138  # patterns for each bit (Amit, Gutfreund & Sompolinsky 1985)
 KINDS = {"class": "among all classes so far", "task": "among the task's own"}
 
 
 def _mean_matrix(rows: Rows, method: str, kind: str) -> Float[np.ndarray, "t t"]:
     """Return R[after, on], mean over seeds."""
-    own = [row for row in rows if (row["method"], row["kind"]) == (method, kind)]
-    tasks = 1 + max(row["after"] for row in own)
+    cells = [row for row in rows if (row["method"], row["kind"]) == (method, kind)]
+    tasks = 1 + max(row["after"] for row in cells)
     matrix = np.zeros((tasks, tasks))
-    for row in own:
+    for row in cells:
         matrix[row["after"], row["on"]] += row["acc"]
-    return matrix * tasks**2 / len(own)
+    return matrix * tasks**2 / len(cells)
 
 
 def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
@@ -54,15 +62,30 @@ def draw_matrices(path: Path, rows: Rows) -> None:
     save_figure(path, figure)
 
 
+def draw_methods(path: Path, table: dict[str, Any], reference: str, title: str) -> None:
+    """Draw each method's difference to the reference, with its interval; accuracy beside the name."""
+    methods = [m for m in sorted(table, key=lambda m: table[m]["acc"]["mean"]) if "difference" in table[m]]
+    figure, ax = plt.subplots(figsize=(6, 0.3 * len(methods) + 1), layout="constrained")
+    for i, method in enumerate(methods):
+        d = table[method]["difference"]
+        ax.plot([100 * d["low"], 100 * d["high"]], [i, i], color="C0")
+        ax.plot(100 * d["mean"], i, "o", color="C0", markersize=4)
+    ax.axvline(0, color="grey", linewidth=0.8)
+    names = [f"{m.replace('_', ' ')}, {table[m]['acc']['mean']:.1%}" for m in methods]
+    ax.set(yticks=range(len(methods)), yticklabels=names, title=title)
+    of_reference = f"{reference.replace('_', ' ')}, {table[reference]['acc']['mean']:.1%}"
+    ax.set_xlabel(f"accuracy minus that of the {of_reference}, points")
+    save_figure(path, figure)
+
+
 def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
-    """Draw the error of retrieval against beta for each number of patterns, and the share retrieved by either kind of network."""
+    """Draw the error of retrieval against beta for each number of patterns, and the fraction retrieved by either kind of network."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for patterns in dict.fromkeys(row["patterns"] for row in errors):
-        own = [row for row in errors if row["patterns"] == patterns]
-        axes[0].plot(
-            [r["beta"] for r in own], [r["error"] for r in own], "o-", markersize=3, label=f"{patterns} patterns"
-        )
-    axes[0].axvline(0.125, color="grey", linewidth=0.8)
+        curve = [row for row in errors if row["patterns"] == patterns]
+        x, y = [row["beta"] for row in curve], [row["error"] for row in curve]
+        axes[0].plot(x, y, "o-", markersize=3, label=f"{patterns} patterns")
+    axes[0].axvline(COMMON_BETA, color="grey", linewidth=0.8)
     axes[0].set(
         xscale="log",
         xlabel="beta",
@@ -72,7 +95,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
     axes[0].legend(fontsize=6)
     for kind, style in (("modern", "o-"), ("classical", "s--")):
         axes[1].plot([r["patterns"] for r in capacity], [r[kind] for r in capacity], style, markersize=3, label=kind)
-    axes[1].axvline(0.138 * capacity[0]["dim"], color="grey", linewidth=0.8)
+    axes[1].axvline(CLASSICAL_CAPACITY * capacity[0]["dim"], color="grey", linewidth=0.8)
     axes[1].set(
         xscale="log", xlabel=f"bipolar patterns of {capacity[0]['dim']} bits", ylabel="share retrieved without error"
     )
@@ -85,9 +108,10 @@ def draw_energy(path: Path, rows: Rows) -> None:
     """Draw the energy after each update, and how far the state still moves, for each beta."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for beta in dict.fromkeys(row["beta"] for row in rows):
-        own = [row for row in rows if row["beta"] == beta]
+        curve = [row for row in rows if row["beta"] == beta]
         for ax, key in zip(axes, ("energy", "movement"), strict=True):
-            ax.plot([r["step"] for r in own], [r[key] for r in own], "o-", markersize=3, label=f"beta {beta:g}")
+            x, y = [row["step"] for row in curve], [row[key] for row in curve]
+            ax.plot(x, y, "o-", markersize=3, label=f"beta {beta:g}")
     axes[0].set(xlabel="updates", ylabel="energy")
     axes[1].set(xlabel="updates", ylabel="distance to the state before", yscale="symlog")
     axes[1].set_yscale("symlog", linthresh=1e-4)
@@ -99,35 +123,48 @@ def draw_attention(
     path: Path,
     images: Float[Tensor, "n c h w"],
     stored: Float[Tensor, "m c h w"],
-    shares: dict[str, Float[Tensor, "n m"]],
+    attention: dict[str, Float[Tensor, "n m"]],
     names: list[str],
 ) -> None:
-    """Draw each image and the stored images that it retrieves most of, share above; then its whole attention over all slots."""
-    top = 4
-    figure, axes = image_grid(len(images), len(shares) * (top + 1))
+    """Draw each image and the stored images that it attends to most, for each memory; attention above."""
+    width = RETRIEVED + 1  # of a memory's block
+    figure, axes = image_grid(len(images), len(attention) * width)
     for i, image in enumerate(images):
-        for block, (name, share) in enumerate(shares.items()):
-            at = block * (top + 1)
-            show_image(axes[i, at], image.cpu().numpy())
-            axes[i, at].set_title(names[i], fontsize=6, pad=1)
-            values, slots = share[i].topk(top)
-            for ax, value, slot in zip(axes[i, at + 1 : at + 1 + top], values.tolist(), slots.tolist(), strict=True):
+        for block, (name, weights) in enumerate(attention.items()):
+            first, *others = axes[i, block * width : (block + 1) * width]
+            show_image(first, image.cpu().numpy())
+            first.set_title(names[i], fontsize=6, pad=1)
+            values, slots = weights[i].topk(RETRIEVED)
+            for ax, value, slot in zip(others, values.tolist(), slots.tolist(), strict=True):
                 show_image(ax, stored[slot].cpu().numpy())
                 ax.set_title(f"{value:.0%}", fontsize=6, pad=1)
             if i == 0:
-                axes[0, at].annotate(
-                    f"{name}: image, and what it retrieves", (0, 1.3), xycoords="axes fraction", fontsize=8
-                )
+                caption = f"{name}: image, and what it retrieves"
+                first.annotate(caption, (0, 1.3), xycoords="axes fraction", fontsize=8)
     save_figure(path, figure)
 
 
-def draw_slots(path: Path, shares: dict[str, Float[Tensor, "n m"]], labels: list[int]) -> None:
+def draw_slots(path: Path, attention: dict[str, Float[Tensor, "n m"]], labels: list[int]) -> None:
     """Draw the attention of images (rows, by class) over slots (columns, by class): a block for each class if memory is right."""
-    figure, axes = plt.subplots(1, len(shares), figsize=(4.2 * len(shares), 3.6), squeeze=False, layout="constrained")
-    for ax, (name, share) in zip(axes[0], shares.items(), strict=True):
-        ax.imshow(share.cpu().numpy() ** 0.5, cmap="magma", aspect="auto", interpolation="nearest")
+    size = (4.2 * len(attention), 3.6)
+    figure, axes = plt.subplots(1, len(attention), figsize=size, squeeze=False, layout="constrained")
+    for ax, (name, weights) in zip(axes[0], attention.items(), strict=True):
+        ax.imshow(weights.cpu().numpy() ** 0.5, cmap="magma", aspect="auto", interpolation="nearest")
         ends = np.flatnonzero(np.diff(labels)) + 0.5
-        title = f"{name}: {share.min():.1%} (black) to {share.max():.1%}"
+        title = f"{name}: {weights.min():.1%} (black) to {weights.max():.1%}"
         ax.set(title=title, xlabel="slots, by class", ylabel="test images, by class", yticks=[])
-        ax.vlines(ends, -0.5, len(share) - 0.5, color="white", linewidth=0.3)
+        ax.vlines(ends, -0.5, len(weights) - 0.5, color="white", linewidth=0.3)
+    save_figure(path, figure)
+
+
+def draw_reconstructions(
+    path: Path, rows: dict[str, Float[Tensor, "n 3 h w"]], mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Draw the first images of each row, by its name: as they are, seen, filled in. They are normalised by `mean` and `std`."""
+    figure, axes = image_grid(len(rows), RECONSTRUCTIONS)
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        scale, shift = (images.new_tensor(values).view(3, 1, 1) for values in (std, mean))
+        for ax, image in zip(row, images, strict=False):
+            show_image(ax, (image * scale + shift).cpu().numpy())
     save_figure(path, figure)

@@ -10,6 +10,8 @@ Writes  models/pretrain_backbone/<variant>/backbone.safetensors   weights in flo
         reports/pretrain_backbone/<variant>/drawings.png          glyphs, and what the autoencoder makes of hidden patches
 """
 
+# Axes: n images, h and w pixels, d features.
+
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -26,7 +28,6 @@ from tqdm import tqdm
 from stages.common.backbone import Backbone, BackboneConfig, build_vit, load_backbone, published_config, save_backbone
 from stages.common.checkpoints import save_torch
 from stages.common.drawings import Glyphs
-from stages.common.figures import image_grid, save_figure, show_image
 from stages.common.files import save_csv, save_json
 from stages.common.mae import MaskedAutoencoder
 from stages.common.metrics import accuracy
@@ -35,15 +36,16 @@ from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import work_folder
+from stages.vit_memory import pictures
 from stages.vit_memory.muon import Muon
 
 MODELS = Path("models/pretrain_backbone")
 REPORTS = Path("reports/pretrain_backbone")
 
 LOG_EVERY = 50  # steps
-SAVE_EVERY = 200  # steps, while training
+SAVE_EVERY = 200  # steps: 15 s of work, at most, are lost when a run is killed
 WARMUP_FRACTION = 0.05  # of the steps
-SCALE = 16.0  # of cosines, as logits
+SCALE = 16.0  # of cosines, as logits: at 1 even a perfect match of 1 in 500 classes would hardly lower the loss
 EVALUATION = (100, 5, 10)  # unseen classes, drawings of each to learn from, and to be tested on
 
 Rows = list[dict[str, Any]]
@@ -73,6 +75,12 @@ class BackboneParams(StageParams):
         if "/" in self.name and not self.pretrained:
             raise ValueError(f"{self.name!r} names published weights: set pretrained to true")
         return self
+
+    def config(self) -> BackboneConfig:
+        """Return what the ViT is built by."""
+        if self.pretrained:
+            return published_config(self.name, self.image_size)
+        return BackboneConfig(self.name, False, self.image_size, self.shape and self.shape.model_dump())
 
 
 class Params(StageParams):
@@ -150,34 +158,25 @@ def pretrain(
 def nearest_mean_accuracy(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], learn: Tensor) -> float:
     """Return the accuracy on the rest of assigning the nearest mean, by cosine, of the features marked `learn`."""
     features = features - features[learn].mean(0)
-    known = one_hot(labels[learn]).T.to(features) @ normalize(features[learn], dim=1)
-    return accuracy(normalize(features[~learn], dim=1) @ normalize(known, dim=1).T, labels[~learn]).item()
+    sums = one_hot(labels[learn]).T.to(features) @ normalize(features[learn], dim=1)
+    return accuracy(normalize(features[~learn], dim=1) @ normalize(sums, dim=1).T, labels[~learn]).item()
 
 
 @torch.no_grad()
-def draw_reconstructions(
-    path: Path, model: MaskedAutoencoder | None, x: Float[Tensor, "n 3 h w"], student: Backbone, params: Params
-) -> dict[str, float]:
-    """Draw glyphs and, if there is an autoencoder, what it sees and fills in; return its error beside that of the mean pixel."""
-    figure, axes = image_grid(3 if model else 1, 10)
-    shown = [(x, "glyphs")]
-    errors = {}
-    if model:
-        noise = torch.rand(len(x), student.vit.patch_embed.num_patches, generator=generator(params.seed, "masks"))
-        predicted, hidden = model(x, noise.to(x.device), params.mask_ratio)
-        truth = model.patchify(x)
-        seen = torch.where(hidden[..., None], truth.mean(), truth)
-        filled = torch.where(hidden[..., None], predicted, truth)
-        shown += [(model.unpatchify(seen), "seen"), (model.unpatchify(filled), "filled in")]
-        errors["reconstruction_error"] = (predicted - truth)[hidden].square().mean().item()
-        errors["mean_pixel_error"] = (truth[~hidden].mean() - truth)[hidden].square().mean().item()
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (student.config.mean, student.config.std))
-    for row, (images, label) in zip(axes, shown, strict=True):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for ax, image in zip(row, images, strict=False):
-            show_image(ax, (image * std + mean).cpu().numpy())
-    save_figure(path, figure)
-    return errors
+def reconstruct(
+    model: MaskedAutoencoder, x: Float[Tensor, "n 3 h w"], mask_ratio: float, random: torch.Generator
+) -> tuple[dict[str, Float[Tensor, "n 3 h w"]], dict[str, float]]:
+    """Return what an autoencoder sees of images and what it fills in, and its error beside that of the mean pixel."""
+    noise = torch.rand(len(x), model.vit.patch_embed.num_patches, generator=random)
+    predicted, hidden = model(x, noise.to(x.device), mask_ratio)
+    truth = model.patchify(x)
+    visible = torch.where(hidden[..., None], truth.mean(), truth)
+    filled = torch.where(hidden[..., None], predicted, truth)
+    errors = {
+        "reconstruction_error": (predicted - truth)[hidden].square().mean().item(),
+        "mean_pixel_error": (truth[~hidden].mean() - truth)[hidden].square().mean().item(),
+    }
+    return {"seen": model.unpatchify(visible), "filled in": model.unpatchify(filled)}, errors
 
 
 def main() -> None:
@@ -186,35 +185,36 @@ def main() -> None:
     path, reports = MODELS / variant / "backbone.safetensors", REPORTS / variant
     pin_threads()
     device = pick_device()
-    asked = params.variant
-    if asked.pretrained:
-        config = published_config(asked.name, asked.image_size)
-    else:
-        shape = asked.shape and asked.shape.model_dump()
-        config = BackboneConfig(asked.name, False, asked.image_size, shape)
+    config = params.variant.config()
     torch.manual_seed(params.seed)
     student = Backbone(build_vit(config).to(device), config, "", {})
     unseen, learn, test = EVALUATION
     glyphs = Glyphs(params.classes + unseen, params.seed)
     labels = torch.arange(unseen * (learn + test)) % unseen
-    images = glyphs.draw(params.classes + labels, asked.image_size, generator(params.seed, "unseen glyphs")).to(device)
-    known, labels = (torch.arange(len(labels)) < unseen * learn).to(device), labels.to(device)
-    glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, known), "chance": 1 / unseen}
+    random = generator(params.seed, "unseen glyphs")
+    images = glyphs.draw(params.classes + labels, config.image_size, random).to(device)
+    learnt, labels = (torch.arange(len(labels)) < unseen * learn).to(device), labels.to(device)
+    glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, learnt), "chance": 1 / unseen}
 
     autoencoder, history = None, [{"step": 0, "classification_loss": "", "train_acc": "", "reconstruction_loss": ""}]
     work = work_folder("pretrain_backbone", params.model_dump())
-    if not asked.pretrained:
-        glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, known)
+    if not config.pretrained:
+        glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, learnt)
         autoencoder, history = pretrain(student, glyphs, params, work, device)
     decoder = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("vit.")} if autoencoder else {}
     save_backbone(path, student.vit, config, decoder)
     stored = load_backbone(path, device)  # as others will have it: rounded
-    glyph_acc["backbone"] = nearest_mean_accuracy(stored.features(images)[:, 0], labels, known)
-    errors = draw_reconstructions(reports / "drawings.png", autoencoder, stored.prepare(images), student, params)
+    glyph_acc["backbone"] = nearest_mean_accuracy(stored.features(images)[:, 0], labels, learnt)
+    x = stored.prepare(images)
+    rows, errors = {"glyphs": x}, {}
+    if autoencoder:
+        completed, errors = reconstruct(autoencoder, x, params.mask_ratio, generator(params.seed, "masks"))
+        rows |= completed
+    pictures.draw_reconstructions(reports / "drawings.png", rows, config.mean, config.std)
     save_csv(reports / "history.csv", history)
     save_json(reports / "summary.json", {"glyph_acc": glyph_acc, **errors})
     shutil.rmtree(work, ignore_errors=True)
-    print(f"{asked.name}: {glyph_acc['backbone']:.1%} on unseen glyphs; pixels {glyph_acc['pixels']:.1%}")
+    print(f"{config.name}: {glyph_acc['backbone']:.1%} on unseen glyphs; pixels {glyph_acc['pixels']:.1%}")
 
 
 if __name__ == "__main__":

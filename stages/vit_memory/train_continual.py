@@ -9,37 +9,40 @@ Writes  reports/train_continual/<dataset>/accuracy.csv   the whole R matrix: acc
         reports/train_continual/<dataset>/{accuracy, matrices}.png
 """
 
+# Axes: n images, d features.
+
 import copy
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
-from torch.nn.utils import clip_grad_norm_
 
 from stages.common.backbone import Backbone, load_backbone
 from stages.common.files import save_csv, save_json
-from stages.common.metrics import accuracy, over_seeds
-from stages.common.randomness import generator, seeded_init
+from stages.common.metrics import over_seeds
+from stages.common.randomness import seeded_init
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint, remembered, work_folder
 from stages.vit_memory import pictures
-from stages.vit_memory.classifiers import RanPAC, Whitening
-from stages.vit_memory.continual import EWC, LwF, ReplayBuffer, herd, iCaRL
+from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.features import FEATURES, input_files, load_featured_images
-from stages.vit_memory.hopfield import ClassMemory, SlotMemory, unit
 from stages.vit_memory.models import HeadedViT
+from stages.vit_memory.streams import Pool, Stream, accuracy_matrices, hold_out, make_stream, measures
+from stages.vit_memory.ways import FROZEN, NETWORKS, Budget, Space, learn_frozen, learn_network
 
 REPORTS = Path("reports/train_continual")
 
-NETWORKS = ("icarl", "lwf", "ewc", "replay", "joint", "finetune")  # longest first
-FROZEN = ("memory", "nearest_mean", "slda", "ranpac")
+METHODS = (*NETWORKS, *FROZEN)
+SHOWN = ("finetune", "replay", "memory", "joint")  # on the command line
+# Which question a method's strength is chosen for: EWC and LwF are made for the task-incremental one, all others for the other.
+CHOSEN_FOR = {"ewc": "task", "lwf": "task"}
 
 Strengths = Annotated[list[PositiveFloat], Field(min_length=1)]
 
@@ -62,183 +65,113 @@ class Params(StageParams):
     shrinkage: Annotated[float, Field(ge=0, le=1)]  # of covariances
     strengths: dict[str, Strengths]  # to choose from: lambda of ewc, alpha of lwf, beta of memory, ridge of ranpac
 
+    @field_validator("strengths")
+    @classmethod
+    def of_methods(cls, strengths: dict[str, Strengths]) -> dict[str, Strengths]:
+        if unknown := sorted(strengths.keys() - set(METHODS)):
+            raise ValueError(f"expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")
+        return strengths
+
+
+Matrices = dict[str, list[list[float]]]  # R[after task][on task], for either kind of question
+
+
+class Job(NamedTuple):
+    """One run: a method, its strength, and the seed of its stream; None: the stream of training images alone."""
+
+    method: str
+    strength: float
+    seed: int | None
+
 
 @dataclass(frozen=True)
-class Stream:
-    """Tasks one after the other. Labels are renamed so that task t has the classes from t * width to (t + 1) * width - 1."""
+class Examples:
+    """Images, and their whitened features."""
 
-    train: Int[Tensor, " n"]  # indices
+    images: UInt8[Tensor, "n _ h w"]
     labels: Int[Tensor, " n"]
-    test: Int[Tensor, " m"]
-    test_labels: Int[Tensor, " m"]
-    tasks: int
-    width: int  # classes a task
-    seed: int
+    x: Float[Tensor, "n d"]
 
-    def task(self, t: int) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
-        """Return indices and labels of a task's training images."""
-        own = self.labels // self.width == t
-        return self.train[own], self.labels[own]
-
-    def up_to(self, t: int) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
-        """Return indices and labels of the training images of all tasks until t."""
-        own = self.labels // self.width <= t
-        return self.train[own], self.labels[own]
+    def pool(self, images_per_class: int) -> Pool:
+        """Return all of them, for streams that take so many of each class."""
+        return Pool(self.labels, torch.arange(len(self.labels), device=self.labels.device), images_per_class)
 
 
-def make_stream(
-    labels: Int[Tensor, " n"], train: Tensor, test_labels: Int[Tensor, " m"], test: Tensor, seed: int, params: Params
-) -> Stream:
-    """Return a stream over the images at `train` and `test`, classes in the order of `seed`; InputError if there are too few."""
-    classes = int(labels.max()) + 1
-    width = classes // params.tasks
-    if width < 2:
-        raise InputError(
-            f"train_continual.tasks: {params.tasks} tasks of {classes} classes are less than 2 classes each"
-        )
-    random = generator(seed, "order of classes")
-    rank = torch.empty(classes, dtype=torch.long)
-    rank[torch.randperm(classes, generator=random)] = torch.arange(classes)
-    rank = rank.to(labels.device)
-
-    def first_of_each_class(y: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        index = index[torch.randperm(len(index), generator=random).to(index.device)]
-        parts = [index[rank[y[index]] == c][:count] for c in range(params.tasks * width)]
-        index = torch.cat(parts)
-        return index, rank[y[index]]
-
-    chosen = first_of_each_class(labels, train, params.train_images)
-    tested = first_of_each_class(test_labels, test, params.test_images)
-    return Stream(*chosen, *tested, params.tasks, width, seed)
+def load_examples(dataset: str, device: torch.device) -> tuple[Examples, Examples]:
+    """Return the training and the test images of one data set."""
+    features, train, test = load_featured_images(dataset, device)
+    whiten = Whitening(features.glyphs.x.flatten(1), features.glyphs.labels)
+    return (
+        Examples(train.images, train.labels, whiten(features.train.x.flatten(1))),
+        Examples(test.images, test.labels, whiten(features.test.x.flatten(1))),
+    )
 
 
-def learn_network(
-    method: str,
-    strength: float,
-    backbone: Backbone,
-    images: UInt8[Tensor, "n c h w"],
-    tests: UInt8[Tensor, "m c h w"],
-    stream: Stream,
-    params: Params,
-) -> Float[Tensor, "t m c"]:
-    """Train the whole ViT task by task, all methods for as many steps; return its scores of the test images after each task."""
-    classes, device = stream.tasks * stream.width, images.device
-    with seeded_init(stream.seed):
-        model = HeadedViT(copy.deepcopy(backbone.vit), classes, freeze_backbone=False).to(device)
-    random = generator(stream.seed, "batches of a stream")
-    ewc = lwf = None
-    icarl, buffer = iCaRL(model, classes, params.buffer), ReplayBuffer(params.buffer, stream.seed)
-    scores = []
-    for t in range(stream.tasks):
-        seen = (t + 1) * stream.width
-        index, labels = stream.up_to(t) if method == "joint" else stream.task(t)
-        icarl.begin()
-        exemplars = icarl.replayed() if method == "icarl" and t else None
-        mixed = t > 0 and method in ("icarl", "replay")  # half of each batch is old
-        optimizer = torch.optim.AdamW(model.parameters(), params.learning_rate, weight_decay=0.01, fused=True)
-        model.train()
-        for _ in range(params.steps):
-            count = params.batch_size // 2 if mixed else params.batch_size
-            batch = torch.randint(len(index), (count,), generator=random).to(device)
-            x, y = backbone.prepare(images[index[batch]]), labels[batch]
-            if exemplars:
-                old = torch.randint(len(exemplars[1]), (count,), generator=random).to(device)
-                x, y = torch.cat([x, exemplars[0][old]]), torch.cat([y, exemplars[1][old]])
-            elif mixed:
-                old_images, old_labels = buffer.sample(count)
-                x, y = torch.cat([x, backbone.prepare(old_images)]), torch.cat([y, old_labels])
-            logits = model(x)
-            loss = icarl.loss(x, y, logits) if method == "icarl" else cross_entropy(logits[:, :seen], y)
-            if ewc is not None:
-                loss = loss + ewc.penalty()
-            if lwf is not None:
-                loss = loss + lwf.penalty(x, logits)
-            optimizer.zero_grad()
-            loss.backward()
-            clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-        model.eval()
-        order = torch.randperm(len(index), generator=random).to(device)
-        if method == "ewc":
-            some = index[order[: params.fisher_images]]
-            batches = ((backbone.prepare(images[part]), None) for part in some.split(50))
-            ewc = EWC(model, batches, strength, ewc, seen, stream.seed + t)
-        if method == "lwf":
-            lwf = LwF(model, copy.deepcopy(model), strength, num_classes=seen)
-        if method == "replay":
-            buffer.add(images[index[order]], labels[order])
-        if method == "icarl":
-            new = range(t * stream.width, seen)
-            icarl.keep({c: backbone.prepare(images[index[labels == c]]) for c in new})
-        with torch.no_grad():
-            predict = icarl.classify if method == "icarl" else model
-            parts = [predict(backbone.prepare(tests[part])) for part in stream.test.split(250)]
-            scores.append(torch.cat(parts))
-    return torch.stack(scores)
+@dataclass(frozen=True)
+class Shared:
+    """What all runs on one data set share."""
+
+    backbone: Backbone
+    train: Examples
+    test: Examples
+    streams: dict[int | None, Stream]  # by seed
+    budget: Budget
+    space: Space
 
 
-def learn_frozen(
-    method: str,
-    strength: float,
-    x: Float[Tensor, "n d"],
-    tests: Float[Tensor, "m d"],
-    stream: Stream,
-    params: Params,
-) -> Float[Tensor, "t m c"]:
-    """Learn from frozen features task by task, each image seen once; return the scores of the test images after each task."""
-    classes, d = stream.tasks * stream.width, x.shape[1]
-    queries = tests[stream.test]
-    slots = SlotMemory(d, params.buffer, beta=strength).to(x.device)
-    mode = "metric" if method == "slda" else "class_prototype"
-    memory = ClassMemory(d, classes, mode, shrinkage=params.shrinkage).to(x.device)
-    ranpac = RanPAC(d, params.random_features, classes, generator(stream.seed, "RanPAC"), x.device)
-    scores = []
-    for t in range(stream.tasks):
-        index, labels = stream.task(t)
-        if method == "memory":
-            for c in range(t * stream.width, (t + 1) * stream.width):
-                own = index[labels == c]
-                kept = own[herd(unit(x[own]), params.buffer // classes)]
-                slots.write(x[kept], torch.full((len(kept),), c))
-            member = one_hot(slots.labels.clamp(min=0), classes).to(x)  # nothing is retrieved from empty slots
-            scores.append(slots.attend(queries) @ member)
-        elif method == "ranpac":
-            ranpac.write(x[index], labels)
-            scores.append(ranpac.scores(queries, strength))
-        else:
-            memory.write(x[index], labels)
-            scores.append(memory.logits(queries))
-    return torch.stack(scores)
+def compute(job: Job, shared: Shared) -> Matrices:
+    """Learn one stream by one method, and return its R matrices."""
+    stream, train, backbone = shared.streams[job.seed], shared.train, shared.backbone
+    tested = train if job.seed is None else shared.test
+    device = train.labels.device
+    if job.method in NETWORKS:
+        with seeded_init(stream.seed):
+            model = HeadedViT(copy.deepcopy(backbone.vit), stream.classes, freeze_backbone=False).to(device)
+        way = NETWORKS[job.method](model, backbone.prepare, shared.budget, job.strength, stream.seed)
+        scores = learn_network(way, stream.over(train.images), tested.images[stream.test])
+    else:
+        learner = FROZEN[job.method](shared.space, job.strength, stream.seed, device)
+        scores = learn_frozen(learner, stream.over(train.x), tested.x[stream.test])
+    return {kind: r.tolist() for kind, r in accuracy_matrices(scores, stream).items()}
 
 
-def accuracy_matrices(scores: Float[Tensor, "t m c"], stream: Stream) -> dict[str, Float[Tensor, "t t"]]:
-    """Return R[after task, on task], class-incremental (among the classes seen so far) and task-incremental (the task's own)."""
-    kinds = {"class": torch.zeros(stream.tasks, stream.tasks), "task": torch.zeros(stream.tasks, stream.tasks)}
-    for on in range(stream.tasks):
-        own = stream.test_labels // stream.width == on
-        labels, first = stream.test_labels[own], on * stream.width
-        for after in range(stream.tasks):
-            seen = scores[after, own, : (after + 1) * stream.width]
-            kinds["class"][after, on] = accuracy(seen, labels)
-            kinds["task"][after, on] = accuracy(scores[after, own, first : first + stream.width], labels - first)
-    return kinds
+def choose_strengths(trials: Mapping[Job, Matrices], candidates: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return each method's strength that is best after the last task, by the trials' accuracy."""
+    quality = {job: sum(r[CHOSEN_FOR.get(job.method, "class")][-1]) for job, r in trials.items()}
+    return {m: max((job for job in trials if job.method == m), key=quality.__getitem__).strength for m in candidates}
 
 
-def measures(r: Float[Tensor, "t t"], chance: float) -> dict[str, float]:
-    """Return what Lopez-Paz & Ranzato (2017, arXiv:1706.08840) and Chaudhry et al. (2018, arXiv:1801.10112) read off R.
+def accuracy_rows(results: Mapping[Job, Matrices]) -> list[dict[str, Any]]:
+    """Return the whole R matrices as rows."""
+    return [
+        {"method": job.method, "seed": job.seed, "kind": kind, "after": after, "on": on, "acc": acc}
+        for job, matrices in results.items()
+        for kind, r in matrices.items()
+        for after, row in enumerate(r)
+        for on, acc in enumerate(row)
+    ]
 
-    Accuracy at the end, mean over tasks; mean over time of that so far; forgetting: what the best earlier accuracy was above the
-    last; backward transfer: last minus first; forward transfer: before a task was learnt, minus `chance`.
-    """
-    tasks = len(r)
-    earlier = range(tasks - 1)
-    return {
-        "final": r[-1].mean().item(),
-        "average": sum(r[t, : t + 1].mean().item() for t in range(tasks)) / tasks,
-        "forgetting": sum((r[i:-1, i].max() - r[-1, i]).item() for i in earlier) / len(earlier),
-        "backward_transfer": sum((r[-1, i] - r[i, i]).item() for i in earlier) / len(earlier),
-        "forward_transfer": sum(r[i, i + 1].item() - chance for i in earlier) / len(earlier),
-    }
+
+def summarise(results: Mapping[Job, Matrices], width: int) -> dict[str, Any]:
+    """Return the measures of each method over seeds; before a task of `width` classes is learnt, its own are told by chance."""
+    chance = {"class": 0.0, "task": 1 / width}
+
+    def of_run(matrices: Matrices) -> dict[str, dict[str, float]]:
+        return {kind: measures(torch.tensor(r), chance[kind]) for kind, r in matrices.items()}
+
+    return {m: over_seeds([of_run(r) for job, r in results.items() if job.method == m]) for m in METHODS}
+
+
+def write_report(dataset: str, results: Mapping[Job, Matrices], strengths: dict[str, float], stream: Stream) -> None:
+    """Write the tables and pictures of all runs; `stream` is like theirs."""
+    folder, rows, methods = REPORTS / dataset, accuracy_rows(results), summarise(results, stream.width)
+    chance = {"class": 1 / stream.classes, "task": 1 / stream.width}
+    save_csv(folder / "accuracy.csv", rows)
+    save_json(folder / "summary.json", {"methods": methods, "strengths": strengths, "chance": chance})
+    pictures.draw_accuracy(folder / "accuracy.png", rows, methods)
+    pictures.draw_matrices(folder / "matrices.png", rows)
+    shown = ", ".join(f"{m} {methods[m]['class']['final']['mean']:.1%}" for m in SHOWN)
+    print(f"{dataset}, {stream.tasks} tasks, class-incremental: {shown}")
 
 
 def main() -> None:
@@ -247,80 +180,33 @@ def main() -> None:
     pin_threads()
     device = pick_device()
     backbone = load_backbone(FEATURES / dataset / "backbone.safetensors", device)
-    features, train, test = load_featured_images(dataset, device)
-    whiten = Whitening(features.glyphs.x.flatten(1), features.glyphs.labels)
-    x, x_test = whiten(features.train.x.flatten(1)), whiten(features.test.x.flatten(1))
-
-    order = torch.randperm(len(train), generator=generator(params.validation_seed, "validation stream")).to(device)
-    held_out = order[: round(params.validation_fraction * len(train))]
-    kept = order[len(held_out) :]
-    trial = make_stream(train.labels, kept, train.labels, held_out, params.validation_seed, params)
-    everything = torch.arange(len(train), device=device), torch.arange(len(test), device=device)
-    streams = {
-        seed: make_stream(train.labels, everything[0], test.labels, everything[1], seed, params)
-        for seed in params.seeds
-    }
+    train, test = load_examples(dataset, device)
+    pools = train.pool(params.train_images), test.pool(params.test_images)
+    trial = hold_out(pools[0], params.validation_fraction, params.validation_seed, params.test_images)
+    streams: dict[int | None, Stream] = {seed: make_stream(*pools, params.tasks, seed) for seed in params.seeds}
+    streams[None] = make_stream(*trial, params.tasks, params.validation_seed)
+    classes = streams[None].classes
+    if params.buffer < classes:
+        raise InputError(f"train_continual.buffer: {params.buffer} is less than one image of each of {classes} classes")
+    budget = Budget(params.steps, params.batch_size, params.learning_rate, params.buffer, params.fisher_images)
+    space = Space(train.x.shape[1], classes, params.buffer, params.random_features, params.shrinkage)
+    shared = Shared(backbone, train, test, streams, budget, space)
     recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": fingerprint(*input_files(dataset))}
     work = work_folder(f"train_continual/{dataset}", recipe)
 
-    def matrices(job: tuple[str, float, int | None]) -> dict[str, list[list[float]]]:
-        """Return R of one run, a nested list; seed None is the trial stream, whose tests are training images."""
-        method, strength, seed = job
-        stream = trial if seed is None else streams[seed]
+    def run_job(job: Job) -> Matrices:
+        path = work / f"{job.method}-{job.strength:g}-{job.seed}.json"
+        return remembered(path, lambda: compute(job, shared))
 
-        def compute() -> dict[str, list[list[float]]]:
-            if method in FROZEN:
-                scores = learn_frozen(method, strength, x, x if seed is None else x_test, stream, params)
-            else:
-                tests = train.images if seed is None else test.images
-                scores = learn_network(method, strength, backbone, train.images, tests, stream, params)
-            return {kind: r.tolist() for kind, r in accuracy_matrices(scores, stream).items()}
+    def run_all(jobs: list[Job], progress: str) -> dict[Job, Matrices]:
+        return dict(zip(jobs, parallel_map(run_job, jobs, device, f"{progress} {dataset}"), strict=True))
 
-        return remembered(work / f"{method}-{strength:g}-{seed}.json", compute)
-
-    trials = [(m, s, None) for m in (*NETWORKS, *FROZEN) if m in params.strengths for s in params.strengths[m]]
-    tried = parallel_map(matrices, trials, device, f"strengths for {dataset}")
-    # EWC and LwF are made for the task-incremental question: theirs are chosen on it.
-    kind = {"ewc": "task", "lwf": "task"}
-    quality = {job: sum(r[kind.get(job[0], "class")][-1]) for job, r in zip(trials, tried, strict=True)}
-    chosen = {m: max((job for job in trials if job[0] == m), key=quality.__getitem__)[1] for m in params.strengths}
-    jobs = [(m, chosen.get(m, 1.0), seed) for m in (*NETWORKS, *FROZEN) for seed in params.seeds]
-    results = dict(zip(jobs, parallel_map(matrices, jobs, device, f"tasks of {dataset}"), strict=True))
-
-    width = streams[params.seeds[0]].width
-    chance = {"class": 0.0, "task": 1 / width}
-    rows = [
-        {"method": m, "seed": seed, "kind": kind, "after": after, "on": on, "acc": acc}
-        for (m, _, seed), by_kind in results.items()
-        for kind, r in by_kind.items()
-        for after, row in enumerate(r)
-        for on, acc in enumerate(row)
-    ]
-    table = {
-        m: over_seeds(
-            [
-                {kind: measures(torch.tensor(r), chance[kind]) for kind, r in by_kind.items()}
-                for (name, _, _), by_kind in results.items()
-                if name == m
-            ]
-        )
-        for m in (*NETWORKS, *FROZEN)
-    }
-    summary = {
-        "methods": table,
-        "strengths": chosen,
-        "chance": {"class": 1 / (width * params.tasks), "task": 1 / width},
-    }
-    folder = REPORTS / dataset
-    save_csv(folder / "accuracy.csv", rows)
-    save_json(folder / "summary.json", summary)
-    pictures.draw_accuracy(folder / "accuracy.png", rows, table)
-    pictures.draw_matrices(folder / "matrices.png", rows)
+    trials = [Job(m, strength, None) for m in METHODS if m in params.strengths for strength in params.strengths[m]]
+    strengths = choose_strengths(run_all(trials, "strengths for"), params.strengths)
+    jobs = [Job(m, strengths.get(m, 1.0), seed) for m in METHODS for seed in params.seeds]
+    results = run_all(jobs, "tasks of")
+    write_report(dataset, results, strengths, streams[None])
     shutil.rmtree(work, ignore_errors=True)
-    shown = ", ".join(
-        f"{m} {table[m]['class']['final']['mean']:.1%}" for m in ("finetune", "replay", "memory", "joint")
-    )
-    print(f"{dataset}, {params.tasks} tasks, class-incremental: {shown}")
 
 
 if __name__ == "__main__":

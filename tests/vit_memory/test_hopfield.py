@@ -152,3 +152,39 @@ def test_association_is_attention():
     stored, queries = patterns(30), patterns(7)
     scaled = torch.nn.functional.scaled_dot_product_attention(queries[None], stored[None], stored[None], scale=5.0)[0]
     torch.testing.assert_close(associate(stored, queries, 5.0) @ stored, scaled)
+
+
+@pytest.mark.parametrize("mode", ["class_prototype", "metric"])
+def test_sums_stay_exact_in_a_model_of_half_precision(mode):
+    x, labels = labelled(2000)
+    store, exact = memory(mode).bfloat16(), memory(mode)
+    for each in (store, exact):
+        each.write(x, labels)
+    assert store.counts.tolist() == [500] * CLASSES  # bfloat16 counts to 256
+    assert torch.equal(store.read(x[:5]), exact.read(x[:5]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ClassMemory(DIM, 4, "associative"),
+            "mode: expected one of class_prototype, metric, got 'associative'",
+        ),
+        (lambda: ClassMemory(DIM, 4, "metrics"), "mode: expected one of class_prototype, metric, got 'metrics'"),
+        (lambda: ClassMemory(DIM, 4, "metric", shrinkage=1.5), "shrinkage: expected 0 to 1, got 1.5"),
+        (lambda: ClassMemory(DIM, 0, "metric"), "num_classes: expected 1 or more, got 0"),
+        (lambda: SlotMemory(DIM, 0), "size: expected 1 or more, got 0"),
+        (lambda: SlotMemory(DIM, 4, beta=0.0), "beta: expected a number above 0, got 0.0"),
+        (lambda: SlotMemory(DIM, 4, rate=-0.1), "rate: expected 0 to 1, got -0.1"),
+        (lambda: SlotMemory(DIM, 4).write(torch.randn(2, DIM), torch.tensor([0.0, 1.0])), "expected 2 integers"),
+        (lambda: SlotMemory(DIM, 4).write(torch.randn(2, DIM), torch.tensor([0])), "expected 2 integers, got 1"),
+        (lambda: memory("metric").write(torch.randn(1, DIM), torch.tensor([-1])), "expected 0 to 3, got -1 to -1"),
+        (lambda: memory("metric").write(torch.randn(1, DIM), torch.tensor([4])), "expected 0 to 3, got 4 to 4"),
+        (lambda: memory("metric").write(torch.randn(2, DIM), torch.tensor([0])), r"integers of shape \[2\]"),
+        (lambda: memory("metric").forget(-1), "label: expected 0 to 3, got -1"),  # it would be the last class
+    ],
+)
+def test_what_would_be_stored_wrongly_is_an_error(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -31,3 +31,8 @@ def test_steps_are_those_of_torch_up_to_its_bfloat16():
             optimizer.step()
     moved = (its - start).norm()
     assert (mine - its).norm() < 0.02 * moved
+
+
+def test_what_is_no_matrix_is_an_error():
+    with pytest.raises(ValueError, match=r"expected matrices, got shapes \[\[3\]\]"):
+        Muon([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(3))], 0.1)

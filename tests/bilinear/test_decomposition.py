@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stages.bilinear.decomposition import (
+    DecompositionArtifacts,
     adversarial_masks,
     build_bilinear_tensor,
     data_basis,
@@ -178,6 +179,64 @@ def test_depth_that_does_not_fold_is_refused():
         decompose_bilinear_model(classifier(2))
     with pytest.raises(ValueError, match="2 bilinear layers, got 1"):
         decompose_two_layers(classifier(1), 3)
+
+
+def test_a_network_without_a_bilinear_layer_is_refused():
+    linear, x = classifier(0), images()
+    for decompose in (decompose_bilinear_model, build_bilinear_tensor):
+        with pytest.raises(ValueError, match="expected a network of 1 bilinear layer, got 0"):
+            decompose(linear)
+    for basis in (input_basis, lambda model: data_basis(model, x), lambda model: embed(model, x)):
+        with pytest.raises(ValueError, match="expected a network of 1 or more bilinear layers, got 0"):
+            basis(linear)
+    with pytest.raises(ValueError, match="2 bilinear layers, got 0"):
+        decompose_two_layers(linear, 3)
+    for decompose in (decompose_bilinear_model, build_bilinear_tensor, input_basis):
+        with pytest.raises(ValueError, match=r"expected a BilinearImageClassifier .*, got an object of Linear"):
+            decompose(torch.nn.Linear(3, 3))
+
+
+def test_a_basis_of_another_networks_coordinates_is_refused():
+    with pytest.raises(ValueError, match=f"basis: expected {D_HIDDEN + 1} rows, .* got {D_HIDDEN}"):
+        decompose_bilinear_model(classifier(bias=True), input_basis(classifier()))
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_ranks_that_would_count_from_the_end_are_refused(rank):
+    model = classifier()
+    artifacts = decompose_bilinear_model(model)
+    terms = eigen_terms(embed(model, images()), artifacts.eigenvalues, artifacts.eigenvectors_hidden)
+    order = order_by_magnitude(artifacts.eigenvalues)
+    deep = classifier(2)
+    tree = decompose_two_layers(deep, 3)
+    z = embed(deep, images())
+    for call in (
+        lambda: truncated_logits(terms, order, [3, rank]),
+        lambda: truncated_logits(terms, order, []),
+        lambda: adversarial_masks(artifacts, rank),
+        lambda: matched_similarity(artifacts, artifacts, rank),
+        lambda: subspace_similarity(artifacts, artifacts, rank),
+        lambda: decompose_two_layers(deep, rank),
+        lambda: nested_logits(tree, z, [rank], [1]),
+        lambda: nested_logits(tree, z, [1], [rank]),
+    ):
+        with pytest.raises(ValueError, match=r"expected 1 or more .*eigenvectors, got"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [-1, D_OUTPUT])
+def test_attributions_to_a_class_that_is_not_there_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"classes: expected 0 to {D_OUTPUT - 1}, got"):
+        pixel_attributions(classifier(), images(n=2), torch.tensor([0, wrong]))
+
+
+def test_artifacts_in_another_precision_are_the_same_but_rounded():
+    exact = decompose_bilinear_model(classifier())
+    single = exact.to(torch.float32)
+    assert isinstance(single, DecompositionArtifacts)
+    for name, tensor in vars(single).items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, getattr(exact, name).float())
 
 
 def test_masks_excite_one_eigenvector_each():

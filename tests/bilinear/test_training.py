@@ -113,6 +113,8 @@ def test_evaluate_is_the_mean_over_images_for_any_batch_size(config):
     smaller = copy.copy(data.test_loader)
     smaller.batch_size = 7
     assert evaluate(model, smaller, nn.CrossEntropyLoss(), torch.device("cpu")) == pytest.approx((loss, accuracy))
+    with pytest.raises(ValueError, match="loader: expected at least one batch, got none"):
+        evaluate(model, [], nn.CrossEntropyLoss(), torch.device("cpu"))
 
 
 def test_damaged_checkpoints_are_refused_in_one_line(config, tmp_path):
