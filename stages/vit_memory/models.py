@@ -214,7 +214,7 @@ class MemoryAugmentedViT(HeadedViT):
             expected = f"one or more blocks of {-depth} to {depth - 1}, each once"
             raise ValueError(f"memory_blocks: expected {expected}, got {tuple(memory_blocks)}")
         for i in memory_blocks:
-            if memory_mode == "associative":
+            if memory_mode == "associative":  # noqa: SIM108 (only so mypy knows the other modes below)
                 memory = SlotMemory(d, mem_size, beta)
             else:
                 memory = ClassMemory(d, num_classes, memory_mode, beta)
