@@ -89,16 +89,20 @@ def test_mistakes_are_one_line(folder, monkeypatch, tmp_path):
     refused("have the same number")
     (folder / "v2-step5.safetensors").unlink()
     kept = (folder / "v2-step5.pt").read_bytes()
-    for garbage in (b"garbage", pickle.dumps(nn.Linear), kept[:100]):
+    for garbage, why in (
+        (b"garbage", "is text"),
+        (pickle.dumps(nn.Linear), "is a plain pickle"),
+        (kept[:100], "cut off"),
+    ):
         (folder / "v2-step5.pt").write_bytes(garbage)
-        refused("v2-step5.pt is no checkpoint or is damaged")
+        refused(f"v2-step5.pt .*{why}")
     torch.save({"state_dict": {"a": 1}}, folder / "v2-step5.pt")
     refused("v2-step5.pt is no state_dict")
     torch.save({"3.weight": torch.zeros(2, 2)}, folder / "v2-step5.pt")
     refused(r"v2-step5.pt: 0.bias is missing, but \(3,\) in v2-step0.safetensors")
     state = states(1)[0]
     torch.save(state | {"3.bias": torch.full((2,), torch.nan)}, folder / "v2-step5.pt")
-    refused("v2-step5.pt has weights that are not finite")
+    refused("v2-step5.pt: 3.bias has values that are not finite")
     for path in list(folder.glob("v2-step*"))[3:]:
         path.unlink()
     refused("expected 7 snapshots or more .* got 3")

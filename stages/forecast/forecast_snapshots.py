@@ -10,6 +10,7 @@ Floating-point tensors are forecast, but for running statistics; these and all o
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from stages.common.checkpoints import load_state_dict
+from stages.common.checkpoints import READABLE, load_weights
 from stages.common.files import atomic_path, save_csv
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
@@ -52,9 +53,12 @@ def find_snapshots(folder: Path) -> list[Path]:
 
 def read_trajectory(paths: list[Path]) -> tuple[Trajectory, State]:
     """Return the trajectory of what is forecast, and the last snapshot; InputError if shapes differ or a weight is not finite."""
-    layout, weights, last = None, [], {}
+    layout, weights, last, said = None, [], {}, set()
     for path in tqdm(paths, "read snapshots", disable=None):
-        last = load_state_dict(path)
+        last, notes = load_weights(path)
+        for note in set(notes) - said:
+            print(f"{path}: {note}", file=sys.stderr)
+        said.update(notes)
         state = {name: x.float() for name, x in last.items() if x.is_floating_point() and not name.endswith(RUNNING)}
         if not state:
             raise InputError(f"{path} has no floating-point tensor")
@@ -65,8 +69,6 @@ def read_trajectory(paths: list[Path]) -> tuple[Trajectory, State]:
                 there, here = layout.shapes.get(name, "missing"), shapes.get(name, "missing")
                 raise InputError(f"{path}: {name} is {here}, but {there} in {paths[0].name}")
         weights.append(layout.flatten(state))
-        if not weights[-1].isfinite().all():
-            raise InputError(f"{path} has weights that are not finite")
     return Trajectory(layout, torch.stack(weights), None), last
 
 
@@ -93,7 +95,7 @@ def errors_so_far(model: SharedForecaster, run: Trajectory) -> list[dict[str, An
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument("path", type=Path, metavar="PATH", help=f"folder of snapshots; {READABLE}")
     parser.add_argument(
         "--output", type=Path, default=Path("forecasts"), help="folder to write to (default: forecasts)"
     )

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-from stages.common.checkpoints import load_state_dict
+from stages.common.checkpoints import READABLE, load_weights
 from stages.common.files import load_metadata, require
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
@@ -34,35 +34,21 @@ from stages.recall.vit import FIXED, Base, load_base
 CONDENSED = Path("models/condense_changes/classes.safetensors")
 DECODERS = Path("models/recover_memory/decoders.safetensors")
 
+BESIDE = ("head.", "fc_norm.", "decoder.", FIXED)  # what a fine-tuned network may have beside the encoder's weights
 RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, np.inf), "label_noise": (0.0, 1.0)}
 
 
 def read_change(path: Path, base: Base) -> Float[np.ndarray, " p"]:
     """Return how a checkpoint differs from its base; InputError if it is no network of this architecture, or the base itself."""
-    state = {name: tensor.detach() for name, tensor in load_state_dict(path).items()}
-    if missing := [name for name in base.trained if name not in state]:
-        raise InputError(f"{path} does not descend from the base: it has no {missing[0]} ({len(missing)} missing)")
-    for name, weight in base.trained.items():
-        if not state[name].is_floating_point() or state[name].layout != torch.strided or state[name].is_meta:
-            raise InputError(
-                f"{path}: {name}: expected a dense tensor of real numbers, got {describe_tensor(state[name])}"
-            )
-        if state[name].shape != weight.shape:
-            raise InputError(f"{path}: {name}: expected {tuple(weight.shape)}, got {tuple(state[name].shape)}")
-        if not state[name].isfinite().all():
-            raise InputError(f"{path}: {name} has values that are not finite")
-    if FIXED in state and not torch.equal(state[FIXED].float(), base.encoder[FIXED]):
+    state, notes = load_weights(path, Layout.of(base.trained).shapes, BESIDE, torch.float32, "the base")
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    if FIXED in state and not torch.equal(state[FIXED], base.encoder[FIXED]):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
-    change = Layout.of(base.trained).flatten({name: state[name].float() - w for name, w in base.trained.items()})
+    change = Layout.of(base.trained).flatten({name: state[name] - w for name, w in base.trained.items()})
     if not change.any():
         raise InputError(f"{path} is the base itself: nothing was trained")
     return change.numpy()
-
-
-def describe_tensor(tensor: torch.Tensor) -> str:
-    """Return in words what kind of tensor this is."""
-    kind = "without values" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
-    return f"{kind} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def load_decoders(path: Path, condensed: Path) -> dict[str, tuple[str, Decoder]]:
@@ -178,7 +164,7 @@ def describe(answer: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the network that was fine-tuned (.safetensors)")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the fine-tuned network (.safetensors or .pt)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=f"the fine-tuned network; {READABLE}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     pin_threads()

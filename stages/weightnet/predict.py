@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.common.checkpoints import load_state_dict, load_torch
+from stages.common.checkpoints import READABLE, load_torch, load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
@@ -167,12 +167,10 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def read_network(path: Path, arch: str, program: Program, tanh: bool) -> Networks:
     """Return one network with its derived symmetry, which is tried out on it; InputError if it does not hold."""
     symmetry = derive_symmetry(program)
-    found = load_state_dict(path)
-    for name, expected in program.layout.shapes.items():
-        got = tuple(found[name].shape) if name in found else "nothing"
-        if got != expected:
-            raise InputError(f"{path}: {name} of {arch} is {expected}, the file has {got}")
-    weights = {name: found[name].float()[None] for name in program.layout.shapes}
+    found, notes = load_weights(path, program.layout.shapes, dtype=torch.float32, what=f"--arch {arch}")
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    weights = {name: tensor[None] for name, tensor in found.items()}
     error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
     if not error < ROUNDING:
         raise InputError(
@@ -196,7 +194,7 @@ def describe(kept: Kept, networks: Networks) -> dict[str, Any]:
 def main() -> None:
     """Read the command line, and print what is predicted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="files of weights, or folders of them")
+    parser.add_argument("models", nargs="+", type=Path, help=f"files of weights, or folders of them; {READABLE}")
     parser.add_argument("--arch", help="what they are, unless a metadata.json says it")
     parser.add_argument("--dataset", default="digits", help="the zoo's images (default: digits)")
     parser.add_argument(
