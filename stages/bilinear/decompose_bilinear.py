@@ -3,6 +3,7 @@
 Reads   data/<dataset>.safetensors, models/train_bilinear/<dataset>/
 Writes  models/decompose_bilinear/<dataset>/decomposition.pt   DecompositionArtifacts of the first regularised classifier
         reports/decompose_bilinear/<dataset>/summary.json      every number beside its baseline
+        reports/decompose_bilinear/<dataset>/metrics.json      the headlines of it, for `dvc metrics`
         reports/decompose_bilinear/<dataset>/truncation.csv    accuracy from k eigenvectors a class
         reports/decompose_bilinear/<dataset>/two_layer.csv     accuracy from k1 outer and k2 inner eigenvectors
         reports/decompose_bilinear/<dataset>/*.png
@@ -47,7 +48,7 @@ from stages.bilinear.training import load_model
 from stages.common.checkpoints import save_torch
 from stages.common.files import remedy, save_csv, save_json
 from stages.common.images import ImageSet, load_images, split_validation
-from stages.common.metrics import accuracy, majority_accuracy, mean_std, over_seeds
+from stages.common.metrics import accuracy, headline_metrics, majority_accuracy, mean_std, over_seeds
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -59,6 +60,15 @@ REPORTS = Path("reports/decompose_bilinear")
 DEPTHS = {"linear": 0, "regularised": 1, "unregularised": 1, "two_layer": 2}  # bilinear layers of each variant
 SINGLE_LAYER = ("regularised", "unregularised")
 IMAGES_AT_ONCE = 1000  # where memory grows with images x classes x eigenvectors
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary
+    "acc_linear": "linear/full_acc",
+    "acc_regularised": "regularised/full_acc",
+    "acc_unregularised": "unregularised/full_acc",
+    "acc_two_layer": "two_layer/full_acc",
+    "similarity": "regularised/similarity/eigenvectors",
+    "similarity_unregularised": "unregularised/similarity/eigenvectors",
+    "similarity_untrained": "untrained/similarity/eigenvectors",
+}
 MASK_CANDIDATES = 3  # masks of each class, and their negatives, among which validation chooses
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
@@ -352,7 +362,9 @@ def write_report(
     save_csv(folder / "two_layer.csv", two_layer_rows(summary["two_layer"]["nested"]))
     shortened = {variant: headline(summary[variant], headline_ranks) for variant in SINGLE_LAYER}
     two_layer = {"full_acc": summary["two_layer"]["full_acc"]}
-    save_json(folder / "summary.json", summary | shortened | {"two_layer": two_layer})
+    summary = summary | shortened | {"two_layer": two_layer}
+    save_json(folder / "summary.json", summary)
+    save_json(folder / "metrics.json", headline_metrics(summary, HEADLINES))
     for k, kept in shortened["regularised"]["truncated_acc"]["hidden"]["sign"].items():
         print(
             f"{folder.name}: {k} positive and {k} negative eigenvectors a class classify {kept['mean']:.2%} of test images"

@@ -50,6 +50,23 @@ def bootstrap_interval(measure: Callable[[Int[np.ndarray, " n"]], float], n: int
     return {"mean": measure(np.arange(n)), "low": float(low), "high": float(high)}
 
 
+def headline_metrics(summary: dict[str, Any], places: dict[str, str]) -> dict[str, float]:
+    """Return the few numbers of a summary that `dvc metrics` shows, by names that are short and of one stage alone.
+
+    places: where each lies in the nested summary, as keys joined by slashes; of a mean with a spread the mean is taken. What a
+    scale leaves out (a skipped method) is left out.
+    """
+
+    def look_up(place: str) -> Any:
+        value: Any = summary
+        for key in place.split("/"):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value["mean"] if isinstance(value, dict) else value
+
+    found = {name: look_up(place) for name, place in places.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return nested mappings of numbers, one for each seed and all alike, as one with `mean_std` in place of numbers."""
     first = results[0]

@@ -6,6 +6,7 @@ memory are chosen on a stream of training images alone, with classes in an order
 Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_continual/<dataset>/accuracy.csv   the whole R matrix: accuracy on every task after every task, of each run
         reports/train_continual/<dataset>/summary.json   accuracy, forgetting, backward and forward transfer over seeds
+        reports/train_continual/<dataset>/metrics.json   the headlines of it, for `dvc metrics`
         reports/train_continual/<dataset>/{accuracy, matrices}.png
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from stages.common.backbone import Backbone, load_backbone
 from stages.common.files import save_csv, save_json
-from stages.common.metrics import over_seeds
+from stages.common.metrics import headline_metrics, over_seeds
 from stages.common.randomness import seeded_init
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -42,6 +43,12 @@ REPORTS = Path("reports/train_continual")
 METHODS = (*NETWORKS, *FROZEN)
 SHOWN = ("finetune", "replay", "memory", "joint")  # on the command line
 # Which question a method's strength is chosen for: EWC and LwF are made for the task-incremental one, all others for the other.
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary
+    "final_acc_finetune": "methods/finetune/class/final",
+    "final_acc_joint": "methods/joint/class/final",
+    "final_acc_memory": "methods/memory/class/final",
+    "final_acc_ranpac": "methods/ranpac/class/final",
+}
 CHOSEN_FOR = {"ewc": "task", "lwf": "task"}
 
 Strengths = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -167,7 +174,9 @@ def write_report(dataset: str, results: Mapping[Job, Matrices], strengths: dict[
     folder, rows, methods = REPORTS / dataset, accuracy_rows(results), summarise(results, stream.width)
     chance = {"class": 1 / stream.classes, "task": 1 / stream.width}
     save_csv(folder / "accuracy.csv", rows)
-    save_json(folder / "summary.json", {"methods": methods, "strengths": strengths, "chance": chance})
+    summary = {"methods": methods, "strengths": strengths, "chance": chance}
+    save_json(folder / "summary.json", summary)
+    save_json(folder / "metrics.json", headline_metrics(summary, HEADLINES))
     pictures.draw_accuracy(folder / "accuracy.png", rows, methods)
     pictures.draw_matrices(folder / "matrices.png", rows)
     shown = ", ".join(f"{m} {methods[m]['class']['final']['mean']:.1%}" for m in SHOWN)

@@ -6,6 +6,7 @@ classes are none of the data set's.
 Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method in each episode
         reports/train_few_shot/<dataset>/summary.json   means, and differences to the linear probe with 95 % intervals
+        reports/train_few_shot/<dataset>/metrics.json   the headlines of it, for `dvc metrics`
         reports/train_few_shot/<dataset>/methods.png
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from stages.common.backbone import Backbone, load_backbone
 from stages.common.files import save_csv, save_json
-from stages.common.metrics import accuracy, mean_interval, mean_std
+from stages.common.metrics import accuracy, headline_metrics, mean_interval, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import fingerprint, remembered, work_folder
@@ -47,6 +48,13 @@ from stages.vit_memory.few_shot import (
 )
 
 REPORTS = Path("reports/train_few_shot")
+
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary
+    "acc_linear_probe": "methods/linear_probe/acc",
+    "acc_memory_head": "methods/memory_head/acc",
+    "acc_pixels": "methods/pixels/acc",
+    "acc_random_weights": "methods/random_vit/acc",
+}
 
 
 class Params(StageParams):
@@ -150,7 +158,9 @@ def write_report(
     episodes = range(len(results[REFERENCE]))
     rows = [{"episode": i, **{m: values[i] for m, values in results.items()}} for i in episodes]
     save_csv(folder / "episodes.csv", rows)
-    save_json(folder / "summary.json", {"methods": table, **choices, "chance": 1 / n_way})
+    summary = {"methods": table, **choices, "chance": 1 / n_way}
+    save_json(folder / "summary.json", summary)
+    save_json(folder / "metrics.json", headline_metrics(summary, HEADLINES))
     title = f"{dataset}: {n_way} classes, {n_shot} images of each"
     pictures.draw_methods(folder / "methods.png", table, REFERENCE, title)
     probe, head = (100 * table[method]["acc"]["mean"] for method in (REFERENCE, "memory_head"))

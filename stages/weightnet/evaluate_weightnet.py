@@ -4,6 +4,7 @@ Reads   models/build_zoo/<dataset>-<architecture>/, models/train_weightnet/<data
 Writes  reports/evaluate_weightnet/<dataset>/scores.csv      a row for each predictor, task, split, architecture and property
         reports/evaluate_weightnet/<dataset>/summary.json    means and spread over splits and over architectures held out;
                                                              how often intervals hold; how much relabelling neurons changes
+        reports/evaluate_weightnet/<dataset>/metrics.json    the headlines of it, for `dvc metrics`
         reports/evaluate_weightnet/<dataset>/*.png
 """
 
@@ -20,7 +21,7 @@ from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
 from stages.common.files import load_metadata, remedy, require, save_csv, save_json
-from stages.common.metrics import mean_std
+from stages.common.metrics import headline_metrics, mean_std
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -35,6 +36,16 @@ from stages.weightnet.zoo import Zoo, load_zoo
 PREDICTORS = Path("models/train_weightnet")
 REPORTS = Path("reports/evaluate_weightnet")
 
+HEADLINES = {  # what `dvc metrics` shows: Kendall's tau of test accuracy, and the part of values inside 90 % intervals
+    "tau_hybrid": "scores/hybrid/tau",
+    "tau_weightnet": "scores/weightnet/tau",
+    "tau_statistics": "scores/stats_gbm/tau",
+    "tau_hyperparameters": "scores/hyperparameters_gbm/tau",
+    "tau_32_labelled_images": "scores/labelled_32/tau",
+    "tau_held_out_hybrid": "held_out/mean/hybrid",
+    "tau_held_out_32_labelled_images": "held_out/mean/labelled_32",
+    "coverage_hybrid": "coverage/hybrid/test_acc",
+}
 SHOWN = ("stats_gbm", "weightnet", "hybrid")  # in pictures and in the last line, if they were trained
 FAMILIES = ("weightnet", "probe", "hybrid", "baselines", "ablations")
 
@@ -228,6 +239,7 @@ def main() -> None:
         "relabelling": moved,
     }
     save_json(folder / "summary.json", summary)
+    save_json(folder / "metrics.json", headline_metrics(summary | {"scores": scores["test_acc"]}, HEADLINES))
     first = {name: f"{name}/{main_name}/0/test/{main_name}/" for name in SHOWN}
     shown = {
         name: (arrays[key + "values"], zoos[main_name].properties(arrays[key + "rows"]))
