@@ -83,7 +83,10 @@ def test_a_forgotten_class_is_as_if_it_had_never_been_memorised():
     model.memorise(x, labels)
     model.forget(3)
     never.memorise(x[labels != 3], labels[labels != 3])
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), never.buffers(), strict=True))
+    for a, b in zip(
+        model.buffers(), never.buffers(), strict=True
+    ):  # features of 10 images and of 9 are rounded otherwise
+        torch.testing.assert_close(a, b)
 
 
 def test_exactly_the_named_parameters_train():
