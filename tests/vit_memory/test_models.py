@@ -83,9 +83,8 @@ def test_a_forgotten_class_is_as_if_it_had_never_been_memorised():
     model.memorise(x, labels)
     model.forget(3)
     never.memorise(x[labels != 3], labels[labels != 3])
-    for a, b in zip(
-        model.buffers(), never.buffers(), strict=True
-    ):  # features of 10 images and of 9 are rounded otherwise
+    # features of 10 images and of 9 are rounded otherwise
+    for a, b in zip(model.buffers(), never.buffers(), strict=True):
         torch.testing.assert_close(a, b)
 
 
