@@ -17,12 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.checkpoints import fit_names, load_weights
 from stages.common.files import load_metadata, remedy, save_arrays
 from stages.common.mae import MaskedAutoencoder, State, mae_to_timm, vit_of_mae
 from stages.common.runtime import autocast
 from stages.common.stage import InputError, one_line
-from stages.common.vectors import Layout
 
 T = TypeVar("T")
 
@@ -82,7 +80,7 @@ def read_vit_mae(repository: str, image_size: int) -> VisionTransformer:
     if config["image_size"] != image_size:
         raise InputError(f"{repository!r} reads images of {config['image_size']} pixels, not {image_size}")
     vit = vit_of_mae(config)
-    vit.load_state_dict(mae_to_timm(load_weights(weights)[0]))
+    vit.load_state_dict(mae_to_timm(load_file(weights)))
     return vit
 
 
@@ -144,19 +142,19 @@ def save_backbone(path: Path, vit: VisionTransformer, config: BackboneConfig, de
 def load_backbone(path: Path, device: torch.device | str = "cpu") -> Backbone:
     """Read what `save_backbone` wrote; InputError if it is missing, damaged, or its published weights are others by now."""
     metadata = load_metadata(path)
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+    decoder = {name.removeprefix("decoder."): state.pop(name) for name in list(state) if name.startswith("decoder.")}
     try:
         values = metadata["config"]
         config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
         vit = build_vit(config)
+        if not config.pretrained:
+            vit.load_state_dict(state)
     except InputError:
         raise
-    except Exception:  # timm raises of anything when an option is odd
+    except Exception:  # timm raises of anything where an option is odd
         again = remedy(path, "-f ") or ": make it again"
-        raise InputError(f"{path} is damaged (its config builds no network){again}") from None
-    state = {name: tensor.float() for name, tensor in load_file(path).items()}
-    decoder = {name.removeprefix("decoder."): state.pop(name) for name in list(state) if name.startswith("decoder.")}
-    if not config.pretrained:
-        vit.load_state_dict(fit_names(state, Layout.of(vit.state_dict()).shapes, str(path))[0])
-    if weights_sha256(vit.state_dict().items()) != metadata["sha256"]:
+        raise InputError(f"{path} is damaged (its config and its weights do not agree){again}") from None
+    if weights_sha256(vit.state_dict().items()) != metadata.get("sha256"):
         raise InputError(f"{path}: the weights of {config.name!r} are not those it was made with{remedy(path, '-f ')}")
     return Backbone(vit.eval().to(device), config, metadata["sha256"], decoder)

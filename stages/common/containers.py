@@ -193,7 +193,8 @@ def _read_zip(path: Path, file: BinaryIO, map_location: str | torch.device, shel
         )
     try:
         for entry in entries:
-            entry.CRC = entry.CRC or None  # 0: torch was told to write no checksums
+            if not entry.CRC:  # torch was told to write no checksums
+                entry.CRC = None  # type: ignore[assignment]  # then zipfile compares none
             with archive.open(entry) as part:
                 while part.read(1 << 20):
                     pass
@@ -230,7 +231,7 @@ def _classes(path: Path, file: BinaryIO) -> set[str]:
         if isinstance(argument, str) and len(argument) < 20:
             words.add(argument.lower().replace("-", "_"))
         if operation.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
+            module, _, name = str(argument).partition(" ")
             module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
             found.add(f"{module}.{name}")
         if operation.name in ("STACK_GLOBAL", "FRAME"):

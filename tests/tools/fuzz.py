@@ -1,4 +1,4 @@
-"""Read mutated files with every tool's loader: python tests/fuzz.py [--count 2000] [--seed 0]
+"""Read mutated files with every tool's loader: python tests/tools/fuzz.py [--count 2000] [--seed 0]
 
 Each file ends in weights or in an InputError of one clean line. A traceback, a file left behind, or memory beyond 2 GB over what the
 process takes at first, is a failure. Prints outcomes by tool and by mutation, CPU seconds and memory.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from safetensors.torch import save as save_safetensors
@@ -123,10 +123,12 @@ TENSORS = (renamed, retyped, reshaped)
 def mutated(state: State, seed: int) -> tuple[str, str, bytes]:
     """Return what was done to a network's file, the file's name and its bytes."""
     draw = random.Random(seed)
-    name, change = draw.choice(list(FORMATS)), draw.choice((*BYTES, *TENSORS))
-    if change in TENSORS:
+    name = draw.choice(list(FORMATS))
+    if draw.randrange(len(BYTES) + len(TENSORS)) < len(TENSORS):
+        change = draw.choice(TENSORS)
         return change.__name__, name, FORMATS[name](change(state, draw))
-    return change.__name__, name, change(FORMATS[name](state), draw)
+    harm = draw.choice(BYTES)
+    return harm.__name__, name, harm(FORMATS[name](state), draw)
 
 
 def outcome(read: Callable[[Path], object], path: Path) -> str:
@@ -172,7 +174,7 @@ def tools(folder: Path) -> Iterator[tuple[str, State, Callable[[Path], object]]]
     yield "load_checkpoint", weights | missing, load_checkpoint
 
     whole = folder / "backbone.safetensors"
-    save_backbone(whole, model.vit, CONFIG, base.decoder)
+    save_backbone(whole, model.vit, CONFIG, dict(base.decoder))
     yield (
         "load_backbone",
         {"": torch.from_file(str(whole), size=whole.stat().st_size, dtype=torch.uint8)},

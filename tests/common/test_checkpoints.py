@@ -719,7 +719,7 @@ def test_help_says_which_files_are_read(monkeypatch, capsys, main):
 
 def test_mutated_files_end_in_weights_or_in_a_clean_refusal(tmp_path):
     found = collections.Counter()
-    for seed in range(120):
+    for seed in range(60):
         _, name, data = fuzz.mutated(weights(), seed)
         path = tmp_path / name
         path.write_bytes(data)
