@@ -103,6 +103,8 @@ def test_mistakes_are_one_line(folder, monkeypatch, tmp_path):
     state = states(1)[0]
     torch.save(state | {"3.bias": torch.full((2,), torch.nan)}, folder / "v2-step5.pt")
     refused("v2-step5.pt: 3.bias has values that are not finite")
+    torch.save(state | {"3.bias": torch.full((2,), 1e300, dtype=torch.float64)}, folder / "v2-step5.pt")
+    refused("v2-step5.pt has weights too large for float32")
     for path in list(folder.glob("v2-step*"))[3:]:
         path.unlink()
     refused("expected 7 snapshots or more .* got 3")

@@ -142,13 +142,19 @@ def save_backbone(path: Path, vit: VisionTransformer, config: BackboneConfig, de
 def load_backbone(path: Path, device: torch.device | str = "cpu") -> Backbone:
     """Read what `save_backbone` wrote; InputError if it is missing, damaged, or its published weights are others by now."""
     metadata = load_metadata(path)
-    values = metadata["config"]
-    config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
     state = {name: tensor.float() for name, tensor in load_file(path).items()}
     decoder = {name.removeprefix("decoder."): state.pop(name) for name in list(state) if name.startswith("decoder.")}
-    vit = build_vit(config)
-    if not config.pretrained:
-        vit.load_state_dict(state)
-    if weights_sha256(vit.state_dict().items()) != metadata["sha256"]:
+    try:
+        values = metadata["config"]
+        config = BackboneConfig(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        vit = build_vit(config)
+        if not config.pretrained:
+            vit.load_state_dict(state)
+    except InputError:
+        raise
+    except Exception:  # timm raises of anything where an option is odd
+        again = remedy(path, "-f ") or ": make it again"
+        raise InputError(f"{path} is damaged (its config and its weights do not agree){again}") from None
+    if weights_sha256(vit.state_dict().items()) != metadata.get("sha256"):
         raise InputError(f"{path}: the weights of {config.name!r} are not those it was made with{remedy(path, '-f ')}")
     return Backbone(vit.eval().to(device), config, metadata["sha256"], decoder)

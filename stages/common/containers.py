@@ -3,6 +3,7 @@
 Whatever cannot be read is an InputError of one line, with the cause and the remedy.
 """
 
+import codecs
 import io
 import json
 import pickletools
@@ -46,6 +47,21 @@ CODE = {  # what a pickle calls only to do harm
     *("os", "posix", "nt", "sys", "subprocess", "pty", "importlib", "runpy"),
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__", "builtins.open"),
 }
+GROWING = {
+    "hex",
+    "hex_codec",
+    "base64",
+    "base_64",
+    "base64_codec",
+    "quopri",
+    "quopri_codec",
+    "quoted_printable",
+    "uu",
+    "uu_codec",
+}
+OWN = re.compile(
+    r"torch\.\w+|torch\.(_utils|_tensor|serialization|storage|sparse|cuda|nn\.parameter)\.\w+|collections\.\w+|_codecs\.\w+"
+)
 DICTIONARY = re.compile(r"(dict|Dict|CfgNode|Box|Bunch)$")  # classes that are filled as dictionaries are
 
 
@@ -111,7 +127,8 @@ def _what_else(path: Path, head: bytes) -> str:
         )
     if not head.strip(b"\0"):
         return f"holds zeros, as a download that broke off: {AGAIN}"
-    if all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+    words = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+    if all(letter.isprintable() or letter in "\t\n\r" for letter in words) and "\ufffd" not in words:
         return f"is text, not weights: expected a file of torch.save or .safetensors; {AGAIN}"
     return f"is no file of torch.save or .safetensors, or its start is damaged: {AGAIN}"
 
@@ -176,10 +193,11 @@ def _read_zip(path: Path, file: BinaryIO, map_location: str | torch.device, shel
         )
     try:
         for entry in entries:
-            if entry.CRC:  # 0: torch was told to write none
-                with archive.open(entry) as part:
-                    while part.read(1 << 20):
-                        pass
+            if not entry.CRC:  # torch was told to write no checksums
+                entry.CRC = None  # type: ignore[assignment]  # then zipfile compares none
+            with archive.open(entry) as part:
+                while part.read(1 << 20):
+                    pass
         classes = _classes(path, io.BytesIO(archive.read(pickles[0])))
     except InputError:
         raise
@@ -208,15 +226,23 @@ def _legacy_classes(path: Path, file: BinaryIO) -> set[str]:
 def _classes(path: Path, file: BinaryIO) -> set[str]:
     """Return the classes and functions that a pickle names; InputError if it is made to do harm, or of another version."""
     found: set[str] = set()
+    words: set[str] = set()
     for operation, argument, _ in pickletools.genops(file):
+        if isinstance(argument, str) and len(argument) < 20:
+            words.add(argument.lower().replace("-", "_"))
         if operation.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
+            module, _, name = str(argument).partition(" ")
             module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
             found.add(f"{module}.{name}")
         if operation.name in ("STACK_GLOBAL", "FRAME"):
             raise InputError(
                 f"{shown(path)} was saved with a pickle_protocol above 2: save it by torch.save as it comes"
             )
+    if "builtins.bytearray" in found or ("_codecs.encode" in found and words & GROWING):
+        raise InputError(
+            f"{shown(path)} holds bytes that may unfold beyond all measure: not read; save the weights by themselves, "
+            "torch.save(checkpoint['state_dict'], ...)"
+        )
     if harmful := sorted(name for name in found if name in CODE or name.partition(".")[0] in CODE):
         raise InputError(
             f"{shown(path)} would call {listed(harmful)} when opened, which no weights need: not read; trust it not"
@@ -304,5 +330,5 @@ def _unpickle(path: Path, file: BinaryIO, classes: set[str], map_location: str |
 
 def whole_model(path: Path, name: str) -> InputError:
     """Return the error of a file with a pickled module."""
-    which = f" ({shown(name)})" if name else ""
-    return InputError(f"{shown(path)} is a whole pickled model{which}, which only its own code can open: {SAVE}")
+    model = f"is a whole pickled model ({shown(name)})" if name else "holds a whole pickled model"
+    return InputError(f"{shown(path)} {model}, which only its own code can open: {SAVE}")

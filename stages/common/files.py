@@ -96,12 +96,15 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, A
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata that `save_arrays` stored; InputError if the file is missing or not safetensors."""
+    """Return the metadata that `save_arrays` stored; InputError if the file is missing, damaged, or not of `save_arrays`."""
     try:
         with safe_open(require(path), framework="numpy") as file:
-            return json.loads(file.metadata()["json"])
-    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}){remedy(path, '-f ')}") from None
+            return dict(json.loads(file.metadata()["json"]))
+    except SafetensorError:
+        why = "its header is not readable, or it is cut off"
+    except (TypeError, KeyError, ValueError, RecursionError):
+        why = "it has no metadata of a stage of this project"
+    raise InputError(f"{path} is damaged ({why}){remedy(path, '-f ') or ': make it again'}")
 
 
 def require(path: Path) -> Path:

@@ -69,6 +69,8 @@ def read_trajectory(paths: list[Path]) -> tuple[Trajectory, State]:
                 there, here = layout.shapes.get(name, "missing"), shapes.get(name, "missing")
                 raise InputError(f"{path}: {name} is {here}, but {there} in {paths[0].name}")
         weights.append(layout.flatten(state))
+        if not weights[-1].isfinite().all():
+            raise InputError(f"{path} has weights too large for float32: leave out what diverged")
     return Trajectory(layout, torch.stack(weights), None), last
 
 
