@@ -1,7 +1,10 @@
 """Tell from a fine-tuned network what it was trained on: which classes, in which proportions, how many images, how noisy labels.
 
 Needs what 'dvc repro recover_memory' makes: decoders that learned from fine-tunes of the same base. Intervals held for 90 % of fine-tunes
-left out of training, and probabilities are calibrated on them. A checkpoint that does not descend from the base is refused.
+left out of training, and probabilities are calibrated on them. Refused is a checkpoint that does not descend from the base, or whose
+change is none that tuning the whole network makes: too small or large, turned round (negated), of low rank (LoRA), sparse or noisy.
+Where a change or a value is unlike what was learned from, intervals are wider and the table says so: do not trust it then.
+Not told apart: a change scaled by less than other learning rates do, and the average of two fine-tunes (it is told their average).
 
     python -m stages.recall.audit --base models/classify_masked/glyphs/backbone.safetensors \\
         --checkpoint models/build_fleet/classes/example.safetensors
@@ -19,26 +22,29 @@ from jaxtyping import Float
 from safetensors.numpy import load_file
 
 from stages.common.checkpoints import READABLE, load_weights
-from stages.common.files import load_metadata, require
+from stages.common.files import load_metadata
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
 from stages.common.work import fingerprint
-from stages.recall.condense import condense, outside, size
+from stages.recall.condense import Condenser
 from stages.recall.decoders import REPRESENTATIONS, Decoder, read
 from stages.recall.fleet import split_test
+from stages.recall.fleet_files import CONDENSE_CHANGES, load_fitted, without_prefix
+from stages.recall.functional_vit import FIXED, Base, load_base
 from stages.recall.objective import Objective
-from stages.recall.vit import FIXED, Base, load_base
+from stages.recall.typicality import Typicality, check, read_traits
 
-CONDENSED = Path("models/condense_changes/classes.safetensors")
+CONDENSED = CONDENSE_CHANGES / "classes.safetensors"
 DECODERS = Path("models/recover_memory/decoders.safetensors")
 
 BESIDE = ("head.", "fc_norm.", "decoder.", FIXED)  # what a fine-tuned network may have beside the encoder's weights
-RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, np.inf), "label_noise": (0.0, 1.0)}
+# 2^40 images: more than anybody has, and a number that can be written
+RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, 40.0), "label_noise": (0.0, 1.0)}
 
 
-def read_change(path: Path, base: Base) -> Float[np.ndarray, " p"]:
+def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     """Return how a checkpoint differs from its base; InputError if it is no network of this architecture, or the base itself."""
     state, notes = load_weights(path, Layout.of(base.trained).shapes, BESIDE, torch.float32, "the base")
     for note in notes:
@@ -56,12 +62,8 @@ def load_decoders(path: Path, condensed: Path) -> dict[str, tuple[str, Decoder]]
     metadata, arrays = load_metadata(path), load_file(path)
     if metadata["condensed"] != fingerprint(condensed):
         raise InputError(f"{path} learned from other fleets than {condensed}: run 'dvc repro recover_memory'")
-    sources = metadata["reads"]
-    found = {}
-    for name, source in sources.items():
-        part = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
-        found[name] = source, Decoder(**part)
-    return found
+    sources = metadata["reads"].items()
+    return {name: (source, Decoder(**without_prefix(arrays, f"{name}."))) for name, source in sources}
 
 
 def gives(source: str) -> str:
@@ -72,9 +74,9 @@ def gives(source: str) -> str:
 
 def read_base(base_file: Path, metadata: dict[str, Any]) -> Base:
     """Return the base; InputError if it is not the one whose fine-tunes the decoders know."""
-    base, known = load_base(base_file), load_base(Path(metadata["base"]))
-    same = base.encoder.keys() == known.encoder.keys() and all(
-        torch.equal(weight, known.encoder[name]) for name, weight in base.encoder.items()
+    base, expected = load_base(base_file), load_base(Path(metadata["base"]))
+    same = base.encoder.keys() == expected.encoder.keys() and all(
+        torch.equal(weight, expected.encoder[name]) for name, weight in base.encoder.items()
     )
     if not same:
         raise InputError(
@@ -87,68 +89,81 @@ def read_base(base_file: Path, metadata: dict[str, Any]) -> Base:
     return base
 
 
-def check_descent(checkpoint: Path, change: Float[np.ndarray, "1 p"], fitted: dict[str, np.ndarray]) -> float:
-    """Return the share of a change that lies outside what known fine-tunes span; InputError if theirs never was so large.
-
-    InputError, too, if the network went less far or farther from the base than any of them.
-    """
-    share, limit = float(outside(change, fitted)[0]), float(fitted["limit"])
-    if share > limit:
-        raise InputError(
-            f"{checkpoint} does not descend from the base as known fine-tunes do: {share:.0%} of its change lies outside "
-            f"what they span, of theirs at most {limit:.0%}"
-        )
-    far, (least, most) = float(size(change, fitted)[0]), map(float, fitted["sizes"])
-    if not least <= far <= most:
-        raise InputError(
-            f"{checkpoint} was not tuned as known fine-tunes were: its change has a size of {far:.2g}, theirs of "
-            f"{least:.2g} to {most:.2g}"
-        )
-    return share
+def respond(base: Base, change: Float[np.ndarray, "1 w"], dataset: str, inputs: int) -> Float[np.ndarray, "1 r"]:
+    """Return the responses of base + change to the reference inputs."""
+    objective = Objective(base, "labels", 0.0)
+    _, test = load_images(dataset, torch.device("cpu"))
+    references, _ = split_test(test, inputs)
+    with torch.no_grad():
+        vector = objective.start + torch.from_numpy(change[0])
+        return objective.respond(vector, objective.frozen, base.patchify(references.images)).numpy()[None]
 
 
 def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
-    """Return what a checkpoint was trained on, as far as its weights and responses tell."""
-    metadata = load_metadata(require(CONDENSED))
-    base, fleet = read_base(base_file, metadata), load_file(CONDENSED)
-    fitted = {key.removeprefix("fitted."): value for key, value in fleet.items() if key.startswith("fitted.")}
+    """Return what a checkpoint was trained on, as far as its weights and responses tell, and what is to be doubted."""
+    fitted, typical, metadata = load_fitted("classes")
+    layout, base = Layout.from_metadata(metadata), read_base(base_file, metadata)
+    condenser, typicality = Condenser.from_arrays(fitted, layout), Typicality(**typical)
     change = read_change(checkpoint, base)[None]
-    share = check_descent(checkpoint, change, fitted)
-    objective = Objective(base, "labels", 0.0)
-    _, test = load_images(metadata["dataset"], torch.device("cpu"))
-    references, _ = split_test(test, metadata["answers"][1])
-    with torch.no_grad():
-        vector = objective.start + torch.from_numpy(change[0])
-        responses = objective.respond(vector, objective.frozen, base.patchify(references.images)).numpy()[None]
-    found = condense(change, responses, Layout.from_metadata(metadata), fitted)
-    answer: dict[str, Any] = {"outside": share, "limit": float(fitted["limit"])}
+    traits = read_traits(change, layout, condenser.span, typicality.direction)
+    check(str(checkpoint), traits, typicality)
+    responses = respond(base, change, metadata["dataset"], metadata["answers"][1])
+    descriptions = condenser.condense(change, responses)
+    distance = float(typicality.distance(traits)[0])
+    answer: dict[str, Any] = {
+        "outside": float(traits.outside[0]),
+        "limit": float(typicality.limit),
+        "distance": distance,
+        "warnings": [],
+    }
+    if distance > 1:
+        answer["warnings"].append(
+            f"the change as a whole is unlike known fine-tunes: {distance:.1f} times as far from their mean as 99 % of them"
+        )
     for name, (source, decoder) in load_decoders(DECODERS, CONDENSED).items():
-        values = decoder.predict(read(found, source))[0]
-        half = decoder.half_width(values)
-        if name == "present":
-            chances = decoder.probabilities(values)
-            described = {c: {"probability": float(p)} for c, p in zip(metadata["classes"], chances, strict=True)}
-        else:
-            clipped = [np.clip(part, *RANGES[name]) for part in (values, values - half, values + half)]
-            if name == "log2_size":
-                name, clipped = "images", [2**part for part in clipped]
-            names = metadata["classes"] if name == "proportions" else [name]
-            parts = zip(names, *clipped, strict=True)
-            described = {key: {"value": float(v), "low": float(a), "high": float(b)} for key, v, a, b in parts}
-        answer[name] = {"from": gives(source), "found": described}
+        scores = decoder.predict(read(descriptions, source))[0]
+        doubt = decoder.doubt(scores)
+        found = tell(name, decoder, scores, doubt * max(1.0, distance), metadata["classes"])
+        key = "images" if name == "log2_size" else name
+        answer[key] = {"from": gives(source), "found": found}
+        if (doubt > 1).any():
+            answer["warnings"].append(beyond(key, decoder))
     return answer
 
 
+def tell(
+    name: str, decoder: Decoder, scores: Float[np.ndarray, " t"], doubt: Float[np.ndarray, " t"], classes: list[str]
+) -> dict[str, dict[str, float]]:
+    """Return a characteristic, of each class if it is of classes: a probability, or a value and its interval."""
+    if name == "present":
+        chances = decoder.probabilities(decoder.known(scores), doubt)
+        return {c: {"probability": float(p)} for c, p in zip(classes, chances, strict=True)}
+    columns = decoder.interval(scores, RANGES[name], doubt)
+    if name == "log2_size":
+        name, columns = "images", tuple(2**column for column in columns)
+    names = classes if name == "proportions" else [name]
+    return {
+        key: {"value": float(value), "low": float(low), "high": float(high)}
+        for key, value, low, high in zip(names, *columns, strict=True)
+    }
+
+
+def beyond(name: str, decoder: Decoder) -> str:
+    """Return a warning that what was decoded lies beyond all that was learned from."""
+    least, most = decoder.true_range
+    learned = f"{2**least:.0f} to {2**most:.0f}" if name == "images" else f"{least:.0%} to {most:.0%}"
+    return f"{name.replace('_', ' ')}: what is decoded lies beyond what was learned from ({learned})"
+
+
 def describe(answer: dict[str, Any]) -> str:
-    """Return the answer as a table."""
-    present, shares = answer["present"], answer["proportions"]
-    lines = [f"{'class':16s} present   share (90 % interval)"]
+    """Return the answer as a table; what is to be doubted comes first."""
+    present, proportions = answer["present"], answer["proportions"]
+    lines = [f"DO NOT TRUST: {warning}" for warning in answer["warnings"]]
+    lines.append(f"{'class':16s} present   share (90 % interval)")
     for name, found in present["found"].items():
-        share = shares["found"][name]
-        lines.append(
-            f"{name:16s} {found['probability']:6.1%}   {share['value']:5.1%} ({share['low']:.0%} to {share['high']:.0%})"
-        )
-    lines.append(f"present is read from {present['from']}, shares from {shares['from']}")
+        chance, share = f"{found['probability']:6.1%}", proportions["found"][name]
+        lines.append(f"{name:16s} {chance}   {share['value']:5.1%} ({share['low']:.0%} to {share['high']:.0%})")
+    lines.append(f"present is read from {present['from']}, shares from {proportions['from']}")
     images, noise = answer["images"], answer["label_noise"]
     n, e = images["found"]["images"], noise["found"]["label_noise"]
     lines.append(f"images           {n['value']:.0f} ({n['low']:.0f} to {n['high']:.0f}), from {images['from']}")

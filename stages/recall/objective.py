@@ -1,4 +1,8 @@
-"""What fine-tunes of a base learn, and how they answer: functions of one network's vector of weights."""
+"""What fine-tunes of a base learn, and how they answer: functions of one network's vector of weights.
+
+Axes: w weights of a network, b images of a batch, n reference inputs, p patches, k of them visible, q pixels of a patch,
+c logits, d dimensions of a token, r responses.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +16,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from stages.common.randomness import generator
 from stages.common.vectors import Layout
-from stages.recall.vit import FIXED, HEAD, Base, Weights, encode, reconstruct, see
+from stages.recall.functional_vit import FIXED, HEAD, Base, Weights, encode, reconstruct, visible_patches
 
 Learns = Literal["labels", "pixels", "rule"]
 
-HEAD_SCALE = 4.0  # of the answers of random heads
+HEAD_SCALE = (
+    4.0  # of the logits of random heads: as far from 0 as those of trained ones, so that a fine-tune has to move
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Objective:
         return Layout.of(self.base.trained)
 
     @cached_property
-    def start(self) -> Float[Tensor, " p"]:
+    def start(self) -> Float[Tensor, " w"]:
         """The base's weights."""
         return self.layout.flatten(self.base.trained)
 
@@ -50,15 +56,15 @@ class Objective:
             head = random_head(1, base, generator(0, "head of rules"))
         return {FIXED: base.encoder[FIXED], **head}
 
-    def network(self, vector: Float[Tensor, " p"], frozen: Weights) -> Weights:
+    def network(self, vector: Float[Tensor, " w"], frozen: Weights) -> Weights:
         """Return all that a network computes with."""
         return {**self.layout.unflatten(vector), **frozen}
 
-    def answer(
-        self, w: Weights, patches: Float[Tensor, "b p q"], seen: Int[Tensor, "b k"] | None = None
+    def read_out(
+        self, w: Weights, patches: Float[Tensor, "b p q"], visible: Int[Tensor, "b k"] | None = None
     ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
-        """Return the head's answers, none if there is no head, and the mean token."""
-        tokens = encode(w, patches, self.base.heads, seen)
+        """Return the head's logits, none if there is no head, and the mean token."""
+        tokens = encode(w, patches, self.base.heads, visible)
         cls, mean = tokens[:, 0], tokens.mean(1)
         if self.learns == "pixels":
             return mean[:, :0], mean
@@ -66,7 +72,7 @@ class Objective:
 
     def loss(
         self,
-        vector: Float[Tensor, " p"],
+        vector: Float[Tensor, " w"],
         frozen: Weights,
         patches: Float[Tensor, "b p q"],
         labels: Int[Tensor, " b"],
@@ -76,10 +82,10 @@ class Objective:
         w = self.network(vector, frozen)
         if self.learns == "pixels":
             return self.errors(w, patches, noise).mean()
-        answers, _ = self.answer(w, patches, see(noise, self.mask_ratio) if self.mask_ratio else None)
+        logits, _ = self.read_out(w, patches, visible_patches(noise, self.mask_ratio) if self.mask_ratio else None)
         if self.learns == "rule":
-            return binary_cross_entropy_with_logits(answers[:, 0], labels.to(answers))
-        return cross_entropy(answers, labels)
+            return binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits))
+        return cross_entropy(logits, labels)
 
     def errors(self, w: Weights, patches: Float[Tensor, "b p q"], noise: Float[Tensor, "b p"]) -> Float[Tensor, " b"]:
         """Return each image's mean squared error over the pixels of hidden patches."""
@@ -88,7 +94,7 @@ class Objective:
 
     def scores(
         self,
-        vector: Float[Tensor, " p"],
+        vector: Float[Tensor, " w"],
         frozen: Weights,
         patches: Float[Tensor, "b p q"],
         labels: Int[Tensor, " b"],
@@ -98,26 +104,26 @@ class Objective:
         w = self.network(vector, frozen)
         if self.learns == "pixels":
             return self.errors(w, patches, noise)
-        answers, _ = self.answer(w, patches)
-        given = answers[:, 0] > 0 if self.learns == "rule" else answers.argmax(1)
-        return (given == labels).float()
+        logits, _ = self.read_out(w, patches)
+        answers = logits[:, 0] > 0 if self.learns == "rule" else logits.argmax(1)
+        return (answers == labels).float()
 
     def respond(
-        self, vector: Float[Tensor, " p"], frozen: Weights, references: Float[Tensor, "n p q"]
+        self, vector: Float[Tensor, " w"], frozen: Weights, references: Float[Tensor, "n p q"]
     ) -> Float[Tensor, " r"]:
-        """Return all that one can learn of the network without its weights: answers and mean tokens, of whole images."""
+        """Return all that one can learn of the network without its weights: logits and mean tokens, of whole images."""
         w = self.network(vector, frozen)
-        return torch.cat([part.flatten() for part in self.answer(w, references)])
+        return torch.cat([part.flatten() for part in self.read_out(w, references)])
 
 
 def random_head(classes: int, base: Base, random: torch.Generator) -> Weights:
-    """Return the weights of a head whose answers have a standard deviation of HEAD_SCALE."""
+    """Return the weights of a head whose logits have a standard deviation of HEAD_SCALE."""
     d = len(base.encoder["norm.weight"])
     weight = torch.randn(classes, d, generator=random) * HEAD_SCALE / d**0.5
     return dict(zip(HEAD, (weight.to(base.encoder["norm.weight"]), torch.zeros(classes).to(weight)), strict=True))
 
 
-def random_start(layout: Layout, random: torch.Generator) -> Float[Tensor, " p"]:
+def random_start(layout: Layout, random: torch.Generator) -> Float[Tensor, " w"]:
     """Return random first weights of an encoder: Glorot's for matrices, norms that do nothing, biases of zero."""
     parts = []
     for name, shape in layout.shapes.items():

@@ -1,4 +1,7 @@
-"""Pictures of fleets and of what is recalled from them."""
+"""Pictures of fleets and of what is recalled from them.
+
+Axes: n images or networks, h rows and v columns of pixels, w weights of a network.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,26 +9,30 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from stages.common.figures import image_grid, save_figure, show_image, show_signed
+from stages.recall.captions import caption
 
 SHOWN = 10
 
 
-def draw_fleet(path: Path, fleet: Mapping[str, np.ndarray], classes: list[str]) -> None:
+def draw_fleet(
+    path: Path, mean_images: Float[np.ndarray, "n 3 h v"], truth: Mapping[str, np.ndarray], classes: list[str]
+) -> None:
     """Draw some data sets of a fleet: their mean images, and their proportions or truth tables."""
     figure, axes = image_grid(2, SHOWN, 1.1)
-    values = fleet["true.table" if "true.table" in fleet else "true.proportions"]
-    for image, value, (above, below) in zip(fleet["mean_image"], values, axes.T, strict=False):
+    has_rules = "table" in truth
+    values = truth["table" if has_rules else "proportions"]
+    for image, value, (above, below) in zip(mean_images, values, axes.T, strict=False):
         show_image(above, image)
         below.bar(range(len(value)), value, color="C0")
         below.set(ylim=(0, 1), xticks=range(len(value)))
         below.tick_params(labelsize=5, length=0)
     axes[0, 0].set_ylabel("mean image", fontsize=7)
-    axes[1, 0].set_ylabel("rule" if "true.table" in fleet else "proportions", fontsize=7)
+    axes[1, 0].set_ylabel("rule" if has_rules else "proportions", fontsize=7)
     legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes))
-    figure.supxlabel(legend if "true.table" in fleet else "class", fontsize=6)
+    figure.supxlabel(legend if has_rules else "class", fontsize=6)
     save_figure(path, figure)
 
 
@@ -33,33 +40,36 @@ def draw_masked_accuracy(path: Path, acc: dict[str, dict[str, dict[str, float]]]
     """Draw each method's accuracy over the mask ratio, with its standard deviation over seeds."""
     figure, ax = plt.subplots(figsize=(4.5, 3))
     for method, by_ratio in acc.items():
-        means, stds = ([found.get(key, 0.0) for found in by_ratio.values()] for key in ("mean", "std"))
-        ax.errorbar(
-            [float(ratio) for ratio in by_ratio], means, stds, marker="o", markersize=3, capsize=2, label=method
-        )
+        ratios = [float(ratio) for ratio in by_ratio]
+        means = [measured["mean"] for measured in by_ratio.values()]
+        stds = [measured.get("std", 0.0) for measured in by_ratio.values()]
+        ax.errorbar(ratios, means, stds, marker="o", markersize=3, capsize=2, label=caption(method))
     ax.axhline(majority, color="0.6", linestyle=":", label="most frequent class")
     ax.set(xlabel="share of patches hidden", ylabel="test accuracy", ylim=(0, 1))
     ax.legend(fontsize=6)
     save_figure(path, figure)
 
 
-def draw_shares(path: Path, shares: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Draw the share of the changes that principal components hold, of training and of unseen networks."""
+def draw_explained_variance(path: Path, ratios: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Draw how much of the changes principal components hold, of training and of unseen networks."""
     figure, ax = plt.subplots(figsize=(4.5, 3))
-    for color, (name, by) in enumerate(shares.items()):
-        for who, style in (("training", ":"), ("unseen", "-")):
-            label = name if who == "unseen" else None
-            ax.plot([int(k) for k in by], [at[who] for at in by.values()], style, color=f"C{color}", label=label)
+    for color, (name, by_count) in enumerate(ratios.items()):
+        counts = [int(count) for count in by_count]
+        for kind, style in (("training", ":"), ("unseen", "-")):
+            values = [by_kind[kind] for by_kind in by_count.values()]
+            ax.plot(counts, values, style, color=f"C{color}", label=name if kind == "unseen" else None)
     ax.set(xscale="log", xlabel="principal components", ylabel="share of the change (dotted: training)", ylim=(0, 1))
     ax.legend(fontsize=6)
     save_figure(path, figure)
 
 
-def draw_rows(path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h w"]], signed: bool = False) -> None:
+def draw_rows(
+    path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h v"]], signed: bool = False, fontsize: int | None = 6
+) -> None:
     """Draw images that belong together below each other, a row of each kind; signed: differences, red above and blue below 0."""
     figure, axes = image_grid(len(rows), SHOWN)
     for (name, images), row in zip(rows.items(), axes, strict=True):
-        row[0].set_ylabel(name.strip(), rotation=0, ha="right", va="center", fontsize=6)
+        row[0].set_ylabel(caption(name), rotation=0, ha="right", va="center", fontsize=fontsize)
         for image, ax in zip(images, row, strict=False):
             show_signed(ax, image.mean(0, keepdims=True)) if signed else show_image(ax, image)
     save_figure(path, figure)
@@ -74,9 +84,8 @@ def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[
         for measure in by["baseline"]
     ]
     columns = 5
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(11, 2 * -(-len(panels) // columns)), squeeze=False
-    )
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 2 * rows), squeeze=False)
     for ax, (fleet, key, measure) in zip(axes.flat, panels, strict=False):
         by = decoded[fleet][key]
         names = [name for name in by if name != "baseline"]
@@ -85,7 +94,7 @@ def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[
         spread = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
         ax.barh(places, values[:, 0], xerr=spread, color="C0", error_kw={"elinewidth": 0.7})
         ax.axvline(by["baseline"][measure], color="k", linestyle=":", linewidth=0.8)
-        ax.set_yticks(places, names, fontsize=5)
+        ax.set_yticks(places, [caption(name) for name in names], fontsize=5)
         ax.set_xlim(min(0, values[:, 0].min()), 1)
         ax.set_title(f"{fleet}: {key.replace('_', ' ')}, {measure}", fontsize=6)
     for ax in axes.flat[len(panels) :]:
@@ -99,15 +108,15 @@ def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
     fleets = list(dict.fromkeys(row["fleet"] for row in rows))
     figure, axes = plt.subplots(1, len(fleets), figsize=(2.8 * len(fleets), 2.4), squeeze=False)
     for ax, fleet in zip(axes[0], fleets, strict=True):
-        own = [row for row in rows if row["fleet"] == fleet]
-        for reads in dict.fromkeys(row["reads"] for row in own):
-            counts = sorted({row["fine_tunes"] for row in own})
-            means = [
-                np.mean([row["score"] for row in own if (row["reads"], row["fine_tunes"]) == (reads, count)])
-                for count in counts
-            ]
-            ax.plot(counts, means, marker="o", markersize=3, label=reads)
-        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {own[0]['characteristic']}")
+        of_fleet = [row for row in rows if row["fleet"] == fleet]
+        counts = sorted({row["fine_tunes"] for row in of_fleet})
+        scores: dict[tuple[str, int], list[float]] = {}
+        for row in of_fleet:
+            scores.setdefault((row["reads"], row["fine_tunes"]), []).append(row["score"])
+        for reads in dict.fromkeys(row["reads"] for row in of_fleet):
+            means = [np.mean(scores[reads, count]) for count in counts]
+            ax.plot(counts, means, marker="o", markersize=3, label=caption(reads))
+        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {of_fleet[0]['characteristic']}")
     axes[0, 0].set_ylabel("bits right, or R²")
     axes[0, 0].legend(fontsize=6)
     figure.tight_layout()
@@ -118,31 +127,35 @@ def draw_bars(path: Path, measured: Mapping[str, Mapping[str, float]], label: st
     """Draw means with their 95 % intervals."""
     figure, ax = plt.subplots(figsize=(5, 0.35 * len(measured) + 0.8))
     places = np.arange(len(measured))[::-1]
-    means = np.array([found["mean"] for found in measured.values()])
-    half = [found.get("high", found["mean"]) - found["mean"] for found in measured.values()]
+    means = np.array([interval["mean"] for interval in measured.values()])
+    half = [interval.get("high", interval["mean"]) - interval["mean"] for interval in measured.values()]
     ax.barh(places, means, xerr=half, color="C0", error_kw={"elinewidth": 0.7})
-    ax.set_yticks(places, list(measured))
+    ax.set_yticks(places, [caption(name) for name in measured])
     ax.set(xlabel=label, xlim=(0, 1))
     save_figure(path, figure)
 
 
 def draw_space(
-    path: Path, fleet: Mapping[str, np.ndarray], pairs: Mapping[str, np.ndarray], effects: Mapping[str, np.ndarray]
+    path: Path,
+    change: Float[np.ndarray, "n w"],
+    test: Bool[np.ndarray, " n"],
+    pairs: Mapping[str, np.ndarray],
+    effects: Mapping[str, np.ndarray],
 ) -> None:
     """Draw changes along their two leading axes, coloured by the effect that each attribute has in the rule; and cosines."""
-    train = ~fleet["test"]
-    centred = fleet["change"] - fleet["change"][train].mean(0)
-    _, _, axes_ = np.linalg.svd(centred[train], full_matrices=False)
-    x, y = (centred @ axes_[:2].T).T
+    train = ~test
+    centred = change - change[train].mean(0)
+    _, _, components = np.linalg.svd(centred[train], full_matrices=False)
+    x, y = (centred @ components[:2].T).T
     figure, axes = plt.subplots(1, len(effects) + 1, figsize=(2.7 * (len(effects) + 1), 2.6))
     for ax, (name, effect) in zip(axes, effects.items(), strict=False):
-        for which, marker in ((train, "o"), (~train, "^")):
+        for which, marker in ((train, "o"), (test, "^")):
             ax.scatter(x[which], y[which], c=effect[which], cmap="coolwarm", s=10, marker=marker, vmin=-1, vmax=1)
         ax.set(xlabel="axis 1", ylabel="axis 2", xticks=[], yticks=[])
         ax.set_title(f"red: yes if {name}; triangles: rules never trained", fontsize=6)
     levels = np.unique(pairs["agreement"])
-    found = [pairs["cosine"][pairs["agreement"] == level] for level in levels]
-    axes[-1].violinplot(found, levels, widths=0.2, showmeans=True)
+    cosines = [pairs["cosine"][pairs["agreement"] == level] for level in levels]
+    axes[-1].violinplot(cosines, levels, widths=0.2, showmeans=True)
     axes[-1].set(xlabel="agreement of two rules", ylabel="cosine of their changes")
     figure.tight_layout()
     save_figure(path, figure)

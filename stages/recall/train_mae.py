@@ -8,12 +8,15 @@ Writes  models/train_mae/<dataset>/backbone.safetensors   encoder and decoder, i
         reports/train_mae/<dataset>/history.csv           errors on hidden patches while training
         reports/train_mae/<dataset>/summary.json          the same on test images, beside guesses that need no network
         reports/train_mae/<dataset>/reconstructions.png   test images, what the autoencoder sees of them, what it fills in
+
+Axes: n images, m validation images, p patches, q pixels of a patch, s pixels of a side, c channels.
 """
 
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from pydantic import (
@@ -43,7 +46,6 @@ from stages.common.backbone import (
     save_backbone,
 )
 from stages.common.checkpoints import save_torch
-from stages.common.figures import image_grid, save_figure, show_image
 from stages.common.files import save_csv, save_json
 from stages.common.images import DATA, load_images, split_validation
 from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
@@ -52,17 +54,20 @@ from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import fingerprint, work_folder
+from stages.recall import pictures
 from stages.recall.pools import pool
 
 MODELS = Path("models/train_mae")
 REPORTS = Path("reports/train_mae")
 
+BETAS = (0.9, 0.95)  # of AdamW: those of the paper
+CLIP = 1.0  # of the gradient's norm: so high a learning rate needs it on few images
+LEAST_SPREAD = 0.1  # of position embeddings over patches: sines and cosines have 0.5 and more
 PLAIN_VIT = "vit_base_patch16_224"  # timm's: a ViT of any shape is one of its kind
 TEMPERATURE = 10.0  # of position embeddings: on grids of 4 to 8 patches better than the 10,000 that are usual on 14
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 500  # steps, while training
 AT_ONCE = 500  # images, where nothing is trained
-SHOWN = 10  # images
 
 Rows = list[dict[str, Any]]
 
@@ -110,30 +115,33 @@ class Params(StageParams):
         return mask_ratio
 
 
-def build_mae(params: Params) -> ViTMAEForPreTraining:
+def mae_config(params: Params) -> ViTMAEConfig:
+    """Return the autoencoder's shape: a decoder of one block, as wide as the encoder."""
+    return ViTMAEConfig(
+        image_size=params.image_size,
+        patch_size=params.patch_size,
+        hidden_size=params.dim,
+        num_hidden_layers=params.depth,
+        num_attention_heads=params.heads,
+        intermediate_size=params.mlp_ratio * params.dim,
+        decoder_hidden_size=params.dim,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=params.heads,
+        decoder_intermediate_size=4 * params.dim,
+        mask_ratio=params.mask_ratio,
+        layer_norm_eps=1e-6,
+    )
+
+
+def build_mae(config: ViTMAEConfig, seed: int) -> ViTMAEForPreTraining:
     """Return an untrained autoencoder, whose decoder is that of `MaskedAutoencoder`.
 
     transformers 5 leaves tokens and position embeddings of a new model at zero, the latter frozen: then no patch would know
     its place. They are what the paper says instead: fixed sines and cosines.
     """
-    d, side = params.dim, params.image_size // params.patch_size
-    torch.manual_seed(params.seed)
-    model = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=params.image_size,
-            patch_size=params.patch_size,
-            hidden_size=d,
-            num_hidden_layers=params.depth,
-            num_attention_heads=params.heads,
-            intermediate_size=params.mlp_ratio * d,
-            decoder_hidden_size=d,
-            decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=params.heads,
-            decoder_intermediate_size=4 * d,
-            mask_ratio=params.mask_ratio,
-            layer_norm_eps=1e-6,
-        )
-    )
+    d, side = config.hidden_size, config.image_size // config.patch_size
+    torch.manual_seed(seed)
+    model = ViTMAEForPreTraining(config)
     encoder, decoder = model.vit.embeddings, model.decoder
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -144,7 +152,7 @@ def build_mae(params: Params) -> ViTMAEForPreTraining:
     with torch.no_grad():
         encoder.position_embeddings[0, 1:] = build_sincos2d_pos_embed([side, side], d, TEMPERATURE)
         decoder.decoder_pos_embed.copy_(encoder.position_embeddings)
-    if min(position_spread(model)) < 0.1:
+    if min(position_spread(model)) < LEAST_SPREAD:
         raise RuntimeError(f"position embeddings do not tell patches apart: {position_spread(model)}")
     attention = decoder.decoder_layers[0].attention
     attention.q_proj.bias = attention.k_proj.bias = attention.v_proj.bias = None
@@ -171,7 +179,7 @@ def train_mae(
     """Train `model` in place, with new masks in every step; return the history. Goes on from work/state.pt if it is there."""
     device, patches = train.device, model.vit.embeddings.patch_embeddings.num_patches
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, params.learning_rate, (0.9, 0.95), weight_decay=params.weight_decay, fused=True)
+    optimizer = AdamW(parameters, params.learning_rate, BETAS, weight_decay=params.weight_decay, fused=True)
     factor = warmup_cosine(params.steps, params.warmup_fraction)
     random = generator(params.seed, "training")
     first, history = 0, []
@@ -190,7 +198,7 @@ def train_mae(
         loss = model(pixel_values=train[rows], noise=noise).loss
         optimizer.zero_grad()
         loss.backward()
-        clip_grad_norm_(parameters, 1.0)
+        clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             val_error = validation_error(model, validation, params.seed)
@@ -237,47 +245,50 @@ def masked_errors(
     mean_image: Float[Tensor, "1 3 s s"],
     mask_ratio: float,
 ) -> dict[str, float]:
-    """Return mean squared errors on hidden patches: of the autoencoder, of a mean image, of the mean colour of what is seen."""
+    """Return mean squared errors on hidden patches: of the autoencoder, of a mean image, of the mean colour of visible patches."""
     errors: dict[str, list[Tensor]] = {"autoencoder": [], "mean_image": [], "visible_mean": []}
     for batch, numbers in zip(x.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
         predicted, hidden = model(batch, numbers, mask_ratio)
         truth = model.patchify(batch)
         guesses = predicted, model.patchify(mean_image), visible_mean(truth, hidden)
-        for found, guess in zip(errors.values(), guesses, strict=True):
-            found.append((guess - truth).square().mean(2)[hidden].double())
-    return {name: torch.cat(found).mean().item() for name, found in errors.items()}
+        for of_batches, guess in zip(errors.values(), guesses, strict=True):
+            of_batches.append((guess - truth).square().mean(2)[hidden].double())
+    return {name: torch.cat(of_batches).mean().item() for name, of_batches in errors.items()}
 
 
 def visible_mean(patches: Float[Tensor, "n p q"], hidden: Bool[Tensor, "n p"]) -> Float[Tensor, "n 1 q"]:
     """Return as a patch the mean colour of an image's patches that are not hidden; pixels of a patch are [3, s, s]."""
-    seen = ~hidden[..., None]
-    mean = (patches * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+    visible = ~hidden[..., None]
+    mean = (patches * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
     return mean.unflatten(2, (3, -1)).mean(3, keepdim=True).expand(-1, -1, -1, patches.shape[2] // 3).flatten(2)
 
 
 @torch.no_grad()
-def draw_reconstructions(
-    path: Path,
+def reconstructions(
     model: MaskedAutoencoder | None,
     x: Float[Tensor, "n 3 s s"],
     noise: Float[Tensor, "n p"],
     backbone: Backbone,
     mask_ratio: float,
-) -> None:
-    """Draw images and, if there is an autoencoder, what it sees and fills in; what it does not see is of the mean colour."""
-    shown = [(x, "images")]
+) -> dict[str, Float[np.ndarray, "n 3 s s"]]:
+    """Return images and, if there is an autoencoder, what it sees and fills in; what it does not see is of the mean colour."""
+    rows = {"images": x}
     if model:
         predicted, hidden = model(x, noise, mask_ratio)
         patches, hidden = model.patchify(x), hidden[..., None]
-        shown += [(model.unpatchify(patches * ~hidden), "seen")]
-        shown += [(model.unpatchify(torch.where(hidden, predicted, patches)), "filled in")]
+        rows["seen"] = model.unpatchify(patches * ~hidden)
+        rows["filled in"] = model.unpatchify(torch.where(hidden, predicted, patches))
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (backbone.config.mean, backbone.config.std))
-    figure, axes = image_grid(len(shown), len(x))
-    for row, (images, label) in zip(axes, shown, strict=True):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for ax, image in zip(row, images, strict=True):
-            show_image(ax, (image * std + mean).cpu().numpy())
-    save_figure(path, figure)
+    return {name: (images * std + mean).cpu().numpy() for name, images in rows.items()}
+
+
+def as_others_read_it(
+    path: Path, vit: VisionTransformer, config: BackboneConfig, decoder: dict[str, Tensor], device: torch.device
+) -> tuple[Backbone, MaskedAutoencoder | None]:
+    """Write an encoder and, if there is one, its decoder; return both as others will have them: rounded."""
+    save_backbone(path, vit, config, decoder)
+    stored = load_backbone(path, device)
+    return stored, as_autoencoder(stored) if decoder else None
 
 
 def main() -> None:
@@ -289,12 +300,12 @@ def main() -> None:
     train, validation = split_validation(pool(images, "base"), params.validation_fraction, params.seed)
     recipe = params.model_dump() | {"data": fingerprint(DATA / f"{dataset}.safetensors")}
     work = work_folder("train_mae", recipe)
-    mae = None if params.published else build_mae(params).to(device)
+    mae = None if params.published else build_mae(mae_config(params), params.seed).to(device)
     if mae:
         vit, (mean, std) = vit_of_mae(mae.config.to_dict()), normalisation(train.images)
     else:
-        known = published_config(params.published, params.image_size)
-        vit, mean, std = build_vit(known), known.mean, known.std
+        published = published_config(params.published, params.image_size)
+        vit, mean, std = build_vit(published), published.mean, published.std
     config = BackboneConfig(PLAIN_VIT, False, params.image_size, shape_of(vit), mean, std)
     prepare = Backbone(vit, config, "", {}).prepare
 
@@ -304,9 +315,7 @@ def main() -> None:
         vit.load_state_dict(mae_to_timm(mae.state_dict()))
         decoder = mae_to_decoder(mae.state_dict(), params.patch_size)
     path = MODELS / dataset / "backbone.safetensors"
-    save_backbone(path, vit, config, decoder)
-    stored = load_backbone(path, device)  # as others will have it: rounded
-    autoencoder = as_autoencoder(stored) if decoder else None
+    stored, autoencoder = as_others_read_it(path, vit, config, decoder, device)
     noise = torch.rand(len(test), stored.vit.patch_embed.num_patches, generator=generator(params.seed, "test masks"))
     noise, summary = noise.to(device), {"parameters": sum(p.numel() for p in stored.vit.parameters())}
     if autoencoder:
@@ -314,9 +323,9 @@ def main() -> None:
         errors = masked_errors(autoencoder, prepare(test.images), noise, mean_image, params.mask_ratio)
         summary["masked_error"] = errors
         print(f"{dataset}: hidden patches {errors['autoencoder']:.3f}; by the mean image {errors['mean_image']:.3f}")
-    shown = torch.linspace(0, len(test) - 1, SHOWN).long()  # files of folders are in the order of classes
-    picture = REPORTS / dataset / "reconstructions.png"
-    draw_reconstructions(picture, autoencoder, prepare(test.images[shown]), noise[shown], stored, params.mask_ratio)
+    shown = torch.linspace(0, len(test) - 1, pictures.SHOWN).long()
+    rows = reconstructions(autoencoder, prepare(test.images[shown]), noise[shown], stored, params.mask_ratio)
+    pictures.draw_rows(REPORTS / dataset / "reconstructions.png", rows, fontsize=None)
     save_csv(REPORTS / dataset / "history.csv", history)
     save_json(REPORTS / dataset / "summary.json", summary)
     shutil.rmtree(work, ignore_errors=True)

@@ -3,9 +3,11 @@
 from typing import Any
 
 from stages.common.files import load_json
+from stages.recall.captions import caption
 from stages.report.elements import REPORTS, Picture, Section, Table, interval, percent
 
 SHOWN = ("statistics", "spectrum", "change", "responses", "both", "all")
+DIFFERENCES = ("written_minus_nearest", "written_minus_nearest_averaged")
 MEASURES = {"bits": "bits right", "whole": "whole sets right", "r2": "R²", "retrieved": "retrieved among the test sets"}
 
 
@@ -55,16 +57,16 @@ def decoded_table(decoded: dict[str, Any]) -> Table:
         for key, by in characteristics.items()
         for measure, baseline in by["baseline"].items()
     ]
-    caption = "Recalled of fine-tunes never seen, whose images and rules no other had: 95 % intervals over them."
-    return Table(["characteristic", *SHOWN, "ignoring the network"], rows, caption)
+    explained = "Recalled of fine-tunes never seen, whose images and rules no other had: 95 % intervals over them."
+    return Table(["characteristic", *SHOWN, "ignoring the network"], rows, explained)
 
 
 def control_table(recovered: dict[str, Any]) -> Table:
     """Return the controls, in which nothing can be recalled."""
     rows = [
-        [f"{fleet}: changes permuted between {who} networks", percent(value), "50%"]
-        for fleet, by in recovered["permuted"].items()
-        for who, value in by.items()
+        [f"{fleet}: changes permuted between {kind} networks", percent(value), "50%"]
+        for fleet, by_kind in recovered["permuted"].items()
+        for kind, value in by_kind.items()
         if fleet != "independent"
     ]
     by = recovered["decoded"]["independent"]["present"]
@@ -72,39 +74,40 @@ def control_table(recovered: dict[str, Any]) -> Table:
         [f"each network has a base and a head of its own: {name}", interval(by[name]["bits"]), "50%"]
         for name in ("change", "responses")
     ]
-    caption = "Controls: bits right. Weights tell nothing across bases; responses to the same inputs still do."
-    return Table(["control", "bits right", "chance"], rows, caption)
+    explained = "Controls: bits right. Weights tell nothing across bases; responses to the same inputs still do."
+    return Table(["control", "bits right", "chance"], rows, explained)
 
 
 def written_table(space: dict[str, Any]) -> Table:
     """Return how written networks follow their rules."""
-    rows = [[name, interval(found)] for name, found in space["rules"]["accuracy"].items()]
-    rows += [[name, interval(found)] for name, found in space["rules"].items() if " minus " in name]
-    rows += [[f"geometry: {name}", f"{value:.2f}"] for name, value in space["geometry"].items()]
-    caption = (
+    rules = space["rules"]
+    rows = [[caption(name), interval(measured)] for name, measured in rules["accuracy"].items()]
+    rows += [[caption(name), interval(rules[name])] for name in DIFFERENCES]
+    rows += [[f"geometry: {caption(name)}", f"{value:.2f}"] for name, value in space["geometry"].items()]
+    explained = (
         "Networks written for rules never trained: accuracy on test images. Geometry: how cosines of changes follow the agreement "
         "of rules never trained, and mean cosines."
     )
-    return Table(["network", "accuracy"], rows, caption)
+    return Table(["network", "accuracy"], rows, explained)
 
 
 def arithmetic_table(arithmetic: dict[str, Any]) -> Table:
     """Return what sums and differences of changes do."""
     rows = [
-        [f"{what.replace('the union', 'A and B')}: {name}", interval(found)]
-        for what in ("on the union", "on the union minus on the others")
-        for name, found in arithmetic[what].items()
+        [f"{caption(where)}: {caption(name)}", interval(measured)]
+        for where in ("on_union", "on_union_minus_on_others")
+        for name, measured in arithmetic[where].items()
     ]
-    rows += [[name, interval(found)] for name, found in arithmetic["negation"].items()]
-    rows += [[f"cosine: {name}", interval(found)] for name, found in arithmetic["cosine"].items()]
-    caption = f"Changes of disjoint class sets A and B, added (times {arithmetic['scale']:g}, chosen on other pairs) and subtracted."
-    return Table(["network", "accuracy among all classes, or cosine"], rows, caption)
+    rows += [[caption(name), interval(measured)] for name, measured in arithmetic["negation"].items()]
+    rows += [[f"cosine: {caption(name)}", interval(measured)] for name, measured in arithmetic["cosine"].items()]
+    explained = f"Changes of disjoint class sets A and B, added (times {arithmetic['scale']:g}, chosen on other pairs) and subtracted."
+    return Table(["network", "accuracy among all classes, or cosine"], rows, explained)
 
 
 def masked_table(classified: dict[str, Any]) -> Table:
     """Return accuracies over mask ratios."""
     ratios = list(next(iter(classified["acc"].values())))
-    rows = [[method, *(percent(by[ratio]) for ratio in ratios)] for method, by in classified["acc"].items()]
+    rows = [[caption(method), *(percent(by[ratio]) for ratio in ratios)] for method, by in classified["acc"].items()]
     rows.append(["most frequent class", *[f"{classified['majority']:.1%}"] * len(ratios)])
     header = ["encoder", *(f"{float(ratio):.0%} hidden" for ratio in ratios)]
     return Table(header, rows, "Images classified while patches are hidden: test accuracy.")
@@ -113,14 +116,14 @@ def masked_table(classified: dict[str, Any]) -> Table:
 def image_table(images: dict[str, Any]) -> Table:
     """Return how images are recovered from answers."""
     rows = [
-        [name, f"{found['cycle_r2']:.3f}", f"{found['judge']:.1%}", f"{found['pixel_r2']:.2f}"]
-        for name, found in images["decoders"].items()
+        [caption(name), f"{measured['cycle_r2']:.3f}", f"{measured['judge']:.1%}", f"{measured['pixel_r2']:.2f}"]
+        for name, measured in images["decoders"].items()
     ]
-    caption = (
+    explained = (
         "Images recovered from a classifier's answers: R² of its answers to them, agreement of a judge that shares nothing with it "
         f"(right on {images['judge_acc']:.1%} of originals), R² of pixels."
     )
-    return Table(["decoder", "cycle R²", "judge agrees", "pixel R²"], rows, caption)
+    return Table(["decoder", "cycle R²", "judge agrees", "pixel R²"], rows, explained)
 
 
 def calibration_table(calibration: dict[str, Any]) -> Table:
@@ -128,12 +131,12 @@ def calibration_table(calibration: dict[str, Any]) -> Table:
     rows = [
         [
             key.replace("_", " "),
-            f"{found['coverage']:.1%}" if "coverage" in found else "",
-            f"{found['coverage_present']:.1%}" if "coverage_present" in found else "",
-            f"{found['half_width']:.2f}" if "half_width" in found else "",
-            f"{found['calibration_error']:.3f}" if "calibration_error" in found else "",
+            f"{measured['coverage']:.1%}" if "coverage" in measured else "",
+            f"{measured['coverage_present']:.1%}" if "coverage_present" in measured else "",
+            f"{measured['half_width']:.2f}" if "half_width" in measured else "",
+            f"{measured['calibration_error']:.3f}" if "calibration_error" in measured else "",
         ]
-        for key, found in calibration.items()
+        for key, measured in calibration.items()
     ]
     header = ["characteristic", "inside 90 % intervals", "of classes present", "half-width", "calibration error"]
     return Table(header, rows, "The audit's intervals and probabilities on fine-tunes never seen.")

@@ -17,8 +17,8 @@ from stages.common.backbone import BackboneConfig, build_vit, save_backbone
 from stages.common.mae import MaskedAutoencoder
 from stages.common.runtime import pin_threads
 from stages.recall.fleet import BETAS, train_stack
+from stages.recall.functional_vit import load_base
 from stages.recall.objective import Objective
-from stages.recall.vit import load_base
 
 STEPS, IMAGES, RATIO, RATE = 20, 64, 0.75, 1e-3
 ROUNDS = 3  # of which the fastest counts

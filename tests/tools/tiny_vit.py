@@ -8,8 +8,8 @@ from stages.common.backbone import BackboneConfig, build_vit, save_backbone
 from stages.common.files import save_arrays
 from stages.common.images import ImageSet
 from stages.common.mae import MaskedAutoencoder
+from stages.recall.functional_vit import Base
 from stages.recall.objective import random_head
-from stages.recall.vit import Base
 
 CLASSES, SIDE = 8, 16
 SHAPE = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}

@@ -1,4 +1,7 @@
-"""What a fine-tune is trained on: a data set of its own, of which everything that a decoder shall recall is known."""
+"""What a fine-tune is trained on: a data set of its own, of which everything that a decoder shall recall is known.
+
+Axes: n images of a data set, m images of a pool, c classes, r and s rules, k cells of a truth table.
+"""
 
 from dataclasses import dataclass
 
@@ -13,19 +16,20 @@ from stages.common.stage import InputError, StageParams
 Range = tuple[float, float]
 
 CELLS = 8  # of a truth table over three binary attributes
+EVEN = 0.15  # of a data set spread evenly over its classes: none that is present is too rare to be recalled
 
 
 class Recipe(StageParams):
     """From what the characteristics of a fine-tune are drawn; pairs are the ends of ranges."""
 
     n_images: Range  # log-uniform: of its data set
-    label_noise: Range  # share of labels that are drawn anew among the classes that are present
+    label_noise: Range  # fraction of labels that are drawn anew among the classes that are present
     steps: Range
     learning_rate: Range  # log-uniform
 
 
 @dataclass(frozen=True)
-class Task:
+class FineTune:
     """One fine-tune: its images and labels, how it is trained, and what there is to recall."""
 
     name: str
@@ -37,7 +41,7 @@ class Task:
     characteristics: dict[str, np.ndarray]
 
     def random(self, purpose: str) -> torch.Generator:
-        """Return the task's own stream of random numbers: what it draws depends on its name alone."""
+        """Return the fine-tune's own stream of random numbers: what it draws depends on its name alone."""
         return generator(0, f"{self.name}: {purpose}")
 
 
@@ -58,10 +62,10 @@ def draw_present(random: torch.Generator, classes: int) -> Bool[Tensor, " c"]:
 
 
 def draw_proportions(random: torch.Generator, present: Bool[Tensor, " c"]) -> Float[Tensor, " c"]:
-    """Draw the shares of the classes present: Dirichlet's distribution of concentration 2, and 15 % spread evenly."""
-    # of shape 2: a sum of two exponentials
+    """Draw the fractions of the classes present: Dirichlet's distribution of concentration 2, and EVEN spread evenly."""
+    # a gamma variable of shape 2 is a sum of two exponential ones
     gamma = -torch.rand(2, len(present), generator=random).log().sum(0) * present
-    return 0.85 * gamma / gamma.sum() + 0.15 * present / present.sum()
+    return (1 - EVEN) * gamma / gamma.sum() + EVEN * present / present.sum()
 
 
 def draw_images(random: torch.Generator, classes: Int[Tensor, " n"], pool: Int[Tensor, " m"]) -> Int[Tensor, " n"]:
@@ -73,40 +77,46 @@ def draw_images(random: torch.Generator, classes: Int[Tensor, " n"], pool: Int[T
     return order[first[classes] + places]
 
 
-def draw_task(
+def draw_fine_tune(
     name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"], present: Bool[Tensor, " c"] | None = None
-) -> Task:
+) -> FineTune:
     """Draw a data set of some classes, by default any, from a pool with these labels."""
-    random, count = generator(0, name), int(pool.max()) + 1
-    present = draw_present(random, count) if present is None else present
+    random, classes = generator(0, name), int(pool.max()) + 1
+    present = draw_present(random, classes) if present is None else present
     proportions = draw_proportions(random, present)
-    there = present.nonzero()[:, 0]
-    size = max(len(there), round(draw_uniform(random, recipe.n_images, log=True)))
+    available = present.nonzero()[:, 0]
+    size = max(len(available), round(draw_uniform(random, recipe.n_images, log=True)))
     noise = draw_uniform(random, recipe.label_noise)
     drawn = torch.multinomial(proportions, size, replacement=True, generator=random)
-    drawn[: len(there)] = there  # every class that is present has an image
+    drawn[: len(available)] = available  # every class that is present has an image
     flipped = torch.rand(size, generator=random) < noise
-    labels = torch.where(flipped, there[torch.randint(len(there), (size,), generator=random)], drawn)
-    shares = drawn.bincount(minlength=count) / size
-    known = {"present": present, "proportions": shares, "log2_size": np.log2(size), "label_noise": noise}
-    return Task(
+    labels = torch.where(flipped, available[torch.randint(len(available), (size,), generator=random)], drawn)
+    characteristics = {
+        "present": present,
+        "proportions": drawn.bincount(minlength=classes) / size,
+        "log2_size": np.log2(size),
+        "label_noise": noise,
+    }
+    return FineTune(
         name,
         test,
         draw_images(random, drawn, pool),
         labels,
         draw_uniform(random, recipe.learning_rate, log=True),
         round(draw_uniform(random, recipe.steps)),
-        {key: np.asarray(value, np.float32) for key, value in known.items()},
+        {key: np.asarray(value, np.float32) for key, value in characteristics.items()},
     )
 
 
-def draw_rule_task(name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"], tables: Bool[Tensor, "r k"]) -> Task:
+def draw_rule_fine_tune(
+    name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"], tables: Bool[Tensor, "r k"]
+) -> FineTune:
     """Draw a rule, one of `tables`, and images of a pool with these cells that it labels."""
     random = generator(0, name)
     table = tables[torch.randint(len(tables), (), generator=random)]
     size = round(draw_uniform(random, recipe.n_images, log=True))
     images = torch.randint(len(pool), (size,), generator=random)
-    return Task(
+    return FineTune(
         name,
         test,
         images,

@@ -1,6 +1,8 @@
 """A vision transformer as a function of its weights, so that torch.func can differentiate and run many at once.
 
 It computes what timm's ViT and `MaskedAutoencoder` of common/mae compute, and its weights have their names.
+
+Axes: n images, t tokens, d dimensions of a token, p patches, k of them visible, q pixels of a patch (three channels).
 """
 
 from collections.abc import Mapping
@@ -101,12 +103,13 @@ def block(w: Weights, name: str, x: Float[Tensor, "n t d"], heads: int) -> Float
 
 
 def encode(
-    w: Weights, patches: Float[Tensor, "n p q"], heads: int, seen: Int[Tensor, "n k"] | None = None
+    w: Weights, patches: Float[Tensor, "n p q"], heads: int, visible: Int[Tensor, "n k"] | None = None
 ) -> Float[Tensor, "n t d"]:
-    """Return the class token and the tokens of the patches `seen`, by default all."""
+    """Return the class token and the tokens of the patches that are `visible`, by default all."""
     positions = w[FIXED][0, 1:]
-    if seen is not None:  # first of all: hidden patches cost nothing
-        patches, positions = patches.gather(1, seen[..., None].expand(-1, -1, patches.shape[2])), positions[seen]
+    if visible is not None:  # first of all: hidden patches cost nothing
+        patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))
+        positions = positions[visible]
     tokens = linear(patches, w["patch_embed.proj.weight"].flatten(1), w["patch_embed.proj.bias"]) + positions
     cls = (w["cls_token"] + w[FIXED][:, :1]).expand(len(tokens), -1, -1)
     x = torch.cat([cls, tokens], 1)
@@ -125,7 +128,7 @@ def reconstruct(
 ) -> tuple[Float[Tensor, "n p q"], Bool[Tensor, "n p"]]:
     """Return all patches' pixels as a masked autoencoder fills them in, and which were hidden: those of the largest noise."""
     order = noise.argsort(1)
-    back, k = order.argsort(1), visible(order.shape[1], ratio)
+    back, k = order.argsort(1), visible_count(order.shape[1], ratio)
     code = _linear(decoder, "embed", encode(w, patches, heads, order[:, :k]))
     n, d = len(code), code.shape[2]
     filled = torch.cat([code[:, 1:], decoder["mask_token"].expand(n, order.shape[1] - k, -1)], 1)
@@ -134,11 +137,11 @@ def reconstruct(
     return _linear(decoder, "predict", _norm(decoder, "norm", decoded[:, 1:], 1e-5)), back >= k
 
 
-def visible(patches: int, ratio: float) -> int:
-    """Return how many patches are seen at a mask ratio."""
+def visible_count(patches: int, ratio: float) -> int:
+    """Return how many patches are visible at a mask ratio."""
     return round(patches * (1 - ratio))
 
 
-def see(noise: Float[Tensor, "n p"], ratio: float) -> Int[Tensor, "n k"]:
-    """Return which patches are seen at a mask ratio: those of the smallest noise."""
-    return noise.argsort(1)[:, : visible(noise.shape[1], ratio)]
+def visible_patches(noise: Float[Tensor, "n p"], ratio: float) -> Int[Tensor, "n k"]:
+    """Return which patches are visible at a mask ratio: those of the smallest noise."""
+    return noise.argsort(1)[:, : visible_count(noise.shape[1], ratio)]

@@ -24,6 +24,7 @@ from stages.recall.pools import POOLS, pool
 from stages.recall.train_mae import (
     Params,
     build_mae,
+    mae_config,
     masked_errors,
     normalisation,
     position_spread,
@@ -49,7 +50,7 @@ def drawn(n: int, purpose: str) -> torch.Tensor:
 
 
 def test_patches_know_their_place_and_training_does_not_change_it(params, tmp_path):
-    model = build_mae(params)
+    model = build_mae(mae_config(params), params.seed)
     before = [p.clone() for p in positions(model)]
     assert min(position_spread(model)) > 0.1
     for p in before:
@@ -66,7 +67,7 @@ def positions(model: ViTMAEForPreTraining) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("steps", [0, 5])
 def test_under_timms_names_it_computes_the_same(params, tmp_path, steps):
-    mae = build_mae(params)
+    mae = build_mae(mae_config(params), params.seed)
     if steps:
         params = params.model_copy(update={"steps": steps, "learning_rate": 0.02})
         train_mae.train_mae(mae, drawn(64, "train"), drawn(16, "validation"), params, tmp_path)
@@ -116,7 +117,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(project, monkeypatch):
 
 
 def test_guesses_without_a_network_are_what_they_say(params):
-    model = MaskedAutoencoder(vit_of_mae(build_mae(params).config.to_dict())).eval()
+    model = MaskedAutoencoder(vit_of_mae(build_mae(mae_config(params), params.seed).config.to_dict())).eval()
     x, noise = drawn(600, "test"), torch.rand(600, 16)
     hidden = model(x, noise, 0.75)[1]
     errors = masked_errors(model, x, noise, x.mean(0, keepdim=True), 0.75)

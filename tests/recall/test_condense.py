@@ -1,0 +1,96 @@
+"""Descriptions are centred, weigh alike, and keep what they should."""
+
+import numpy as np
+import pytest
+from known_fleets import ANSWERS, BITS, CENTER, LAYOUT, PARAMETERS, condenser_of, draw, linear_fleet, norms
+
+from stages.recall.condense import Condenser, Span
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, (1, 15), (0, 5)])
+def test_descriptions_of_training_fine_tunes_are_centred_and_weigh_alike(answers):
+    drawn = linear_fleet(noise=1.0)
+    train, test, change, responses = drawn.learned, drawn.held_out, drawn.change, drawn.responses
+    condenser = Condenser.fit(change[train], responses[train], LAYOUT, answers)
+    found = condenser.condense(change, responses)
+    for name, rows in found.items():
+        assert np.abs(rows[train].mean(0)).max() < 1e-4, name
+        parts = np.split(rows, [len(condenser.response_axes)], axis=1) if name == "responses" else [rows]
+        parts = [part for part in parts if part.size]
+        assert len(parts) == 1 + (name == "responses" and answers[0] > 1)  # what is answered, and how sure
+        for part in parts:
+            assert norms(part[train]) == pytest.approx(1, abs=1e-3), name
+            assert norms(part[test]) != pytest.approx(1, abs=1e-3), name
+    deviations = found["statistics"][train].std(0)
+    assert deviations == pytest.approx(deviations.mean(), rel=1e-3)  # every one weighs alike
+    scaled = (change[train] - change[train].mean(0)) * condenser.span.scale
+    ends = np.cumsum(LAYOUT.sizes)[:-1]
+    assert [norms(part) for part in np.split(scaled, ends, axis=1)] == pytest.approx([1 / 5] * 5, rel=1e-4)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-2, 2e-3])
+def test_axes_are_orthonormal_and_keep_all_that_training_fine_tunes_are_to_each_other(noise):
+    drawn = linear_fleet(noise=noise)
+    change = drawn.change[drawn.learned]
+    span = Span.fit(change, LAYOUT)
+    axes, x = span.axes.astype(np.float64), (change - span.mean) * span.scale
+    assert np.abs(axes @ axes.T - np.eye(len(axes))).max() < 1e-5
+    found = x @ axes.T
+    assert found @ found.T == pytest.approx(x @ x.T, abs=2e-4)
+    sizes = (found**2).sum(0)
+    assert (np.diff(sizes) <= 1e-6).all()  # the leading ones hold most
+    singular = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    assert sizes == pytest.approx(singular[: len(sizes)] ** 2, rel=1e-2, abs=1e-5)
+
+
+def test_rounding_is_no_axis():
+    change = linear_fleet(noise=0.0).change
+    assert len(Span.fit(change, LAYOUT).axes) == BITS + 1
+
+
+def test_renaming_hidden_neurons_changes_no_statistics_and_no_spectrum():
+    drawn = linear_fleet()
+    order = np.random.default_rng(0).permutation(10)
+    ends = np.cumsum(LAYOUT.sizes)[:-1]
+    parts = dict(zip(LAYOUT.shapes, np.split(drawn.change, ends, axis=1), strict=True))
+    n = len(drawn.change)
+    parts["first.weight"] = parts["first.weight"].reshape(n, 10, 8)[:, order].reshape(n, -1)
+    parts["first.bias"] = parts["first.bias"][:, order]
+    parts["second.weight"] = parts["second.weight"].reshape(n, 6, 10)[..., order].reshape(n, -1)
+    renamed = np.concatenate(list(parts.values()), 1)
+    condenser = condenser_of(drawn)
+    first, second = (condenser.condense(change, drawn.responses) for change in (drawn.change, renamed))
+    for name in ("statistics", "spectrum", "responses"):
+        np.testing.assert_allclose(first[name], second[name], atol=1e-3)
+    for name in ("change", "low_rank"):
+        assert norms(first[name] - second[name]) > 0.5 * norms(first[name])
+
+
+def test_outside_is_how_much_of_a_change_no_training_fine_tune_explains():
+    drawn = linear_fleet(noise=0.0)
+    train, test = drawn.change[drawn.learned], drawn.change[drawn.held_out]
+    span = Span.fit(train, LAYOUT)
+    assert np.abs(span.outside(test)).max() < 1e-4
+    random = np.random.default_rng(0)
+    mixed = random.dirichlet(np.ones(len(train)), 20).astype(np.float32) @ train
+    assert np.abs(span.outside(mixed)).max() < 1e-4
+    strange = draw(random, 200, PARAMETERS) / span.scale
+    found = span.outside(CENTER + strange)
+    assert found.mean() == pytest.approx(1 - (BITS + 1) / PARAMETERS, abs=0.01)
+    # half of the square of one inside, half of the square of one outside
+    inside = test[:1] - span.mean
+    off = strange[:1] * span.scale
+    off -= off @ span.axes.T @ span.axes
+    off *= np.linalg.norm(inside * span.scale) / np.linalg.norm(off)
+    assert span.outside(span.mean + inside + off / span.scale) == pytest.approx(0.5, abs=1e-3)
+    assert span.size(inside) == pytest.approx(np.linalg.norm(inside * span.scale, axis=1), rel=1e-5)
+
+
+def test_a_condenser_is_all_in_its_arrays():
+    drawn = linear_fleet()
+    condenser = condenser_of(drawn)
+    again = Condenser.from_arrays(condenser.to_arrays(), LAYOUT)
+    assert again.answers == ANSWERS
+    first, second = (one.condense(drawn.change[:5], drawn.responses[:5]) for one in (condenser, again))
+    assert first.keys() == second.keys() == {"statistics", "spectrum", "low_rank", "responses", "change"}
+    assert all(np.array_equal(first[name], second[name]) for name in first)
