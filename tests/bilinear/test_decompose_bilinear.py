@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from stages.bilinear.decompose_bilinear import (
+    candidate_masks,
     choose_masks,
     clip_ranks,
     deletion_agreement,
     load_networks,
+    mask_accuracy,
     truncation_accuracy,
+    truncation_rows,
 )
-from stages.bilinear.decomposition import decompose_bilinear_model
+from stages.bilinear.decomposition import adversarial_masks, decompose_bilinear_model
 from stages.bilinear.model import BilinearImageClassifier
 from stages.common.images import ImageSet
 from stages.common.metrics import mean_std, over_seeds
@@ -52,6 +55,53 @@ def test_masks_are_chosen_on_validation_images_alone():
     assert left["best"] in on_test
 
 
+def test_masks_of_both_signs_are_tried():
+    artifacts = decompose_bilinear_model(classifier())
+    masks = candidate_masks(artifacts, 2.5, 5)
+    assert masks.shape == (3, 6, 16)
+    assert torch.equal(masks[:, :3], -masks[:, 3:])
+    torch.testing.assert_close(masks[:, :3], 2.5 * adversarial_masks(artifacts, 5)[:, :3])
+
+
+def test_permuted_masks_have_the_same_values_in_other_places():
+    model = classifier()
+    validation, test = images(model), images(model)
+    masks = candidate_masks(decompose_bilinear_model(model), 0.5, 4)
+    accuracies, chosen, permuted = mask_accuracy(model, masks, validation, test, seed=0)
+    expected, left = choose_masks(model, masks, validation, test)
+    assert torch.equal(chosen, expected)
+    assert accuracies["mask"] == left
+    candidates = masks.flatten(0, 1).sort(1).values
+    for mask in permuted:
+        assert (candidates - mask.sort().values).abs().amax(1).min() == 0
+        assert (masks.flatten(0, 1) - mask).abs().amax(1).min() > 0
+    assert not torch.equal(permuted, mask_accuracy(model, masks, validation, test, seed=1)[2])
+
+
+def test_random_deletions_are_of_lit_pixels():
+    model = classifier()
+    pixels = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
+    pixels.view(40, 16)[torch.arange(40), torch.arange(40) % 16] = 255
+    test = ImageSet(pixels, model(pixels.float() / 255).argmax(1), CLASSES)
+    at_zero = model(torch.zeros(1, 16)).argmax().item()
+    expected = (test.labels == at_zero).double().mean().item()
+    kept = deletion_agreement(model, test, [1], seed=0)
+    assert expected < 1
+    assert kept["random"][1] == kept["brightest"][1] == expected
+
+
+def test_rows_say_how_many_eigenvectors_a_rank_stands_for():
+    curve = {str(k): {"mean": 0.5, "std": 0.0} for k in (1, 5, 8)}
+    of_variant = {"truncated_acc": {"hidden": {"magnitude": curve, "sign": curve, "random": curve}}}
+    rows = truncation_rows({"regularised": of_variant, "unregularised": of_variant})
+    counts = {
+        ranking: [row["eigenvectors"] for row in rows if (row["variant"], row["ranking"]) == ("regularised", ranking)]
+        for ranking in ("magnitude", "sign", "random")
+    }
+    assert counts["magnitude"] == [1, 5, 8]
+    assert counts["sign"] == counts["random"] == [2, 8, 8]  # of either sign, but no more than there are
+
+
 def test_truncation_counts_its_eigenvectors():
     """`sign` and its baseline `random` use 2 k eigenvectors, `magnitude` k; all of them are the network."""
     model = classifier()
@@ -87,6 +137,18 @@ def test_a_variant_of_the_wrong_depth_is_named(project, monkeypatch):
         InputError, match=r"train_bilinear.variants.regularised.n_layer: expected 2 to decompose, got 1"
     ):
         load_networks("digits", "regularised", 2)
+
+
+def test_networks_come_in_the_order_of_their_seeds(project, monkeypatch):
+    from stages.bilinear import decompose_bilinear
+
+    for seed in (10, 9, 2, 11):
+        folder = project / f"models/train_bilinear/digits-regularised/seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "best.pt").write_bytes(b"")
+    seeds = iter([10, 2, 11, 9])  # whatever order a folder is listed in
+    monkeypatch.setattr(decompose_bilinear, "load_model", lambda _: (classifier(), {"seed": next(seeds)}))
+    assert [network.seed for network in load_networks("digits", "regularised", 1)] == [2, 9, 10, 11]
 
 
 def test_ranks_are_those_that_a_network_has():

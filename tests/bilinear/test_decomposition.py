@@ -271,6 +271,16 @@ def test_similarity_is_one_to_itself_and_free_of_order_and_sign():
     assert matched_similarity(a, b, 5) < 0.6
     flipped = type(a)(**vars(a) | {"eigenvectors_input": -a.eigenvectors_input})
     assert matched_similarity(a, flipped, 5) == pytest.approx(1)
+    opposite = type(a)(**vars(a) | {"eigenvalues": -a.eigenvalues})
+    assert matched_similarity(a, opposite, 5) < 0.6  # what raises a logit is not what lowers it
+
+
+def test_the_span_is_that_of_the_most_positive_eigenvectors():
+    a = decompose_bilinear_model(classifier())
+    others = a.eigenvectors_input.clone()
+    others[:, :-5] = torch.randn_like(others[:, :-5])
+    assert subspace_similarity(a, type(a)(**vars(a) | {"eigenvectors_input": others}), 5) == pytest.approx(1)
+    assert subspace_similarity(a, type(a)(**vars(a) | {"eigenvectors_input": others}), 6) < 1 - 1e-3
 
 
 def test_wrong_shapes_are_named():

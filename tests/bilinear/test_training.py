@@ -63,6 +63,10 @@ def test_artifact_contract(config):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == METRICS
     assert [int(row["epoch"]) for row in rows] == list(range(1, 7))
+    rates = [float(row["lr"]) for row in rows]  # after each epoch: from its top down to zero
+    assert 0.8 * 0.02 < rates[0] <= 0.02
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
     # the best epoch is the one that validation says, and the test accuracy is its network's
     assert best["metrics"]["val_acc"] == pytest.approx(max(float(row["val_acc"]) for row in rows), abs=1e-5)
     summary = json.loads(paths["summary_path"].read_text())
@@ -70,6 +74,13 @@ def test_artifact_contract(config):
     _, test = load_images("digits", torch.device("cpu"))
     assert summary["test_acc"] == (model(test.pixels()).argmax(1) == test.labels).double().mean().item()
     assert summary["test_acc"] > 0.6  # chance: 0.1
+
+
+def test_of_epochs_that_are_as_accurate_the_one_of_lowest_loss_is_best(config, monkeypatch):
+    losses = iter([0.5, 0.3, 0.4, 0.3, 0.6, 0.7, 0.0])  # of six epochs, and of the test
+    monkeypatch.setattr("stages.bilinear.training.evaluate", lambda *_: (next(losses), 0.9))
+    paths = train_image_experiment(config)
+    assert load_checkpoint(paths["best_checkpoint_path"])["epoch"] == 2  # the first of its kind
 
 
 def test_test_images_do_not_influence_training(config, project):
@@ -113,8 +124,33 @@ def test_evaluate_is_the_mean_over_images_for_any_batch_size(config):
     smaller = copy.copy(data.test_loader)
     smaller.batch_size = 7
     assert evaluate(model, smaller, nn.CrossEntropyLoss(), torch.device("cpu")) == pytest.approx((loss, accuracy))
+    for mode in (True, False):
+        evaluate(model.train(mode), smaller, nn.CrossEntropyLoss(), torch.device("cpu"))
+        assert model.training == mode
     with pytest.raises(ValueError, match="loader: expected at least one batch, got none"):
         evaluate(model, [], nn.CrossEntropyLoss(), torch.device("cpu"))
+
+
+OTHER_RECIPE = {
+    "epochs": 3,
+    "batch_size": 32,
+    "learning_rate": 0.01,
+    "weight_decay": 0.5,
+    "warmup_fraction": 0.3,
+    "shift": 0,
+    "input_noise": 0.0,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), OTHER_RECIPE.items())
+def test_each_value_of_a_recipe_counts(config, project, key, value):
+    config["train"]["epochs"] = 2
+    other = config | {"train": config["train"] | {key: value}, "run_dir": str(project / "other")}
+    weights = [
+        load_checkpoint(train_image_experiment(run)["latest_checkpoint_path"])["model_state_dict"]
+        for run in (config, other)
+    ]
+    assert not torch.equal(weights[0]["embed.weight"], weights[1]["embed.weight"])
 
 
 def test_damaged_checkpoints_are_refused_in_one_line(config, tmp_path):

@@ -89,7 +89,7 @@ KINDS = (  # the first that matches counts
     Kind("correlations of three networks", r"held_out|all_architectures", -1, 1, 2 / 3),
     Kind("correlations", r"/tau/|learning_curve|arithmetic/cosine|correlation|geometry|similarity", -1, 1, 2 / 15),
     Kind("errors and costs", r"loss|error|cost|half_width|one_sided$", 0, math.inf, 0.01),
-    Kind("differences of shares", r"gap|difference|transfer|forgetting| minus ", -1, 1, 0.03),
+    Kind("differences of shares", r"gap|difference|transfer|forgetting|minus", -1, 1, 0.03),
     Kind("shares", SHARES, 0, 1, 0.03),
     Kind("others", r"", -math.inf, math.inf, 0),
 )

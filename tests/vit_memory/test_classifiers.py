@@ -1,6 +1,7 @@
 """Classifiers on frozen features: closed forms, what no order of tasks changes, and chance where labels mean nothing."""
 
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import one_hot
 
 from stages.common.metrics import accuracy
@@ -126,3 +127,21 @@ def test_shrinkage_mixes_the_covariance_with_its_mean_variance():
     covariance = within.T @ within / 3000
     mixed = 0.5 * covariance + 0.5 * covariance.trace() / 4 * torch.eye(4)
     torch.testing.assert_close(half.map @ mixed @ half.map, torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_the_linear_probe_is_penalised_softmax_regression_fitted_to_the_end():
+    labels = torch.arange(90) % 3
+    x = torch.randn(90, 5) + torch.randn(3, 5)[labels]
+    for decay in (0.01, 0.3):
+        standard = (x - x.mean(0)) / x.std(0)
+        reference = LogisticRegression(C=1 / (2 * len(x) * decay), tol=1e-8, max_iter=1000).fit(standard, labels)
+        expected = torch.from_numpy(reference.predict_proba(standard)).float()
+        torch.testing.assert_close(linear_probe(x, labels, x, 3, decay).softmax(1), expected, rtol=0.02, atol=0.005)
+
+
+def test_a_feature_that_never_changes_counts_for_nothing():
+    labels = torch.arange(30) % 3
+    x = torch.randn(30, 5) + torch.randn(3, 5)[labels]
+    constant = torch.cat([x, torch.full((30, 1), 0.5)], 1)
+    with_it, without = linear_probe(constant, labels, constant, 3, 0.01), linear_probe(x, labels, x, 3, 0.01)
+    torch.testing.assert_close(with_it, without, rtol=1e-2, atol=1e-2)

@@ -119,7 +119,21 @@ def test_herding_follows_the_mean_better_than_chance():
     assert (x[chosen].mean(0) - x.mean(0)).norm() < min(random)
 
 
-def test_icarl_keeps_equal_shares_and_classifies_its_own_exemplars_means():
+def test_herding_takes_no_feature_twice():
+    x = torch.tensor(
+        [[0.0, 0.0], [1.0, 0.0], [-1.0, 0.1]]
+    )  # the first is nearly the mean: with itself it still would be
+    assert sorted(herd(x, 3)) == [0, 1, 2]
+
+
+def test_fisher_is_of_the_model_as_it_predicts():
+    x = [(torch.randn(20, 6), None)]
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    trained, evaluated = (fisher_diagonal(model.train(mode), x) for mode in (True, False))
+    assert all(torch.equal(trained[name], evaluated[name]) for name in trained)
+
+
+def test_icarl_keeps_as_many_exemplars_of_each_class():
     model = small_vit()
     icarl = iCaRL(model, num_classes=4, memory_size=12)
     images = {c: torch.randn(10, 3, 16, 16) for c in range(4)}

@@ -38,6 +38,8 @@ def test_energy_falls_until_nothing_moves():
         assert all(later <= earlier + 1e-6 for earlier, later in pairwise(energies))
         assert curve[0]["movement"] == 0
         assert curve[-1]["movement"] < curve[1]["movement"]
+    _, first = energy_rows(torch.eye(64), torch.eye(64), betas=[64.0], updates=1)
+    assert first["movement"] == pytest.approx(1 - 0.5**0.5, rel=1e-4)  # halfway between two patterns both are retrieved
 
 
 def test_a_modern_memory_holds_what_a_classical_one_loses():

@@ -9,8 +9,18 @@ from torch.nn.functional import cosine_similarity
 
 from stages.common.backbone import Backbone, BackboneConfig
 from stages.common.metrics import accuracy
-from stages.vit_memory.classifiers import Whitening
-from stages.vit_memory.few_shot import FROZEN, METHODS, THROUGH, Examples, Settings, Training, train_through
+from stages.common.randomness import generator
+from stages.vit_memory.classifiers import RanPAC, Whitening, linear_probe, memory_log_probabilities
+from stages.vit_memory.few_shot import (
+    FROZEN,
+    METHODS,
+    THROUGH,
+    Examples,
+    Settings,
+    Training,
+    memory_heads,
+    train_through,
+)
 from stages.vit_memory.models import MemoryAugmentedViT, VPTShallow
 
 CLASSES, SIDE, DIM = 3, 16, 8
@@ -125,3 +135,45 @@ def test_a_memory_in_a_block_holds_the_support_images():
     held = block.memory.labels[block.memory.writes > 0]
     assert set(held.tolist()) == {0, 1, 2}
     assert block.gate.abs().max() > 0  # one step has opened it
+
+
+READ = {  # by the method, another value than `settings` has
+    "linear_probe": {"decay": 0.5},
+    "plain_linear_probe": {"plain_steps": 50, "plain_learning_rate": 0.01},
+    "whitened_linear_probe": {"decay": 0.5},
+    "memory_head": {"decay": 0.5, "strength": (2.0, 1.0)},
+    "ranpac": {"random_features": 20, "ridge": 100.0},
+    "random_vit": {"decay": 0.5},
+    "pixels": {"decay": 0.5},
+    "vpt_deep": {"num_prompts": 3, "steps": 3, "batch_size": 2, "learning_rate": 0.1},
+    "vpt_shallow": {"num_prompts": 3, "steps": 3, "batch_size": 2, "learning_rate": 0.1},
+    "memory_block": {"beta": 2.0, "steps": 3, "batch_size": 2, "learning_rate": 0.1},
+}
+
+
+@pytest.mark.parametrize(("name", "setting"), [(name, setting) for name, values in READ.items() for setting in values])
+def test_each_setting_of_a_method_counts(name, setting):
+    told, value = settings(), READ[name][setting]
+    told = replace(told, training=replace(told.training, steps=5))
+    if hasattr(told, setting):
+        other = replace(told, **{setting: value})
+    else:
+        other = replace(told, training=replace(told.training, **{setting: value}))
+    assert not torch.equal(METHODS[name](SUPPORT, QUERIES, told), METHODS[name](SUPPORT, QUERIES, other))
+
+
+def test_the_memory_head_adds_log_probabilities_for_each_strength():
+    told, strengths = settings(), [(2.0, 0.5), (8.0, 0.0), (8.0, 3.0)]
+    keys, x = told.whiten(SUPPORT.x), told.whiten(QUERIES.x)
+    probe = linear_probe(keys, SUPPORT.labels, x, CLASSES, told.decay).log_softmax(1)
+    heads = memory_heads(SUPPORT, QUERIES, told.whiten, told.decay, strengths)
+    for head, (beta, weight) in zip(heads, strengths, strict=True):
+        memory = memory_log_probabilities(keys, SUPPORT.labels, x, CLASSES, beta)
+        torch.testing.assert_close(head, probe + weight * memory)
+
+
+def test_ranpac_has_random_features_of_the_episodes_seed():
+    told = settings()
+    head = RanPAC(DIM, told.random_features, CLASSES, generator(SUPPORT.seed, "RanPAC"))
+    head.write(SUPPORT.x, SUPPORT.labels)
+    assert torch.equal(METHODS["ranpac"](SUPPORT, QUERIES, told), head.scores(QUERIES.x, told.ridge))

@@ -5,7 +5,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn.functional import normalize
 
-from stages.vit_memory.hopfield import ClassMemory, SlotMemory, associate, energy, hebbian_retrieve, retrieve
+from stages.vit_memory.hopfield import ClassMemory, SlotMemory, associate, energy, hebbian_retrieve, retrieve, unit
 
 DIM, CLASSES = 16, 4
 
@@ -146,6 +146,15 @@ def test_a_familiar_pattern_moves_a_slot_and_a_novel_one_takes_the_least_written
     torch.testing.assert_close(store.values, torch.stack([a, c]))
     store.write(a[None], torch.tensor([7]))  # the same vector under another label is novel
     assert store.labels.tolist() == [-1, 7]
+
+
+def test_a_familiar_pattern_moves_its_slot_by_the_rate():
+    store = SlotMemory(DIM, 3, rate=0.25)
+    a = torch.randn(DIM)
+    b = a + 0.05 * torch.randn(DIM)
+    store.write(torch.stack([a, b]))
+    torch.testing.assert_close(store.values[0], 0.75 * a + 0.25 * b)
+    torch.testing.assert_close(store.keys[0], normalize(0.75 * unit(a) + 0.25 * unit(b), dim=0))
 
 
 def test_association_is_attention():

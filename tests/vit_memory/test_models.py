@@ -97,6 +97,23 @@ def test_exactly_the_named_parameters_train():
     assert trainable(remembering("associative", "after_attn")) == gate | head
 
 
+def test_a_frozen_backbone_never_drops_anything_and_one_that_trains_does():
+    for freeze in (True, False):
+        model = HeadedViT(vit(), CLASSES, freeze_backbone=freeze).train()
+        assert model.training
+        assert model.vit.training != freeze
+        assert model.vit.blocks[0].attn.training != freeze
+        assert not model.eval().vit.training
+
+
+@pytest.mark.parametrize("kind", [VPTShallow, VPTDeep])
+def test_prompts_are_drawn_as_xavier_would_draw_the_patch_embedding(kind):
+    prompts = kind(vit(), num_classes=CLASSES, num_prompts=200).prompts
+    limit = (6 / (3 * 8 * 8 + DIM)) ** 0.5
+    assert 0.98 * limit < prompts.abs().max() <= limit
+    assert prompts.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
+
+
 def test_parameter_counts_of_vit_base():
     with torch.device("meta"):
         base = timm.create_model("vit_base_patch16_224", num_classes=0)

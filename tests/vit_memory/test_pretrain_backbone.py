@@ -50,6 +50,12 @@ def test_the_nearest_mean_is_right_where_classes_are_apart_and_chance_where_they
     assert abs(nearest_mean_accuracy(torch.randn(400, 8), labels, known) - 0.25) < 0.1
 
 
+def test_what_all_images_share_does_not_hide_their_classes():
+    labels, learn = torch.arange(200) % 2, torch.arange(200) < 50
+    x = torch.stack([10.0 + labels, torch.zeros(200)], 1) + 0.1 * torch.randn(200, 2)
+    assert nearest_mean_accuracy(x, labels, learn) == 1  # as directions from zero they are all the same
+
+
 def test_a_reconstruction_leaves_what_is_seen_and_its_errors_are_of_what_is_not():
     torch.manual_seed(0)
     model = MaskedAutoencoder(build_vit(BackboneConfig("vit_tiny_patch16_224", False, 32, SHAPE))).eval()

@@ -8,7 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
 from stages.common.backbone import Backbone, BackboneConfig
+from stages.common.randomness import generator
 from stages.vit_memory import ways
+from stages.vit_memory.classifiers import RanPAC
+from stages.vit_memory.continual import herd
+from stages.vit_memory.hopfield import ClassMemory, unit
 from stages.vit_memory.models import HeadedViT
 from stages.vit_memory.streams import Stream, accuracy_matrices
 from stages.vit_memory.ways import (
@@ -166,16 +170,63 @@ def test_what_is_kept_is_within_the_buffer_and_of_all_tasks():
 
 
 def test_ewc_reads_so_many_images_of_each_task(monkeypatch):
-    sizes, original = [], ways.EWC
+    made, sizes, original = [], [], ways.EWC
 
     def spy(model, batches, *rest):
         batches = list(batches)
-        sizes.append((sum(len(x) for x, _ in batches), *rest[2:]))
-        return original(model, batches, *rest)
+        strength, previous, classes, seed = rest
+        made.append(original(model, batches, *rest))
+        sizes.append((sum(len(x) for x, _ in batches), strength, classes, seed))
+        assert previous is (made[-2] if made[1:] else None)  # what was known is taken over
+        return made[-1]
 
     monkeypatch.setattr(ways, "EWC", spy)
     learn_network(make(NETWORKS["ewc"], seed=7), tasks_of(pictures()), pictures(4))
-    assert sizes == [(4, 2, 7), (4, 4, 8), (4, 6, 9)]  # images, classes that compete, seed
+    assert sizes == [(4, 10.0, 2, 7), (4, 10.0, 4, 8), (4, 10.0, 6, 9)]  # images, lambda, classes that compete, seed
+
+
+def test_lwf_keeps_the_outputs_of_the_classes_that_have_come_from_a_copy():
+    way, images = make(NETWORKS["lwf"], strength=3.0), pictures()
+    for task in tasks_of(images):
+        way.begin(task)
+        way.end(task)
+        assert (way.lwf.num_classes, way.lwf.alpha) == (task.seen, 3.0)
+        assert way.lwf.old_model is not way.model
+
+
+def test_a_network_is_measured_and_left_in_evaluation_mode_and_trains_in_training_mode():
+    modes = []
+
+    class Watched(Finetune):
+        def batch(self):
+            modes.append(("batch", self.model.training))
+            return super().batch()
+
+        def end(self, task):
+            modes.append(("end", self.model.training))
+            super().end(task)
+
+        def scores(self, x):
+            modes.append(("scores", self.model.training))
+            return super().scores(x)
+
+    learn_network(make(Watched), tasks_of(pictures()), pictures(4))
+    assert set(modes) == {("batch", True), ("end", False), ("scores", False)}
+
+
+def test_no_gradient_is_longer_than_it_may_be(monkeypatch):
+    images, longest = pictures(), []
+
+    def watch(parameters, largest):
+        parameters = list(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        longest.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+
+    monkeypatch.setattr(ways, "clip_grad_norm_", watch)
+    learn_network(make(NETWORKS["lwf"], strength=1e4), tasks_of(images), images)
+    assert len(longest) == 3 * BUDGET.steps
+    assert max(longest) <= ways.LARGEST_GRADIENT * 1.001
+    assert max(longest) > 0.9 * ways.LARGEST_GRADIENT
 
 
 def test_a_network_learns_what_it_is_shown():
@@ -209,12 +260,46 @@ def test_a_new_way_is_a_class(monkeypatch):
     assert not torch.equal(weak, strong)
 
 
-def test_herded_slots_hold_as_many_of_each_class():
+def test_a_memory_holds_herded_features_and_answers_by_what_it_retrieves_of_each_class():
     x, labels = features_by_task()
     learner = FROZEN["memory"](SPACE, 16.0, 0, CPU)
     scores = learn_frozen(learner, stream(labels, labels).over(x), x)
-    held = learner.slots.labels[learner.slots.writes > 0]
-    assert held.bincount().max() <= 4  # 24 of 6 classes; what is alike shares a slot
-    assert held.bincount().min() >= 1
+    slots = learner.slots
+    for c in range(6):
+        of_class = x[labels == c]
+        herded = of_class[herd(unit(of_class), 4)]  # 24 of 6 classes
+        held = slots.values[(slots.labels == c) & (slots.writes > 0)]
+        assert len(held) <= 4
+        assert (
+            torch.cdist(herded[:1], held).min() < torch.cdist(herded[:1], herded[1:]).min()
+        )  # the first is there, or near
+        attention = slots.attend(x)[:, slots.labels == c]
+        torch.testing.assert_close(scores[-1][:, c], attention.sum(1))
     torch.testing.assert_close(scores[-1].sum(1), torch.ones(180))
     assert scores[0, :, 2:].abs().max() == 0  # of classes that have not come
+
+
+def test_patterns_are_chosen_by_herding():
+    space = Space(dim=12, classes=1, buffer=3, random_features=1, shrinkage=0.1)
+    x = 5 * torch.eye(12)[:9] + 0.1 * torch.randn(9, 12)  # so unlike that none shares a slot
+    learner = FROZEN["memory"](space, 16.0, 0, CPU)
+    learner.write(x, torch.zeros(9, dtype=torch.long))
+    assert torch.equal(learner.slots.values, x[herd(unit(x), 3)])
+    assert herd(unit(x), 3) != [0, 1, 2]
+
+
+def test_learners_from_features_are_what_they_are_called():
+    x, labels = features_by_task()
+    space = Space(dim=12, classes=6, buffer=24, random_features=50, shrinkage=0.4)
+    expected = {}
+    for method, mode in (("nearest_mean", "class_prototype"), ("slda", "metric")):
+        memory = ClassMemory(12, 6, mode, shrinkage=0.4)
+        memory.write(x, labels)
+        expected[method] = memory.logits(x)
+    ranpac = RanPAC(12, 50, 6, generator(3, "RanPAC"))
+    ranpac.write(x, labels)
+    expected["ranpac"] = ranpac.scores(x, 100.0)
+    for method, logits in expected.items():
+        learner = FROZEN[method](space, 100.0, 3, CPU)
+        learner.write(x, labels)
+        assert torch.equal(learner.scores(x), logits)
