@@ -6,6 +6,7 @@ A + B is chosen on other pairs of class sets than those that are reported.
 
 Reads   models/build_fleet/rules/fleet.safetensors, models/build_fleet/classes/fleet.safetensors, and the base and images of each
 Writes  reports/map_weight_space/summary.json   accuracy of written networks beside copied ones, geometry, arithmetic
+        reports/map_weight_space/metrics.json   the headlines of it, for `dvc metrics`
         reports/map_weight_space/{space,written,arithmetic}.png
 """
 
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from stages.common.files import save_json
 from stages.common.images import load_images
+from stages.common.metrics import headline_metrics
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.recall import pictures
@@ -30,6 +32,13 @@ from stages.recall.objective import Learns, Objective
 from stages.recall.rules import rule_geometry, write_rules
 
 REPORTS = Path("reports/map_weight_space")
+
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary
+    "acc_written": "rules/accuracy/written",
+    "acc_nearest_copied": "rules/accuracy/nearest_copied",
+    "acc_nearest_averaged": "rules/accuracy/nearest_averaged",
+    "acc_trained": "rules/accuracy/trained",
+}
 
 ATTRIBUTES = ("cross", "blue", "right")  # of a cell, where its bits are 1
 
@@ -81,7 +90,9 @@ def main() -> None:
     changes = train_pairs(fine_tunes, objective, images, params.batch_size)
     arithmetic = add_and_negate(fine_tunes, changes, objective, images, params.scales, params.validation_pairs)
 
-    save_json(REPORTS / "summary.json", {"rules": written, "geometry": geometry, "arithmetic": arithmetic})
+    summary = {"rules": written, "geometry": geometry, "arithmetic": arithmetic}
+    save_json(REPORTS / "summary.json", summary)
+    save_json(REPORTS / "metrics.json", headline_metrics(summary, HEADLINES))
     effects = attribute_effects(fleet.truth["table"])
     pictures.draw_space(REPORTS / "space.png", fleet.change, fleet.test, pairs, effects)
     pictures.draw_bars(REPORTS / "written.png", written["accuracy"], "accuracy on rules never trained")

@@ -6,6 +6,7 @@ pool and whose rules no other has, are read once. Intervals of 95 % are over tes
 Reads   models/condense_changes/<fleet>.safetensors of all fleets; of `classes`, its base and its images
 Writes  models/recover_memory/decoders.safetensors   decoders of `classes`, calibrated: what `audit` uses
         reports/recover_memory/summary.json          every characteristic from every representation, controls, calibration, images
+        reports/recover_memory/metrics.json          the headlines of it, for `dvc metrics`
         reports/recover_memory/growth.csv            over the number of fine-tunes learned from
         reports/recover_memory/{representations,growth,mean_images,images}.png
 """
@@ -21,7 +22,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from threadpoolctl import threadpool_limits
 
 from stages.common.files import save_arrays, save_csv, save_json
-from stages.common.metrics import binary_calibration_error, bootstrap_interval, mean_std
+from stages.common.metrics import binary_calibration_error, bootstrap_interval, headline_metrics, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import fingerprint
@@ -33,6 +34,13 @@ from stages.recall.images import recover_images
 
 MODELS = Path("models/recover_memory")
 REPORTS = Path("reports/recover_memory")
+
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary
+    "bits_present": "decoded/classes/present/change/bits",
+    "bits_present_baseline": "decoded/classes/present/baseline/bits",
+    "bits_present_responses": "decoded/classes/present/responses/bits",
+    "r2_log2_size": "decoded/classes/log2_size/statistics_and_spectrum/r2",
+}
 
 CHARACTERISTICS = {  # of each fleet, what is decoded
     "classes": ("present", "proportions", "log2_size", "label_noise", "mean_image"),
@@ -221,6 +229,7 @@ def main() -> None:
     save_csv(REPORTS / "growth.csv", rows)
     summary = {"decoded": decoded, "permuted": controls, "calibration": quality, "images": recovered}
     save_json(REPORTS / "summary.json", summary)
+    save_json(REPORTS / "metrics.json", headline_metrics(summary, HEADLINES))
     pictures.draw_representations(REPORTS / "representations.png", decoded)
     pictures.draw_growth(REPORTS / "growth.png", rows)
     shown: dict[str, np.ndarray] = {}
