@@ -18,12 +18,12 @@ from stages.common.command import InputError
 from stages.weightnet.operations import ARITHMETIC, POINTWISE, POOLS, Step
 from stages.weightnet.program import Program
 
-INPUT = "input"
+INPUT, OUTPUT = "input", "output"  # groups whose order means something: they are never permuted
 NOBODY = -1  # the id of numbers that are the same whatever the order of neurons
 # what commutes with positive factors of neurons, and with signs; of norms, sums and layers, their rules say it
 HOMOGENEOUS = {
     *("input", "relu", "tanh", "avg_pool", "adaptive_pool", "mean", "flatten", "dropout", "cat", "neg", "reshape"),
-    *("getitem", "permute", "expand", "add", "sub", "conv", "linear", "batch_norm", "group_norm"),
+    *("getitem", "permute", "expand", "repeat", "add", "sub", "conv", "linear", "batch_norm", "group_norm"),
 }
 
 Ids = Int[Tensor, "..."]
@@ -90,6 +90,10 @@ class Derivation:
         self.rigid: set[int] = set()
         self.fixed: set[int] = set()
         self.results: list[Numbers] = []
+
+    def written(self, step: Step, axis: int) -> Int[Tensor, " size"]:
+        """Return the ids of the neurons that a step writes along an axis of its result."""
+        return self.new_neurons(f"{step.name} (layer)" if step.name in (INPUT, OUTPUT) else step.name, step.shape[axis])
 
     def new_neurons(self, layer: str, size: int) -> Int[Tensor, " size"]:
         """Return the ids of a layer's neurons: new ones, unless it has been used before."""
@@ -206,7 +210,7 @@ def follow_conv(d: Derivation, step: Step, x: Numbers) -> Numbers:
         d.add_vectors(step, ("weight",), "scales", ids, x)
         d.add_vectors(step, ("bias",), "writes", ids, x)
         return x
-    neurons = d.new_neurons(step.name, channels)
+    neurons = d.written(step, 0)
     d.add_axis(weight, 0, neurons, "writes")
     rows, columns = channels // groups, d.program.shapes[weight][1]
     for group in range(groups):
@@ -222,7 +226,7 @@ def follow_conv(d: Derivation, step: Step, x: Numbers) -> Numbers:
 def follow_linear(d: Derivation, step: Step, x: Numbers) -> Numbers:
     """A matrix's rows write neurons, its columns read them."""
     columns = along(step, x, -1)
-    neurons = d.new_neurons(step.name, step.shape[-1])
+    neurons = d.written(step, -1)
     d.add_axis(step.tensors["weight"], 0, neurons, "writes")
     d.add_axis(step.tensors["weight"], 1, columns, "reads", x)
     d.add_vectors(step, ("bias",), "writes", neurons, Numbers(neurons))
@@ -311,6 +315,11 @@ def follow_expand(_d: Derivation, step: Step, x: Numbers) -> Numbers:
     return Numbers(x.with_dims(len(step.shape)), x.pixels)
 
 
+def follow_repeat(d: Derivation, step: Step, x: Numbers) -> Numbers:
+    """Numbers several times along their axes."""
+    return Numbers(shortened(x.ids.expand(input_shape(d, step)).repeat(step.options["sizes"])), x.pixels)
+
+
 def follow_pad(d: Derivation, step: Step, x: Numbers) -> Numbers:
     """A border of pixels is their neurons'; channels that are added are nobody's."""
     ends = [step.options["pad"][i : i + 2] for i in range(0, len(step.options["pad"]), 2)]
@@ -386,6 +395,7 @@ RULES: dict[str, Callable[..., Numbers]] = {
     "getitem": follow_getitem,
     "permute": follow_permute,
     "expand": follow_expand,
+    "repeat": follow_repeat,
     "pad": follow_pad,
     "cat": follow_cat,
     **dict.fromkeys(("dropout", "softmax", "log_softmax", *POINTWISE), follow_same),

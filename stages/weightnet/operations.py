@@ -65,7 +65,14 @@ POINTWISE: dict[str, Callable[..., Tensor]] = {
     "cos": torch.cos,
     "pow": torch.pow,
 }
-ARITHMETIC: dict[str, Callable[..., Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
+ARITHMETIC: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
 REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.mean,
     "sum": torch.sum,
@@ -215,6 +222,11 @@ def run_expand(step: Step, x: Tensor) -> Tensor:
     return own_order(torch_order(x).expand(*x.shape[:2], *step.shape))
 
 
+def run_repeat(step: Step, x: Tensor) -> Tensor:
+    """Return an image several times along its axes."""
+    return own_order(torch_order(x).repeat(1, 1, *step.options["sizes"]))
+
+
 def run_pad(step: Step, x: Tensor) -> Tensor:
     """Return an image with a border."""
     return by_network(F.pad, x, **step.options)
@@ -276,6 +288,7 @@ RUN: dict[str, Callable[..., Tensor]] = {
     "getitem": run_getitem,
     "permute": run_permute,
     "expand": run_expand,
+    "repeat": run_repeat,
     "pad": run_pad,
     "softmax": run_softmax,
     "log_softmax": run_softmax,

@@ -21,7 +21,7 @@ from stages.common.runtime import generator
 from stages.common.seeding import building
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
-from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks, Vector
+from stages.weightnet.symmetry import OUTPUT, Edge, Networks, Vector, is_input
 from stages.weightnet.targets import own_units
 
 Features = Float[Tensor, "n f"]
@@ -198,7 +198,7 @@ class WeightNet(nn.Module):
         """Return what tells the layers apart: depth, whether it is the input or the output, width, activation."""
         groups = networks.symmetry.sizes
         rows = [
-            torch.tensor([i / (len(groups) - 1), group == INPUT, group == OUTPUT, torch.tensor(size).log() / 4])
+            torch.tensor([i / (len(groups) - 1), is_input(group), group == OUTPUT, torch.tensor(size).log() / 4])
             .to(like)
             .expand(len(networks), size, 4)
             for i, (group, size) in enumerate(groups.items())

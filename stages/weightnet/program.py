@@ -7,6 +7,7 @@ handed out, each of its steps has given what the user's own module gives, in flo
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from stages.weightnet.recording import Recorder, plain
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 
 ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
+CANCELLED = 1e-5  # of the size of what a step reads: of what is smaller, cancellation leaves rounding alone
 SOFTMAX = ("softmax", "log_softmax")
 
 
@@ -79,8 +81,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     """
     name = type(model).__name__
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            own = copy.deepcopy(model).double().eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the user's code
+            own = copied(model).double().eval()
             recorded, output = record(own, input_shape, 2, lambda *_: None)
             weights = {key: value[None] for key, value in float_state(own).items()}
             program = Program(tuple(recorded), {key: tuple(value.shape[1:]) for key, value in weights.items()})
@@ -98,6 +101,14 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     if not program.shapes:
         raise InputError(f"{name} has no layers: its outputs depend on none of its weights")
     return program
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a module; InputError if it has tensors that are made of others."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise InputError(f"it cannot be copied ({plain(error)}): take weight norms and the like off first") from None
 
 
 def float_state(model: nn.Module) -> dict[str, Tensor]:
@@ -144,21 +155,22 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
 
     weights: those of the module, which are drawn anew for it.
     """
-    place = -1
-    images = torch.empty(0)
+    sizes: list[float] = []  # of every step's result
     results: Iterator[Tensor] = iter(())
 
     def watch(step: Step, expected: Tensor) -> None:
-        nonlocal place, images, results
+        nonlocal results
         if step.kind == "input":
             results = run_steps(program, weights, expected)
-        place += 1
         own = next(results)
-        while program.steps[place].kind in ("constant", "parameter"):
-            place, own = place + 1, next(results)
-        if step != program.steps[place]:
+        while program.steps[len(sizes)].kind in ("constant", "parameter"):
+            sizes.append(own.abs().amax().item())
+            own = next(results)
+        if step != program.steps[len(sizes)]:
             raise InputError(f"step {step.name}: forward takes another way for other images or weights")
-        error = relative_difference(torch_order(own)[0], expected)
+        read = max((sizes[i] for i in step.inputs), default=0.0)
+        sizes.append(max(expected.abs().amax().item(), CANCELLED * read))
+        error = difference(torch_order(own)[0], expected) / max(sizes[-1], 1e-300)
         if not error < ROUNDING:
             raise InputError(f"step {step.name}: what is run differs from the module's own by {error:.1e} of its size")
 
@@ -167,11 +179,11 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
         raise InputError("forward takes another way for other images or weights")
 
 
-def relative_difference(x: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest of the expected numbers; infinity if any of them is infinite."""
+def difference(x: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between numbers; infinity if they are not as many, or not finite."""
     if x.shape != expected.shape or not expected.isfinite().all():
         return math.inf
-    return ((x - expected).abs().amax() / expected.abs().amax().clamp(min=1e-300)).item()
+    return (x - expected).abs().amax().item()
 
 
 def without_unused(program: Program, output: int) -> Program:

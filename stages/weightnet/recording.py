@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -37,6 +38,13 @@ LOOKS = {
     *("__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"),
     *("item", "tolist", "numpy", "nonzero", "is_nonzero", "equal", "allclose"),
 }
+UNSUPPORTED = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Transformer,
+    nn.Embedding,
+)  # before their inside is read
 VIEWS = {
     "view",
     "reshape",
@@ -95,14 +103,20 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> "Recorder":
         for name, module in self.model.named_modules():
-            self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.path.append(name)))
-            self.hooks.append(module.register_forward_hook(self._leave))
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                self.hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
+                self.hooks.append(module.register_forward_hook(self._leave))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for hook in self.hooks:
             hook.remove()
+
+    def _enter(self, name: str, module: nn.Module, _inputs: Any) -> None:
+        if isinstance(module, UNSUPPORTED):
+            raise InputError(f"step {name or 'of the network'}: {type(module).__name__}, which is not supported")
+        self.path.append(name)
 
     def _leave(self, *_: Any) -> None:
         self.path.pop()
@@ -146,6 +160,10 @@ class Recorder(TorchFunctionMode):
         if isinstance(first, Operand) and first.name is not None and (name in VIEWS or name in SAME):
             return self.view_tensor(first, result)
         if all(tensor not in self.places for tensor in _tensors((args, kwargs))):
+            if any(tensor not in self.names for tensor in _tensors((args, kwargs))):
+                raise NotFollowed(
+                    "it reads what was made outside of torch's functions, such as by TorchScript or numpy"
+                )
             raise NotFollowed("tensors of the network are used in a way that cannot be followed")
         if name in SAME:
             self.same(first, result)
@@ -403,13 +421,37 @@ def read_reshape(r: Recorder, y: Tensor, x: Operand, *_: Any, **__: Any) -> None
 
 def read_mean(r: Recorder, y: Tensor, x: Operand, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> None:
     """torch.mean, sum, amax and amin."""
-    if dim is None or dtype is not None:
-        raise NotFollowed("it acts across the images of a batch, or in another precision")
+    if dtype is not None:
+        raise NotFollowed("another precision is not supported")
+    if dim is None:
+        raise NotFollowed("it acts across the images of a batch")
     dims = tuple(sorted(_axis(d, x.dims) for d in ([dim] if isinstance(dim, int) else dim)))
     if r.function == "mean" and dims == (1, 2) and x.dims == 3 and not keepdim:
         r.add("mean", [x], y)
     else:
         r.add("reduction", [x], y, {"of": r.function, "dims": dims, "keepdim": keepdim})
+
+
+def read_max(
+    r: Recorder, y: Any, x: Operand, other: Any = None, keepdim: bool = False, *, dim: int | None = None
+) -> None:
+    """torch.max and min: of two results, or along an axis, of which the indices are not followed."""
+    if isinstance(other, Operand):
+        read_arithmetic(r, y, x, other)
+        return
+    axis = other if dim is None else dim
+    if axis is None:
+        raise NotFollowed("it acts across the images of a batch")
+    options = {"of": f"a{r.function}", "dims": (_axis(axis, x.dims),), "keepdim": keepdim}
+    r.add("reduction", [x], y[0], options)
+
+
+def read_repeat(r: Recorder, y: Tensor, x: Operand, *sizes: Any) -> None:
+    """torch.Tensor.repeat."""
+    sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if sizes[0] != 1 or len(sizes) != len(x.shape):
+        raise NotFollowed("images of a batch are repeated")
+    r.add("repeat", [x], y, {"sizes": tuple(sizes[1:])})
 
 
 def read_cat(r: Recorder, y: Tensor, tensors: Sequence[Operand], dim: int = 0) -> None:
@@ -547,10 +589,13 @@ OPERATORS = {  # function -> kind, and whether the operands are swapped
     **dict.fromkeys(("sub", "subtract", "isub"), ("sub", False)),
     **dict.fromkeys(("mul", "multiply", "rmul", "imul"), ("mul", False)),
     **dict.fromkeys(("div", "divide", "truediv", "true_divide", "itruediv", "idiv"), ("div", False)),
-    **dict.fromkeys(("rsub",), ("sub", True)),
+    **dict.fromkeys(("maximum", "max"), ("maximum", False)),
+    **dict.fromkeys(("minimum", "min"), ("minimum", False)),
+    "rsub": ("sub", True),
     **dict.fromkeys(("rdiv", "rtruediv"), ("div", True)),
 }
 READERS: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(OPERATORS, read_arithmetic),
     "conv2d": read_conv,
     "linear": read_linear,
     "batch_norm": read_batch_norm,
@@ -578,8 +623,9 @@ READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "view_as"), read_reshape),
     **dict.fromkeys(("reshape_as", "ravel"), read_reshape),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), read_mean),
+    **dict.fromkeys(("max", "min"), read_max),
+    "repeat": read_repeat,
     **dict.fromkeys(("cat", "concat", "concatenate"), read_cat),
-    **dict.fromkeys(OPERATORS, read_arithmetic),
     "pow": read_pow,
     "getitem": read_getitem,
     "narrow": read_narrow,

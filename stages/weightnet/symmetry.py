@@ -16,10 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.common.command import InputError
-from stages.weightnet.neurons import INPUT, NOBODY, Derivation, NeuronAxis, follow
+from stages.weightnet.neurons import INPUT, NOBODY, OUTPUT, Derivation, NeuronAxis, follow
 from stages.weightnet.program import Program, Weights, run_stack
 
-OUTPUT = "output"  # like those of the input, its neurons are never permuted: their order means something
 MOST_PIECES = 64  # groups that one layer's neurons may fall into
 
 
@@ -112,7 +111,7 @@ class Symmetry:
     @property
     def hidden(self) -> list[str]:
         """The groups of hidden neurons."""
-        return [group for group in self.sizes if group not in (INPUT, OUTPUT)]
+        return [group for group in self.sizes if group != OUTPUT and not is_input(group)]
 
     @property
     def free(self) -> list[str]:
@@ -154,6 +153,11 @@ class Symmetry:
         return tuple(found)
 
 
+def is_input(group: str) -> bool:
+    """Return whether a group is the input's, or some of its channels that are read by themselves."""
+    return group == INPUT or group.startswith(f"{INPUT}[")
+
+
 Order = tuple[
     Int[Tensor, " runs"], Int[Tensor, " runs"]
 ]  # neurons as they lie along an axis, and how many numbers of each
@@ -164,10 +168,11 @@ def derive_symmetry(program: Program) -> Symmetry:
     found = follow(program)
     roots = torch.tensor([found.root(neuron) for neuron in range(len(found.parents))])
     orders = [in_runs(numbers.ids.flatten(), roots, numbers.flat) for numbers in found.orders]
-    chains = find_chains([*orders, *[in_runs(a.ids, roots, a.flat) for a in found.axes]], len(roots))
+    orders += [in_runs(axis.ids, roots, axis.flat) for axis in found.axes]
+    chains, within = find_chains_in_blocks(orders, found, roots)
     names = name_chains(chains, found, roots)
     axes = tuple(name_axis(axis, roots, chains, names) for axis in found.axes)
-    used = {INPUT, *(part.group for axis in axes for part in axis.parts)}
+    used = {part.group for axis in axes for part in axis.parts}
     sizes = {name: len(chain) for name, chain in zip(names, chains, strict=True) if name in used}
     sizes[OUTPUT] = sizes.pop(OUTPUT)  # at the end
     group_of = {neuron: name for name, chain in zip(names, chains, strict=True) for neuron in chain}
@@ -178,7 +183,7 @@ def derive_symmetry(program: Program) -> Symmetry:
     return Symmetry(
         sizes=sizes,
         axes=axes,
-        within=blocks_within(found, roots, chains, names),
+        within={names[chain]: blocks for chain, blocks in within.items()},
         rigid=groups(found.rigid),
         kernels={
             step.tensors["weight"]: program.shapes[step.tensors["weight"]][2:]
@@ -193,6 +198,30 @@ def in_runs(ids: Int[Tensor, " m"], roots: Int[Tensor, " neurons"], flat: bool) 
     """Return neurons in the order in which they lie; in a vector, several numbers of one neuron are one run."""
     ids = torch.where(ids == NOBODY, NOBODY, roots[ids])
     return torch.unique_consecutive(ids, return_counts=True) if flat else (ids, torch.ones_like(ids))
+
+
+def find_chains_in_blocks(
+    orders: list[Order], found: Derivation, roots: Int[Tensor, " neurons"]
+) -> tuple[list[list[int]], dict[int, int]]:
+    """Return the groups, and in how many blocks norms normalise some of them, by their numbers.
+
+    Where the channels of a norm are not just one group, its blocks are groups of their own, or parts of them.
+    """
+    whole = list(found.blocks)
+    while True:
+        chains = find_chains(orders, len(roots))
+        numbers = {tuple(chain): number for number, chain in enumerate(chains)}
+        cut = [(ids, step) for ids, step in whole if tuple(roots[ids].tolist()) not in numbers]
+        if not cut:
+            break
+        whole = [(ids, step) for ids, step in whole if tuple(roots[ids].tolist()) in numbers]
+        for ids, step in cut:
+            orders += [in_runs(block, roots, False) for block in ids.chunk(step.options["groups"])]
+    within: dict[int, int] = {}
+    for ids, step in whole:
+        number = numbers[tuple(roots[ids].tolist())]
+        within[number] = math.lcm(within.get(number, 1), step.options["groups"])
+    return chains, within
 
 
 def find_chains(orders: Sequence[Order], neurons: int) -> list[list[int]]:
@@ -240,12 +269,18 @@ def name_chains(chains: list[list[int]], found: Derivation, roots: Int[Tensor, "
     outputs = roots[output.ids].tolist() if output.flat and bool((output.ids != NOBODY).all()) else None
     if outputs not in chains or outputs[0] < found.layers[INPUT][1]:
         raise InputError("the network's output is not that of one layer")
+    read = set(roots[torch.cat([axis.ids for axis in found.axes])].tolist())
+    inputs = sum(chain[0] < found.layers[INPUT][1] and chain[0] in read for chain in chains)
     names, pieces = [], dict.fromkeys(found.layers, 0)
     for chain in chains:
         layer, (first, size) = next(item for item in found.layers.items() if item[1][0] <= chain[0] < sum(item[1]))
         pieces[layer] += 1
         start = chain[0] - first
-        name = layer if len(chain) == size else f"{layer}[{start}:{start + len(chain)}]"
+        name = (
+            layer
+            if len(chain) == size or (layer == INPUT and inputs == 1 and chain[0] in read)
+            else f"{layer}[{start}:{start + len(chain)}]"
+        )
         names.append(OUTPUT if chain == outputs else name)
     if mixed := [layer for layer, count in pieces.items() if count > MOST_PIECES]:
         raise InputError(f"the neurons of {mixed[0]} are mixed in a way that cannot be followed")
@@ -263,22 +298,6 @@ def name_axis(axis: NeuronAxis, roots: Int[Tensor, " neurons"], chains: list[lis
         start += size * counts[place]
         place += size
     return Axis(axis.tensor, axis.axis, tuple(parts), axis.role, axis.rows)
-
-
-def blocks_within(
-    found: Derivation, roots: Int[Tensor, " neurons"], chains: list[list[int]], names: list[str]
-) -> dict[str, int]:
-    """Return the groups that norms normalise in several blocks, and how many."""
-    within: dict[str, int] = {}
-    for ids, step in found.blocks:
-        neurons, blocks = roots[ids].tolist(), step.options["groups"]
-        if neurons not in chains or len(neurons) % blocks:
-            raise InputError(
-                f"step {step.name}: a norm in groups over concatenated or flattened channels is not supported"
-            )
-        name = names[chains.index(neurons)]
-        within[name] = math.lcm(within.get(name, 1), blocks)
-    return within
 
 
 Permutations = Mapping[str, Int[Tensor, " size"]]
