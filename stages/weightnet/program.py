@@ -162,11 +162,11 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
         nonlocal results
         if step.kind == "input":
             results = run_steps(program, weights, expected)
-        own = next(results)
-        while program.steps[len(sizes)].kind in ("constant", "parameter"):
+        for own in results:
+            if program.steps[len(sizes)].kind not in ("constant", "parameter"):
+                break
             sizes.append(own.abs().amax().item())
-            own = next(results)
-        if step != program.steps[len(sizes)]:
+        if len(sizes) == len(program.steps) or step != program.steps[len(sizes)]:
             raise InputError(f"step {step.name}: forward takes another way for other images or weights")
         read = max((sizes[i] for i in step.inputs), default=0.0)
         sizes.append(max(expected.abs().amax().item(), CANCELLED * read))

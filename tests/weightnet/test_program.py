@@ -161,13 +161,23 @@ class Positional(nn.Module):
         return self.head(x if len(x) < 3 else x * 2)
 
 
-def through_a_view(self: Body, x: Tensor) -> Tensor:
+def through_a_view(_self: Body, x: Tensor) -> Tensor:
     rows = x.flatten(2)
     x.relu_()
     return rows.mean(2)
 
 
+class Longer(Counting):
+    """The second call does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.conv(x).mean((2, 3))
+        return torch.relu(self.head(x)) if self.calls > 1 else self.head(x)
+
+
 REFUSED = {
+    "longer": (Longer(), "step relu: forward takes another way"),
     "noise": (Body(lambda _, x: x + torch.rand(16)), "step add: what is run differs from the module's own by"),
     "state": (Counting(), "step mul: what is run differs"),
     "batch": (Positional(), "step mul: forward takes another way for other images or weights"),
