@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from stages.common.command import InputError
 from stages.weightnet.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
+from stages.weightnet.readers import READERS
 from stages.weightnet.recording import Recorder, plain
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 
 ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
+FEW = 10007  # random numbers; a prime, so that rows and columns differ
 CANCELLED = 1e-5  # of the size of what a step reads: of what is smaller, cancellation leaves rounding alone
 SOFTMAX = ("softmax", "log_softmax")
 
@@ -111,20 +113,32 @@ def copied(model: nn.Module) -> nn.Module:
         raise InputError(f"it cannot be copied ({plain(error)}): take weight norms and the like off first") from None
 
 
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that are saved with a module, themselves, by name."""
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
 def float_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a module that are no counters, themselves, by name."""
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    """Return those of a module's tensors that are no counters."""
+    return {name: tensor for name, tensor in state_tensors(model).items() if tensor.is_floating_point()}
 
 
 def randomise(state: dict[str, Tensor], random: torch.Generator) -> None:
-    """Move every number of a network at random, so that no zero or one hides what is left out; positive tensors stay so."""
+    """Move every number of a network at random, so that no zero or one hides what is left out; positive tensors stay so.
+
+    The random numbers are the same few again and again: millions take seconds.
+    """
+    factors = torch.rand(FEW, generator=random, dtype=torch.float64) + 0.5
+    changes = torch.randn(FEW, generator=random, dtype=torch.float64)
     for tensor in state.values():
         value = tensor.detach()
+        times = -(-value.numel() // FEW)
         positive = bool((value > 0).all())
-        value.mul_(torch.rand(value.shape, generator=random, dtype=value.dtype) + 0.5)
+        value.mul_(factors.repeat(times)[: value.numel()].view(value.shape))
         if not positive:
             fan_in = value[0].numel() if value.dim() > 1 else 100
-            value.add_(torch.randn(value.shape, generator=random, dtype=value.dtype) / max(1, fan_in) ** 0.5)
+            value.add_(changes.repeat(times)[: value.numel()].view(value.shape), alpha=max(1, fan_in) ** -0.5)
+        factors, changes = factors.roll(1), changes.roll(1)
 
 
 def record(
@@ -134,10 +148,10 @@ def record(
 
     watch: is told each step and its result [b, *shape].
     """
-    random, state = torch.Generator().manual_seed(batch), float_state(model)
-    randomise(state, random)
+    random = torch.Generator().manual_seed(batch)
+    randomise(float_state(model), random)
     images = torch.randn(batch, *input_shape, generator=random, dtype=torch.float64)
-    recorder = Recorder(model, state, images, watch)
+    recorder = Recorder(model, state_tensors(model), images, READERS, watch)
     with recorder:
         result = model(images)
     if not isinstance(result, Tensor):

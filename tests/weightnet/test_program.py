@@ -176,7 +176,16 @@ class Longer(Counting):
         return torch.relu(self.head(x)) if self.calls > 1 else self.head(x)
 
 
+class Indexed(Body):
+    """A file may hold another order of channels than a new module."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda self, x: x[:, self.order])
+        self.register_buffer("order", torch.arange(8))
+
+
 REFUSED = {
+    "whole numbers": (Indexed(), "step getitem: it reads order, which holds no real numbers"),
     "longer": (Longer(), "step relu: forward takes another way"),
     "noise": (Body(lambda _, x: x + torch.rand(16)), "step add: what is run differs from the module's own by"),
     "state": (Counting(), "step mul: what is run differs"),
