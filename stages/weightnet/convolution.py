@@ -16,13 +16,19 @@ DENSE = 2  # pixels over taps, up to which the dense matrix is faster
 
 
 def convolve(
-    x: Stack, weight: Float[Tensor, "n d c k k"], stride: tuple[int, int], padding: tuple[int, int], groups: int = 1
+    x: Stack,
+    weight: Float[Tensor, "n d c k k"],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int = 1,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Stack:
     """Return the convolutions of n networks with n kernels; x may have one network's images for all."""
     (h, w), (k, q) = x.shape[2:4], weight.shape[3:]
-    if len(weight) == 1 or groups > 1:  # one network: the library's convolution is made for it
+    if len(weight) == 1 or groups > 1 or dilation != (1, 1):  # one network: the library's convolution is made for it
+        images = x.permute(0, 1, 4, 2, 3)
         parts = [
-            conv2d(x[min(i, len(x) - 1)].permute(0, 3, 1, 2), one, stride=stride, padding=padding, groups=groups)
+            conv2d(images[min(i, len(x) - 1)], one, None, stride, padding, dilation, groups)
             for i, one in enumerate(weight)
         ]
         return torch.stack(parts).permute(0, 1, 3, 4, 2)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.common.metrics import QUANTILES
-from stages.weightnet.symmetry import Networks
+from stages.weightnet.symmetry import Edge, Networks
 
 STATISTICS = 2 + len(QUANTILES)
 
@@ -30,10 +30,14 @@ def pooled_statistics(networks: Networks) -> Float[Tensor, "n f"]:
     the number of weight tensors, the logarithm of the number of weights, and the activation.
     """
     vectors: dict[str, list[Tensor]] = {}
-    for name, group in networks.symmetry.vectors:
-        vectors.setdefault(group, []).append(seven_statistics(networks.weights[name].flatten(1)))
+    for vector in networks.symmetry.vectors:
+        values = networks.weights[vector.tensor][:, vector.rows]
+        vectors.setdefault(vector.group, []).append(seven_statistics(values.flatten(1)))
+    edges: dict[tuple[str, int], Edge] = {}
+    for edge in networks.symmetry.edges:  # a layer whose rows fall into several groups counts once
+        edges.setdefault((edge.tensor, edge.columns.start), edge)
     layers = []
-    for edge in networks.symmetry.edges:
+    for edge in edges.values():
         weight = networks.weights[edge.tensor]
         own = seven_statistics(weight.flatten(1) * (weight[0, 0].numel() / 2) ** 0.5)
         nothing = [own.new_zeros(len(own), STATISTICS)]

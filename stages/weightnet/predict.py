@@ -9,9 +9,11 @@ other; or, with --allow-code, package.module:function, which is called without a
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements.
 
-The symmetry is derived from the network and tried out on it first. Prints a table, or JSON with --json: each property with an
+The network's steps are compared with the module itself, and the symmetry is derived from them and tried out, before anything is
+predicted. Prints a table, or JSON with --json: each property with an
 interval for 90 % of networks, by the errors on validation networks, and how far the weights lie from those that were learnt from:
-the share of the zoo's networks that lie nearer to their own neighbours (above 0.95, do not trust the prediction).
+the share of the zoo's networks that lie nearer to their own neighbours (above 0.95, do not trust the prediction). What was left
+out of the network, and activations that the zoo's networks do not have, are said.
 """
 
 import argparse
@@ -33,15 +35,16 @@ from stages.common.checkpoints import READABLE, load_torch, load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
-from stages.common.stage import InputError, one_line, run
+from stages.common.stage import InputError, run
 from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.predictors import Kept, load_predictors
-from stages.weightnet.program import MODULES, Program, trace
+from stages.weightnet.program import ROUNDING, Program, trace
 from stages.weightnet.properties import PROPERTIES
+from stages.weightnet.recording import plain
 from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
 
 PREDICTORS = Path("models/train_weightnet")
-ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
+SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
@@ -95,11 +98,21 @@ def _send_program(
     except InputError as error:
         result = error
     except Exception as error:  # others' code may raise anything
-        result = InputError(f"--arch {arch}: {one_line(error)}")
+        result = InputError(f"--arch {arch}: {plain(error)}")
     send.send(result)
 
 
-LAYERS = {module.__name__: module for module in MODULES}
+LAYERS: dict[str, type[nn.Module]] = {
+    layer.__name__: layer
+    for layer in (
+        *(nn.Conv2d, nn.Linear, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d, nn.ReflectionPad2d, nn.Upsample),
+        *(nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.ReLU6, nn.Hardswish, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.PReLU),
+        *(nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.LogSoftmax, nn.Softmax),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d),
+    )
+}
 
 
 def build_from_spec(path: Path) -> nn.Module:
@@ -107,15 +120,13 @@ def build_from_spec(path: Path) -> nn.Module:
     try:
         layers = [(layer.pop("kind"), layer) for layer in load_json(path)["layers"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} describes no network ({one_line(error)}): expected layers, each with its kind"
-        ) from None
+        raise InputError(f"{path} describes no network ({plain(error)}): expected layers, each with its kind") from None
     if unknown := [kind for kind, _ in layers if kind not in LAYERS]:
         raise InputError(f"{path}: no layer {unknown[0]} is known (there: {', '.join(LAYERS)})")
     try:
         return nn.Sequential(*(LAYERS[kind](**options) for kind, options in layers))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from None
+        raise InputError(f"{path}: {plain(error)}") from None
 
 
 def list_models(path: Path) -> dict[Path, dict[str, Any]]:
@@ -139,9 +150,7 @@ def load_measured(path: Path) -> dict[str, dict[str, Any]]:
             (file, name, float(said[name])) for file, said in known.items() for name in PROPERTIES if name in said
         ]
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f'{path} ({one_line(error)}): expected {{"<file>": {{"arch": ..., "test_acc": ...}}}}'
-        ) from None
+        raise InputError(f'{path} ({plain(error)}): expected {{"<file>": {{"arch": ..., "test_acc": ...}}}}') from None
     if wrong := [f"{file}: {name} is {number}" for file, name, number in numbers if not math.isfinite(number)]:
         raise InputError(f"{path}: {wrong[0]}")
     return known
@@ -167,28 +176,42 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def read_network(path: Path, arch: str, program: Program, tanh: bool) -> Networks:
     """Return one network with its derived symmetry, which is tried out on it; InputError if it does not hold."""
     symmetry = derive_symmetry(program)
-    found, notes = load_weights(path, program.layout.shapes, dtype=torch.float32, what=f"--arch {arch}")
+    if not symmetry.hidden:
+        raise InputError(f"{path}: {arch} has no hidden layer, and every network that was learned from has some")
+    beside = program.unused
+    found, notes = load_weights(path, program.layout.shapes, beside, torch.float32, f"--arch {arch}")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
-    weights = {name: tensor[None] for name, tensor in found.items()}
+    weights = {name: found[name][None] for name in program.layout.shapes}
     error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
     if not error < ROUNDING:
         raise InputError(
             f"{path}: relabelling hidden neurons changes the outputs by {error:.1e}: its symmetry is unknown"
         )
-    return Networks(program, symmetry, weights, torch.tensor([tanh]))
+    only_tanh = "tanh" in program.activations and "relu" not in program.activations
+    return Networks(program, symmetry, weights, torch.tensor([tanh or only_tanh]))
+
+
+def list_notes(program: Program) -> list[str]:
+    """Return what people should know of a network: what was left out of it, and how it differs from the zoo's in kind."""
+    notes = [f"activation {name}: not in the zoo" for name in program.activations if name not in SEEN]
+    return [*program.notes, *notes, *([] if program.activations else ["no activation: not in the zoo"])]
 
 
 def describe(kept: Kept, networks: Networks) -> dict[str, Any]:
     """Return the predictions for one network, with intervals, and how unlike the zoo's it is."""
-    ends = kept.intervals(networks)[:, 0].tolist()
+    intervals = kept.intervals(networks)
+    if not intervals.isfinite().all():
+        raise InputError("its weights are so large that the predictions are no finite numbers")
+    ends = intervals[:, 0].tolist()
     properties = {
         name: {"low": low, "value": value, "high": high}
         for name, low, value, high in zip(PROPERTIES, *ends, strict=True)
     }
     own = torch.cdist(kept.inputs, kept.inputs).fill_diagonal_(torch.inf).amin(1)
     distance = torch.cdist(kept.statistics(networks), kept.inputs).amin()
-    return {"properties": properties, "unlike": (own < distance).double().mean().item()}
+    unlike = (own < distance).double().mean().item()
+    return {"properties": properties, "unlike": unlike, "notes": list_notes(networks.program)}
 
 
 def main() -> None:
@@ -223,7 +246,10 @@ def main() -> None:
             programs[arch] = user_program(arch, shape, classes, arguments.allow_code)
         networks = read_network(file, arch, programs[arch], tanh)
         measured = {name: float(known[name]) for name in PROPERTIES if name in known}
-        results[str(file)] = describe(kept, networks) | {"measured": measured}
+        try:
+            results[str(file)] = describe(kept, networks) | {"measured": measured}
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
     answer = {"predictor": family, "networks": results, "agreement": agreement(results)}
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)
@@ -234,6 +260,8 @@ def main() -> None:
         for name, found in result["properties"].items():
             known = f"   measured {result['measured'][name]:.3f}" if name in result["measured"] else ""
             print(f"  {name:18s} {found['value']:7.3f}   {found['low']:.3f} to {found['high']:.3f}{known}")
+        for note in result["notes"]:
+            print(f"  {note}")
     for name, found in answer["agreement"].items():
         print(f"Kendall's tau of predicted and measured {name}: {found['tau']:.2f} ({found['n']} networks)")
 

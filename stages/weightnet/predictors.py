@@ -21,7 +21,7 @@ from stages.common.metrics import COVERAGE
 from stages.common.randomness import generator, seeded_init
 from stages.weightnet.features import pooled_statistics
 from stages.weightnet.program import run_stack
-from stages.weightnet.symmetry import INPUT, OUTPUT, Edge, Networks
+from stages.weightnet.symmetry import OUTPUT, Edge, Networks, Vector, is_input
 from stages.weightnet.targets import own_units
 
 Features = Float[Tensor, "n f"]
@@ -52,10 +52,8 @@ def read_edge(networks: Networks, edge: Edge, embed: Callable[[Tensor], Tensor])
     In units of He's standard deviation, logarithmic; and in units of the network's own. A wider layer looks the same.
     embed: what is made of it, of a few rows at a time: of all, it would not fit into memory for large networks.
     """
-    weight = networks.weights[edge.tensor]
-    weight = (
-        weight[:, :, edge.columns].unflatten(2, (-1, *edge.taps)) if weight.dim() == 3 else weight[:, :, edge.columns]
-    )
+    weight = networks.weights[edge.tensor][:, edge.rows, edge.columns]
+    weight = weight.unflatten(2, (-1, *edge.taps)) if weight.dim() == 3 else weight
     rows, columns = (cosines(size).to(weight) for size in edge.taps)
     fan_in = networks.weights[edge.tensor][0, 0].numel()
     own = weight.flatten(1).std(1)[:, None, None, None] + 1e-6
@@ -64,6 +62,13 @@ def read_edge(networks: Networks, edge: Edge, embed: Callable[[Tensor], Tensor])
         taps = torch.einsum("ui,ndcij,vj->ndcuv", rows, part, columns).flatten(3)
         parts.append(embed(torch.cat([signed_log(taps * (4 * fan_in**0.5)), taps / own], 3)))
     return torch.cat(parts, 1)
+
+
+def read_vector(networks: Networks, vector: Vector) -> Float[Tensor, "n size"]:
+    """Return one value for each neuron of a group: the mean of a kernel, or of what it has for each pixel."""
+    values = networks.weights[vector.tensor][:, vector.rows]
+    values = values.flatten(2).mean(2) if values.dim() > 2 else values
+    return values.unflatten(1, (-1, vector.block)).mean(2) if vector.block > 1 else values
 
 
 class Dropout(nn.Module):
@@ -162,7 +167,7 @@ class WeightNet(nn.Module):
         self.d = d
 
     def forward(self, networks: Networks) -> Features:
-        symmetry, weights, n = networks.symmetry, networks.weights, len(networks)
+        symmetry, n = networks.symmetry, len(networks)
         sizes = symmetry.sizes
         edges = [(e, read_edge(networks, e, self.edge).permute(0, 3, 1, 2).contiguous()) for e in symmetry.edges]
         one = edges[0][1]
@@ -174,11 +179,10 @@ class WeightNet(nn.Module):
             seen[edge.target][1].append(active.amax(3))
             seen[edge.source][2].append(active.mean(2))
         vectors: Heard = {group: ([one.new_zeros(n, self.d, size)],) for group, size in sizes.items()}
-        for name, group in symmetry.vectors:
-            role = name.rpartition(".")[2]
-            values = weights[name].flatten(2).mean(2) if weights[name].dim() > 2 else weights[name]
+        for vector in symmetry.vectors:
+            role, values = vector.tensor.rpartition(".")[2], read_vector(networks, vector)
             layer = self.vector[role if role in ("bias", "weight") else "other"]
-            vectors[group][0].append(layer(torch.stack([values, signed_log(20 * values)], 2)).mT)
+            vectors[vector.group][0].append(layer(torch.stack([values, signed_log(20 * values)], 2)).mT)
         tokens = self._places(networks, one)
         tokens = tokens + self.encode(torch.cat([*sums(seen, tokens), *sums(vectors, tokens)], 2))
         for round_ in self.rounds:
@@ -193,7 +197,7 @@ class WeightNet(nn.Module):
         """Return what tells the layers apart: depth, whether it is the input or the output, width, activation."""
         groups = networks.symmetry.sizes
         rows = [
-            torch.tensor([i / (len(groups) - 1), group == INPUT, group == OUTPUT, torch.tensor(size).log() / 4])
+            torch.tensor([i / (len(groups) - 1), is_input(group), group == OUTPUT, torch.tensor(size).log() / 4])
             .to(like)
             .expand(len(networks), size, 4)
             for i, (group, size) in enumerate(groups.items())
@@ -264,8 +268,8 @@ class NeuralFunctional(nn.Module):
         values = [read_edge(networks, edge, nn.Identity()) for edge in symmetry.edges]
         like, sizes = values[0], symmetry.sizes
         vectors = {group: like.new_zeros(len(networks), size, 1) for group, size in sizes.items()}
-        for name, group in symmetry.vectors:
-            vectors[group] = vectors[group] + networks.weights[name][..., None]
+        for vector in symmetry.vectors:
+            vectors[vector.group] = vectors[vector.group] + read_vector(networks, vector)[..., None]
         for maps in self.maps:
             width = values[0].shape[3]
             rows = {group: like.new_zeros(len(networks), size, width) for group, size in sizes.items()}

@@ -1,212 +1,228 @@
-"""A network as a list of steps, traced by torch.fx, and many networks of one kind run at once.
+"""A network as a list of steps, and many networks of one kind run at once.
 
 Everything that treats networks as data reads this list: the trainer runs stacks of networks along it, the symmetry is derived
-from it, and probes are sent through it. A step that is not understood is refused by name, never guessed.
+from it, and probes are sent through it. A step that is not understood is refused by name, never guessed; and before a program is
+handed out, each of its steps has given what the user's own module gives, in float64, on weights and images drawn at random.
 """
 
+import copy
 import math
-import operator
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from stages.common.stage import InputError, one_line
+from stages.common.stage import InputError
 from stages.common.vectors import Layout
-from stages.weightnet.convolution import convolve
+from stages.weightnet.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
+from stages.weightnet.readers import READERS
+from stages.weightnet.recording import Recorder, plain
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 
-POINTWISE: dict[Any, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "elu": F.elu,
-    "leaky_relu": F.leaky_relu,
-}
-MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.Tanh: "tanh",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.ELU: "elu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Conv2d: "conv",
-    nn.Linear: "linear",
-    nn.GroupNorm: "group_norm",
-    nn.BatchNorm2d: "batch_norm",
-    nn.MaxPool2d: "max_pool",
-    nn.AvgPool2d: "avg_pool",
-    nn.AdaptiveAvgPool2d: "adaptive_pool",
-    nn.Flatten: "flatten",
-    nn.Dropout: "dropout",
-    nn.Identity: "identity",
-}
-FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.tanh: "tanh",
-    F.gelu: "gelu",
-    F.silu: "silu",
-    torch.flatten: "flatten",
-    operator.add: "add",
-    operator.iadd: "add",
-    torch.add: "add",
-    torch.cat: "cat",
-    torch.mean: "mean",
-    F.max_pool2d: "max_pool",
-    F.avg_pool2d: "avg_pool",
-    F.adaptive_avg_pool2d: "adaptive_pool",
-    F.dropout: "dropout",
-    "flatten": "flatten",
-    "mean": "mean",
-    "relu": "relu",
-    "tanh": "tanh",
-    "add": "add",
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation. inputs: indices of the steps that it reads; shape: of its result for one image."""
-
-    kind: str
-    name: str  # of the module, whose tensors are <name>.weight and so on
-    inputs: tuple[int, ...]
-    shape: tuple[int, ...]
-    options: dict[str, Any] = field(default_factory=dict)
+ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
+FEW = 10007  # random numbers; a prime, so that rows and columns differ
+CANCELLED = 1e-5  # of the size of what a step reads: of what is smaller, cancellation leaves rounding alone
+SOFTMAX = ("softmax", "log_softmax")
 
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of a network in order, the last of which is its output, and how its tensors lie in a vector."""
+    """The steps of a network in order, the last of which is its output, and the shapes of its tensors by name.
+
+    unused: tensors of the module that its outputs do not depend on; notes: what people should know about the program.
+    """
 
     steps: tuple[Step, ...]
     layout: Layout
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Channels, height and width of an image."""
         return self.steps[0].shape
 
-    def tensors_of(self, step: Step) -> list[str]:
-        """Return the names of the tensors that a step uses."""
-        return self._tensors.get(step.name, [])
+    @property
+    def activations(self) -> list[str]:
+        """The kinds of activations, by name."""
+        return sorted({step.kind for step in self.steps if step.kind in POINTWISE or step.kind == "prelu"})
 
     def may_overwrite(self, place: int) -> bool:
         """Return whether the reader of a step's result may write over it: a convolution's, if nothing else reads it."""
-        return self.steps[place].kind == "conv" and self._reads[place] == 1
+        return self.steps[place].kind == "conv" and self.readers[place] == 1
 
     @cached_property
-    def _reads(self) -> Counter[int]:
+    def readers(self) -> Counter[int]:
+        """How many times each step's result is read."""
         return Counter(place for step in self.steps for place in step.inputs)
 
     @cached_property
-    def _tensors(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self.layout.shapes:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
-        return found
+    def last_reader(self) -> dict[int, int]:
+        """The last step that reads each step's result."""
+        return {place: number for number, step in enumerate(self.steps) for place in step.inputs}
 
     def numbers_of(self, kind: str) -> list[int]:
         """Return how many numbers each step of a kind gives for one image."""
         return [math.prod(step.shape) for step in self.steps if step.kind == kind]
 
 
-class Shapes(fx.Interpreter):
-    """Runs a traced network, and notes the shape of every result. (torch.fx's own ShapeProp imports sympy: 0.4 s and 40 MB.)"""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        n.meta["shape"] = tuple(result.shape[1:]) if isinstance(result, Tensor) else ()
-        return result
-
-
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
-    """Return the program of a network of images [c, h, w]; InputError names what cannot be followed."""
+    """Return the program of a network of images [c, h, w]; InputError names what cannot be followed.
+
+    The module is run twice, on weights, images and batches of another size: the first run is recorded, the second compared.
+    """
+    name = type(model).__name__
     try:
-        with torch.random.fork_rng(devices=[]):
-            graph = fx.symbolic_trace(model.eval())
-            Shapes(graph).run(torch.zeros(1, *input_shape))
-    except Exception as error:  # torch.fx runs the user's code, which may raise anything
-        raise InputError(f"{type(model).__name__} cannot be traced by torch.fx: {one_line(error)}") from None
-    steps: list[Step] = []
-    place: dict[fx.Node, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            if node.args[0] is not node.prev:
-                raise InputError(f"{type(model).__name__} returns {node.args[0]}: expected the result of its last step")
-            continue
-        module = graph.get_submodule(node.target) if node.op == "call_module" else None
-        kind, options = _describe(node, module)
-        inputs = tuple(place[argument] for argument in node.all_input_nodes)
-        place[node] = len(steps)
-        name = str(node.target) if module is not None else node.name
-        steps.append(Step(kind, name, inputs, node.meta["shape"], options))
-    held = {name.rpartition(".")[0] for name in model.state_dict()}
-    if unread := sorted(held - {step.name for step in steps}):
-        raise InputError(f"tensors of {unread[0] or 'the network itself'} are used in a way that cannot be followed")
-    layout = Layout.of({name: t for name, t in model.state_dict().items() if t.is_floating_point()})
-    return Program(tuple(steps), layout)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the user's code
+            own = copied(model).double().eval()
+            recorded, output = record(own, input_shape, 2, lambda *_: None)
+            weights = {key: value[None] for key, value in float_state(own).items()}
+            program = Program(tuple(recorded), Layout({key: tuple(value.shape[1:]) for key, value in weights.items()}))
+            check(own, program, output, weights)
+    except InputError as error:
+        raise InputError(f"{name} cannot be traced: {error}") from None
+    except Exception as error:  # this runs the user's code, which may raise anything
+        given = f"it cannot run on images {list(input_shape)} ({plain(error)}): is that their shape (--input-shape)?"
+        raise InputError(f"{name} cannot be traced: {given}") from None
+    program = logits_of(without_unused(program, output))
+    if len(program.steps[-1].shape) != 1:
+        raise InputError(
+            f"{name} gives {list(program.steps[-1].shape)} for an image: expected one number for each class"
+        )
+    if not program.layout.shapes:
+        raise InputError(f"{name} has no layers: its outputs depend on none of its weights")
+    return program
 
 
-def _describe(node: fx.Node, module: nn.Module | None) -> tuple[str, dict[str, Any]]:
-    """Return the kind and the options of a traced node."""
-    if node.op == "placeholder":
-        return "input", {}
-    kind = MODULES.get(type(module)) if module is not None else FUNCTIONS.get(node.target)
-    if kind is None:
-        target = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
-        raise InputError(f"step {node.name} is {target}, which is not supported")
-    match module:
-        case nn.Conv2d():
-            if module.padding_mode != "zeros" or isinstance(module.padding, str):
-                raise InputError(f"step {node.name}: a convolution padded with {module.padding_mode} is not supported")
-            if module.dilation != (1, 1):
-                raise InputError(f"step {node.name}: a dilated convolution is not supported")
-            names = ("stride", "padding", "groups")
-            return kind, {name: getattr(module, name) for name in names}
-        case nn.GroupNorm() | nn.BatchNorm2d():
-            if not module.affine or (isinstance(module, nn.BatchNorm2d) and not module.track_running_stats):
-                raise InputError(f"step {node.name}: a norm without weights or running statistics is not supported")
-            own = {"groups": module.num_groups} if kind == "group_norm" else {"momentum": module.momentum}
-            return kind, {"eps": module.eps} | own
-        case nn.MaxPool2d() | nn.AvgPool2d():
-            names = ("kernel_size", "stride", "padding", "ceil_mode")
-            return kind, {name: getattr(module, name) for name in names}
-        case nn.AdaptiveAvgPool2d():
-            return kind, {"output_size": module.output_size}
-    if kind == "mean" and sorted(_argument(node, 1, "dim")) not in ([2, 3], [-2, -1]):
-        raise InputError(f"step {node.name}: only means over height and width are supported")
-    if kind == "cat" and _argument(node, 1, "dim") not in (1, -3):
-        raise InputError(f"step {node.name}: only channels can be concatenated")
-    if kind == "flatten" and module is None and _argument(node, 1, "start_dim") != 1:
-        raise InputError(f"step {node.name}: only a flattening of all but the first axis is supported")
-    if kind == "add" and len(node.all_input_nodes) != 2:
-        raise InputError(f"step {node.name}: only two results can be added")
-    if kind in ("max_pool", "avg_pool", "adaptive_pool"):
-        names = ("output_size",) if kind == "adaptive_pool" else ("kernel_size", "stride", "padding")
-        return kind, dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    return kind, {}
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a module; InputError if it has tensors that are made of others."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise InputError(f"it cannot be copied ({plain(error)}): take weight norms and the like off first") from None
 
 
-def _argument(node: fx.Node, place: int, name: str) -> Any:
-    """Return a positional or named argument of a call."""
-    value = node.args[place] if len(node.args) > place else node.kwargs.get(name)
-    return list(value) if isinstance(value, (tuple, list)) else value
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that are saved with a module, themselves, by name."""
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def float_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return those of a module's tensors that are no counters."""
+    return {name: tensor for name, tensor in state_tensors(model).items() if tensor.is_floating_point()}
+
+
+def randomise(state: dict[str, Tensor], random: torch.Generator) -> None:
+    """Move every number of a network at random, so that no zero or one hides what is left out; positive tensors stay so.
+
+    The random numbers are the same few again and again: millions take seconds.
+    """
+    factors = torch.rand(FEW, generator=random, dtype=torch.float64) + 0.5
+    changes = torch.randn(FEW, generator=random, dtype=torch.float64)
+    for tensor in state.values():
+        value = tensor.detach()
+        times = -(-value.numel() // FEW)
+        positive = bool((value > 0).all())
+        value.mul_(factors.repeat(times)[: value.numel()].view(value.shape))
+        if not positive:
+            fan_in = value[0].numel() if value.dim() > 1 else 100
+            value.add_(changes.repeat(times)[: value.numel()].view(value.shape), alpha=max(1, fan_in) ** -0.5)
+        factors, changes = factors.roll(1), changes.roll(1)
+
+
+def record(
+    model: nn.Module, input_shape: tuple[int, ...], batch: int, watch: Callable[[Step, Tensor], None]
+) -> tuple[list[Step], int]:
+    """Return the steps of a module that runs on random weights and images, and the place of its output.
+
+    watch: is told each step and its result [b, *shape].
+    """
+    random = torch.Generator().manual_seed(batch)
+    randomise(float_state(model), random)
+    images = torch.randn(batch, *input_shape, generator=random, dtype=torch.float64)
+    recorder = Recorder(model, state_tensors(model), images, READERS, watch)
+    with recorder:
+        result = model(images)
+    if not isinstance(result, Tensor):
+        raise InputError(f"it returns a {type(result).__name__}: expected a tensor of one number for each class")
+    if result not in recorder.places:
+        raise InputError("what it returns was not made by steps that can be followed")
+    place, version = recorder.places[result]
+    if version != result._version:
+        raise InputError("what it returns was changed in place, through another view of it")
+    return recorder.steps, place
+
+
+def check(model: nn.Module, program: Program, output: int, weights: Weights) -> None:
+    """Compare every step with the module's own, on other weights and images; InputError names the first that differs.
+
+    weights: those of the module, which are drawn anew for it.
+    """
+    sizes: list[float] = []  # of every step's result
+    results: Iterator[Tensor] = iter(())
+
+    def watch(step: Step, expected: Tensor) -> None:
+        nonlocal results
+        if step.kind == "input":
+            results = run_steps(program, weights, expected)
+        for own in results:
+            if program.steps[len(sizes)].kind not in ("constant", "parameter"):
+                break
+            sizes.append(own.abs().amax().item())
+        if len(sizes) == len(program.steps) or step != program.steps[len(sizes)]:
+            raise InputError(f"step {step.name}: forward takes another way for other images or weights")
+        read = max((sizes[i] for i in step.inputs), default=0.0)
+        sizes.append(max(expected.abs().amax().item(), CANCELLED * read))
+        error = difference(torch_order(own)[0], expected) / max(sizes[-1], 1e-300)
+        if not error < ROUNDING:
+            raise InputError(f"step {step.name}: what is run differs from the module's own by {error:.1e} of its size")
+
+    steps, other = record(model, program.input_shape, 3, watch)
+    if tuple(steps) != program.steps or other != output:
+        raise InputError("forward takes another way for other images or weights")
+
+
+def difference(x: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between numbers; infinity if they are not as many, or not finite."""
+    if x.shape != expected.shape or not expected.isfinite().all():
+        return math.inf
+    return (x - expected).abs().amax().item()
+
+
+def without_unused(program: Program, output: int) -> Program:
+    """Return a program that ends with the step `output`, without the steps and tensors that it does not depend on."""
+    needed = {output}
+    for place in range(output, -1, -1):
+        if place in needed:
+            needed.update(program.steps[place].inputs)
+    order = sorted(needed | {0})
+    new = {place: number for number, place in enumerate(order)}
+    steps = tuple(replace(s, inputs=tuple(new[i] for i in s.inputs)) for s in (program.steps[i] for i in order))
+    read = {name for step in steps for name in step.tensors.values()}
+    unused = tuple(name for name in program.layout.shapes if name not in read)
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
+    more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+    notes = (f"not used by forward, left out: {', '.join(layers[:5])}{more}",) if layers else ()
+    layout = Layout({name: shape for name, shape in program.layout.shapes.items() if name in read})
+    return Program(steps, layout, unused, program.notes + notes)
+
+
+def logits_of(program: Program) -> Program:
+    """Return a program without a softmax at its end."""
+    last = program.steps[-1]
+    if last.kind not in SOFTMAX or last.options["dim"] != len(last.shape) - 1:
+        return program
+    note = f"{last.kind} at the end left out: the properties are those of the logits"
+    return logits_of(
+        replace(without_unused(program, last.inputs[0]), unused=program.unused, notes=(*program.notes, note))
+    )
 
 
 def run_stack(
@@ -221,69 +237,48 @@ def run_stack(
 
     tanh: the networks whose ReLUs are replaced by tanh. In training: dropout, what the inputs of each dropout step are multiplied
     by; running, a dictionary for the running statistics that batch norms have after these images, by which they then normalise.
-    Inside, results are [n, b, h, w, c] or [n, b, f], with n = 1 as long as all networks share them.
     """
-    results: list[Tensor] = []
+    for result in run_steps(program, weights, images, tanh, dropout, running):
+        output = result
+    return output
+
+
+def run_steps(
+    program: Program,
+    weights: Weights,
+    images: Float[Tensor, "b c h w"] | Float[Tensor, "n b c h w"],
+    tanh: Bool[Tensor, " n"] | None = None,
+    dropout: Sequence[Float[Tensor, "n b f"]] = (),
+    running: Weights | None = None,
+) -> Iterator[Tensor]:
+    """Give the result of every step, as `run_stack` says, in the order of `operations`; each is kept while it is needed."""
+    results: dict[int, Tensor] = {}
     masks = iter(dropout)
-    for step in program.steps:
-        x, y = (results[step.inputs[0]] if step.inputs else images), None
-        option = step.options
-        tensor = {key.rpartition(".")[2]: weights[key] for key in program.tensors_of(step)}
+    for place, step in enumerate(program.steps):
+        inputs = [results[i] for i in step.inputs]
+        tensors = {part: weights[name] for part, name in step.tensors.items()}
         match step.kind:
             case "input":
-                y = (images if images.dim() == 5 else images[None]).permute(0, 1, 3, 4, 2)
-            case "conv":
-                y = convolve(x, tensor["weight"], option["stride"], option["padding"], option["groups"])
-                if "bias" in tensor:
-                    y += tensor["bias"][:, None, None, None]
-            case "linear":
-                y = torch.matmul(x, tensor["weight"].mT)
-                if "bias" in tensor:
-                    y = y + tensor["bias"][:, None]
+                y = own_order(images if images.dim() == 5 else images[None])
+            case "constant":
+                value = torch.tensor(step.options["value"], dtype=images.dtype, device=images.device)
+                y = own_order(value[None, None])
             case "relu" if tanh is not None:
-                y = _relu_or_tanh(x, tanh, program.may_overwrite(step.inputs[0]))
-            case "group_norm":
-                grouped = x.unflatten(4, (option["groups"], -1)).movedim(4, 2)
-                y = F.layer_norm(grouped, grouped.shape[3:], eps=option["eps"]).movedim(2, 4).flatten(4)
-                y = torch.addcmul(tensor["bias"][:, None, None, None], y, tensor["weight"][:, None, None, None])
-            case "batch_norm":
-                mean, variance = tensor["running_mean"], tensor["running_var"]
-                if running is not None:
-                    variance, mean = torch.var_mean(x, (1, 2, 3), correction=0)
-                    pixels = x[0, ..., 0].numel()
-                    unbiased = variance * (pixels / (pixels - 1))
-                    for key, value in (("running_mean", mean), ("running_var", unbiased)):
-                        running[f"{step.name}.{key}"] = torch.lerp(tensor[key], value, option["momentum"]).detach()
-                scale = tensor["weight"] * torch.rsqrt(variance + option["eps"])
-                y = (x - mean[:, None, None, None]) * scale[:, None, None, None] + tensor["bias"][:, None, None, None]
-            case "max_pool":
-                y = _by_channel(F.max_pool2d, x, option)
-            case "avg_pool":
-                y = _by_channel(F.avg_pool2d, x, option)
-            case "adaptive_pool":
-                y = _by_channel(F.adaptive_avg_pool2d, x, option)
-            case "mean":
-                y = x.mean((2, 3))
-            case "flatten":  # in the order of torch's images: channel by channel
-                y = x.movedim(4, 2).flatten(2) if x.dim() == 5 else x
-            case "add":
-                y = x + results[step.inputs[1]]
-            case "cat":
-                y = torch.cat([results[i] for i in step.inputs], -1)
-            case "dropout":
-                y = x * next(masks).view(x.shape) if dropout else x
-            case "identity":
-                y = x
+                y = _relu_or_tanh(inputs[0], tanh, program.may_overwrite(step.inputs[0]))
+            case "dropout" if dropout:
+                y = inputs[0] * next(masks).view(inputs[0].shape)
+            case "batch_norm" if running is not None:
+                old = tensors["running_mean"], tensors["running_var"]
+                now, after = batch_statistics(inputs[0], *old, step.options["momentum"])
+                running.update({step.tensors[part]: value for part, value in after.items()})
+                y = run_step(step, inputs, tensors | now)
             case _:
-                y = POINTWISE[step.kind](x)
-        results.append(y)
-    return results[-1]
-
-
-def _by_channel(function: Callable[..., Tensor], x: Float[Tensor, "n b h w c"], options: dict[str, Any]) -> Tensor:
-    """Return what a pooling of images [b, c, h, w] makes of those of all networks."""
-    y = function(x.flatten(0, 1).permute(0, 3, 1, 2), **options)
-    return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+                y = run_step(step, inputs, tensors)
+        results[place] = y
+        for i in {i for i in step.inputs if program.last_reader[i] == place}:
+            del results[i]
+        del inputs
+        yield y
 
 
 def _relu_or_tanh(x: Tensor, tanh: Bool[Tensor, " n"], overwrite: bool) -> Tensor:

@@ -1,0 +1,110 @@
+"""Ordinary classifiers get predictions, and what is unusual about them is said."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_weightnet import ask, keep_untrained
+from torch import nn
+from weightnet.classifiers import CLASSIFIERS
+
+from stages.common.stage import InputError
+from stages.weightnet import predict
+from stages.weightnet.properties import PROPERTIES
+
+FLAGS = ["--allow-code", "--input-shape", "3", "16", "16"]
+
+
+@pytest.fixture
+def arch(monkeypatch: pytest.MonkeyPatch):
+    """What makes a function one that --arch can name."""
+
+    class Module:
+        pass
+
+    def name(build) -> str:
+        Module.build = staticmethod(build)
+        monkeypatch.setitem(sys.modules, "my_classifiers", Module)
+        return "my_classifiers:build"
+
+    return name
+
+
+def save(model: nn.Module, path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_an_ordinary_classifier_gets_a_prediction(project, monkeypatch, capsys, arch, name):
+    keep_untrained(project)
+    torch.manual_seed(0)
+    save(CLASSIFIERS[name](), project / "a.safetensors")
+    (result,) = ask(monkeypatch, capsys, "a.safetensors", "--arch", arch(CLASSIFIERS[name]), *FLAGS)[
+        "networks"
+    ].values()
+    assert set(result["properties"]) == set(PROPERTIES)
+    assert all(found["low"] < found["value"] < found["high"] for found in result["properties"].values())
+
+
+def test_activations_that_the_zoo_lacks_and_what_is_left_out_are_said(project, monkeypatch, capsys, arch):
+    keep_untrained(project)
+    save(CLASSIFIERS["normalised input"](), project / "a.safetensors")
+    words = ["a.safetensors", "--arch", arch(CLASSIFIERS["normalised input"]), *FLAGS]
+    expected = [
+        "not used by forward, left out: auxiliary",
+        "activation elu: not in the zoo",
+        "activation gelu: not in the zoo",
+    ]
+    (result,) = ask(monkeypatch, capsys, *words)["networks"].values()
+    assert result["notes"] == expected
+    monkeypatch.setattr("sys.argv", ["predict", *words])
+    predict.main()
+    assert all(f"  {note}\n" in capsys.readouterr().out for note in expected[:1])
+
+
+def test_a_network_with_tanh_is_read_as_the_zoo_s_networks_with_tanh(project, monkeypatch, capsys, arch):
+    keep_untrained(project)
+
+    def build(activation=nn.Tanh):
+        layers = [nn.Conv2d(3, 8, 3), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+        return nn.Sequential(*layers)
+
+    save(build(), project / "a.safetensors")
+    found = {}
+    for activation in (nn.Tanh, nn.ReLU):
+        words = ["a.safetensors", "--arch", arch(lambda activation=activation: build(activation)), *FLAGS]
+        found[activation] = ask(monkeypatch, capsys, *words)["networks"]["a.safetensors"]["properties"]
+    assert found[nn.Tanh] != found[nn.ReLU]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([{"kind": "Flatten"}, {"kind": "Linear", "in_features": 768, "out_features": 10}], "has no hidden layer"),
+        ([{"kind": "Flatten"}], "has no layers: its outputs depend on none"),
+        (
+            [{"kind": "Conv2d", "in_channels": 2, "out_channels": 2, "kernel_size": 3}],
+            "is that their shape .--input-shape.[?]",
+        ),
+    ],
+)
+def test_networks_that_nothing_can_be_said_of_are_refused_in_one_line(project, monkeypatch, capsys, layers, message):
+    keep_untrained(project)
+    save(nn.Linear(768, 10), project / "a.safetensors")
+    (project / "spec.json").write_text(json.dumps({"layers": layers}))
+    with pytest.raises(InputError, match=message) as refusal:
+        ask(monkeypatch, capsys, "a.safetensors", "--arch", "spec.json", *FLAGS)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_whose_predictions_are_not_finite_are_refused(project, monkeypatch, capsys, arch):
+    keep_untrained(project)
+    model = CLASSIFIERS["LeNet, view"]()
+    for parameter in model.parameters():
+        parameter.data.mul_(1e30)
+    save(model, project / "a.safetensors")
+    with pytest.raises(InputError, match=r"a.safetensors: .*(no finite numbers|changes the outputs)"):
+        ask(monkeypatch, capsys, "a.safetensors", "--arch", arch(CLASSIFIERS["LeNet, view"]), *FLAGS)
