@@ -85,6 +85,7 @@ KINDS = (  # the first that matches counts
     Kind("roundings", r"/relabelled$|reconstruction_error/(input|hidden|data)", 0, 1e-5, ANY),
     Kind("points", r"acc_points", -100, 100, 0.02),
     Kind("sixths", r"retrieved|whole", 0, 1, 1 / 6),
+    Kind("sixty bits", r"recover_memory/.*(bits|permuted|coverage|calibrat)", 0, 1, 0.1),
     Kind("explained variances", r"r2", -math.inf, 1, 0.01),
     Kind("correlations of three networks", r"held_out|all_architectures", -1, 1, 2 / 3),
     Kind("correlations", r"/tau/|learning_curve|arithmetic/cosine|correlation|geometry|similarity", -1, 1, 2 / 15),
