@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 from stages.forecast.forecasters import build_forecaster
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.nowcast_training import choose_learning_rate, cost_to, loss_at_costs
-from stages.forecast.optimizers import optimizer_direction
+from stages.forecast.regimes import optimizer_direction
 from stages.forecast.trajectory import WINDOW, Layout, Trajectory
 
 RANDOM = torch.Generator().manual_seed(0)

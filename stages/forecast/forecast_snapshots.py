@@ -22,7 +22,8 @@ from stages.common.command import InputError, run
 from stages.common.runtime import pin_threads
 from stages.common.weights import load_state_dict
 from stages.forecast.baselines import linear
-from stages.forecast.forecasters import SharedForecaster, load_forecaster
+from stages.forecast.forecasters import load_forecaster
+from stages.forecast.shared import SharedForecaster
 from stages.forecast.trajectory import WINDOW, Layout, Trajectory
 
 SUFFIXES = (".pt", ".pth", ".safetensors")

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.forecast.forecasters import JumpForecaster
-from stages.forecast.optimizers import optimizer_direction
+from stages.forecast.jump import JumpForecaster
+from stages.forecast.regimes import optimizer_direction
 from stages.forecast.trajectory import HISTORY, WINDOW, Layout, Trajectory
 
 PROPOSALS = ("stay", "average", "jump")
