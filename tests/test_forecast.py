@@ -8,17 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from stages.common.stage import InputError
 from stages.common.vectors import Layout, principal_components
 from stages.forecast.baselines import BASELINES
-from stages.forecast.compress_trajectory import explained_variance, shares_of_energy
+from stages.forecast.compress_trajectory import energy_fractions, explained_variance_ratios
+from stages.forecast.diffusion import DiffusionForecaster
 from stages.forecast.evaluate_forecaster import error_ratios
-from stages.forecast.forecasters import (
-    DiffusionForecaster,
-    RidgeForecaster,
-    build_forecaster,
-    movement_target,
-    random_coordinates,
-    roll_out,
-)
+from stages.forecast.forecasters import build_forecaster
 from stages.forecast.lenet import LeNet
+from stages.forecast.shared import RidgeForecaster, movement_target, random_coordinates, roll_out
 from stages.forecast.train_lenet import Params
 from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory, origins, read_features
 
@@ -218,23 +213,23 @@ def test_baselines_are_exact_where_they_should_be():
     assert (ahead[0] - turning[36]).norm() < 0.2 * (turning[35] - turning[36]).norm() + 0.02
 
 
-def test_shares_of_energy_are_those_of_projections():
+def test_energy_fractions_are_those_of_projections():
     basis = torch.linalg.qr(torch.randn(30, 5)).Q.T
     inside, outside = torch.randn(1, 5) @ basis, torch.randn(1, 30)
     outside -= outside @ basis.T @ basis
-    shares = shares_of_energy(torch.cat([inside, outside, inside + outside]), basis, [5, 99])
+    fractions = energy_fractions(torch.cat([inside, outside, inside + outside]), basis, [5, 99])
     expected = (inside.square().sum() / (inside + outside).square().sum()).item()
-    torch.testing.assert_close(shares[:, 0], torch.tensor([1.0, 0.0, expected]), rtol=1e-4, atol=1e-5)
-    assert torch.equal(shares[:, 0], shares[:, 1])
+    torch.testing.assert_close(fractions[:, 0], torch.tensor([1.0, 0.0, expected]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(fractions[:, 0], fractions[:, 1])
 
 
 def test_all_components_explain_all_variance_between_and_within_runs():
     runs = [Trajectory(Layout({"w": (6, 5)}), torch.randn(8, 30) + 3 * torch.randn(1, 30), None) for _ in range(3)]
     mean, basis, _ = principal_components(torch.cat([r.weights for r in runs]), 500)
-    shares = explained_variance(runs, mean, basis, [1, 500])
-    assert shares["between"][1] == pytest.approx(1, abs=1e-4)
-    assert shares["within"][1] == pytest.approx(1, abs=1e-4)
-    assert shares["within"][0] < shares["between"][0] < 1  # the first component lies between runs
+    ratios = explained_variance_ratios(runs, mean, basis, [1, 500])
+    assert ratios["between"][1] == pytest.approx(1, abs=1e-4)
+    assert ratios["within"][1] == pytest.approx(1, abs=1e-4)
+    assert ratios["within"][0] < ratios["between"][0] < 1  # the first component lies between runs
 
 
 def test_ratios_are_of_sums_over_origins_and_intervals_over_runs():

@@ -22,11 +22,11 @@ def test_a_killed_stage_trains_only_what_is_missing_to_the_same_bytes(project, m
     whole, trained, train = outputs(project), [], train_lenet.train_lenet
     assert not any((project / ".work/train_lenet/digits").iterdir())
 
-    def train_or_die(data, name, params):
+    def train_or_die(data, name, *recipe):
         trained.append(name)
         if name == "adam-200" and trained.count(name) == 1:
             raise KeyboardInterrupt
-        return train(data, name, params)
+        return train(data, name, *recipe)
 
     monkeypatch.setattr(train_lenet, "train_lenet", train_or_die)
     monkeypatch.setattr(train_lenet, "parallel_map", lambda f, names, *_: [f(name) for name in names])

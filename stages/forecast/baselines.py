@@ -1,10 +1,16 @@
-"""What every forecaster has to beat: forecasts of w(t + h) that are not learnt."""
+"""What every forecaster has to beat: forecasts of w(t + h) that are not learnt.
+
+Axes: h horizons, p weights, t snapshots.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
 from stages.forecast.trajectory import Forecast, Trajectory
+
+DMD_WINDOW = 30  # snapshots; older ones belong to another phase of training
+DMD_RANK = 8  # modes: more of them fit noise, whose powers grow with the horizon
 
 
 def persistence(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
@@ -34,7 +40,9 @@ def average(n: int) -> Callable[[Trajectory, int, Sequence[int]], Forecast]:
     return latest_average
 
 
-def dynamic_modes(run: Trajectory, t: int, horizons: Sequence[int], rank: int = 8, window: int = 30) -> Forecast:
+def dynamic_modes(
+    run: Trajectory, t: int, horizons: Sequence[int], rank: int = DMD_RANK, window: int = DMD_WINDOW
+) -> Forecast:
     """Dynamic mode decomposition of the last `window` snapshots (Schmid 2010), with the part outside its modes kept as it is."""
     past = run.weights[max(0, t - window + 1) : t + 1].double()
     mean, centred = past.mean(0), past - past.mean(0)

@@ -6,13 +6,16 @@ Writes  reports/evaluate_forecaster/<dataset>/errors.csv        squared error by
         reports/evaluate_forecaster/<dataset>/networks.csv      test loss and accuracy of the forecast networks, likewise
         reports/evaluate_forecaster/<dataset>/accumulation.csv  squared error of forecasts rolled out, step by step, late half
         reports/evaluate_forecaster/<dataset>/ratios.csv        error over persistence's, 95 % intervals over runs
-        reports/evaluate_forecaster/<dataset>/layers.csv        likewise for each parameter tensor, of the flagship
+        reports/evaluate_forecaster/<dataset>/layers.csv        likewise for each parameter tensor, of the transformer
         reports/evaluate_forecaster/<dataset>/losses.csv        loss over persistence's and accuracy gained, likewise
-        reports/evaluate_forecaster/<dataset>/summary.json      the main regime's, and the flagship's of all regimes
+        reports/evaluate_forecaster/<dataset>/summary.json      the main regime's, and the transformer's of all regimes
         reports/evaluate_forecaster/<dataset>/*.png
+
+Axes: h horizons, p weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,10 @@ from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.vectors import Layout
 from stages.forecast import pictures
 from stages.forecast.baselines import BASELINES
-from stages.forecast.forecasters import load_forecaster, roll_out
+from stages.forecast.forecasters import load_forecaster
 from stages.forecast.lenet import LeNet, lenet_logits
-from stages.forecast.runs import LeNetData, load_lenet_data, load_runs, regime_of
+from stages.forecast.runs import load_lenet_data, load_runs, regime_of
+from stages.forecast.shared import SharedForecaster, roll_out
 from stages.forecast.trajectory import Trajectory, origins
 
 FORECASTERS = Path("models/train_forecaster")
@@ -43,10 +47,13 @@ JUMP = Path("models/tune_jump")
 REPORTS = Path("reports/evaluate_forecaster")
 
 VARIANTS = ("transformer", "weights_only", "mlp", "ridge", "diffusion", "pca_transformer")
-FLAGSHIP = "transformer"
+TRANSFORMER = "transformer"
 
 Forecaster = Callable[[Trajectory, int], Float[Tensor, "h p"]]
 Rows = list[dict[str, Any]]
+Tables = dict[str, pd.DataFrame]
+
+CELL = ["forecaster", "regime", "phase", "h"]
 
 
 class Params(StageParams):
@@ -78,53 +85,76 @@ def run_networks(
     return results * len(forecast) if same else results
 
 
-def evaluate_run(
-    name: str,
-    trajectory: Trajectory,
-    forecasters: dict[str, Forecaster],
-    horizons: tuple[int, ...],
-    flagship: Any,
-    data: LeNetData,
-    params: Params,
-    rolled: bool,
-) -> dict[str, Rows]:
-    """Return the rows of one run's tables: errors, layers, networks, accumulation (of runs that are to be `rolled` out)."""
-    layout, furthest = trajectory.layout, max(horizons)
-    x, labels = data.test
-    network = LeNet(x.shape[-1], len(data.classes), seed=0).requires_grad_(False)
+@dataclass(frozen=True)
+class Comparison:
+    """What all runs are evaluated by. test: images and labels on which every `network_every`th origin's networks are run."""
+
+    forecasters: dict[str, Forecaster]
+    transformer: SharedForecaster  # which is rolled out, too
+    new_network: Callable[
+        [], LeNet
+    ]  # each run its own: `functional_call` lays weights into it, and runs go side by side
+    test: tuple[Tensor, Tensor]
+    origin_every: int
+    network_every: int
+
+
+def error_rows(place: dict[str, Any], errors: Float[Tensor, "h layers"], horizons: Sequence[int]) -> Rows:
+    """Return a forecast's error at every horizon."""
+    return [place | {"h": h, "error": error} for h, error in zip(horizons, errors.sum(1).tolist(), strict=True)]
+
+
+def layer_rows(
+    place: dict[str, Any], errors: Float[Tensor, "h layers"], horizons: Sequence[int], layout: Layout
+) -> Rows:
+    """Return a forecast's error at every horizon and parameter tensor."""
+    return [
+        place | {"h": h, "parameter": parameter, "error": error}
+        for h, row in zip(horizons, errors.tolist(), strict=True)
+        for parameter, error in zip(layout.shapes, row, strict=True)
+    ]
+
+
+def accumulation_rows(place: dict[str, Any], trajectory: Trajectory, transformer: SharedForecaster) -> Rows:
+    """Return the errors of forecasts that are made from forecasts, step by step, beside persistence's."""
+    t, furthest = place["t"], max(transformer.horizons)
+    path = trajectory.weights[t + 1 : t + 1 + furthest]
+    forecasts = {
+        "rolled_out": roll_out(transformer, trajectory, t, furthest),
+        "persistence": trajectory.weights[t].expand_as(path),
+    }
+    return [
+        {"forecaster": method, **place, "h": h, "error": error}
+        for method, ahead in forecasts.items()
+        for h, error in enumerate((ahead - path).square().sum(1).tolist(), 1)
+    ]
+
+
+def evaluate_run(name: str, trajectory: Trajectory, comparison: Comparison, with_roll_out: bool) -> dict[str, Rows]:
+    """Return the rows of one run's tables: errors, layers, networks, and, if it is to be rolled out, accumulation."""
+    layout, horizons = trajectory.layout, comparison.transformer.horizons
+    network = comparison.new_network().requires_grad_(False)
     tables: dict[str, Rows] = {"errors": [], "layers": [], "networks": [], "accumulation": []}
-    of_phase = {"early": 0, "late": 0}
-    for t, phase in origins(len(trajectory), furthest, params.origin_every).items():
+    evaluated = {"early": 0, "late": 0}  # origins so far
+    for t, phase in origins(len(trajectory), max(horizons), comparison.origin_every).items():
         truth = torch.stack([trajectory.weights[t + h] for h in horizons])
         place = {"run": name, "regime": regime_of(name), "phase": phase, "t": t}
-        with_networks = of_phase[phase] % params.network_every == 0
-        for label, forecaster in forecasters.items():
+        with_networks = evaluated[phase] % comparison.network_every == 0
+        for label, forecaster in comparison.forecasters.items():
             forecast = forecaster(trajectory, t)
-            errors = squared_errors(forecast, truth, layout)
-            keys = [{"forecaster": label, **place, "h": h} for h in horizons]
-            tables["errors"] += [key | {"error": e} for key, e in zip(keys, errors.sum(1).tolist(), strict=True)]
-            if label in (FLAGSHIP, "persistence"):
-                tables["layers"] += [
-                    key | {"parameter": parameter, "error": errors[j, i].item()}
-                    for j, key in enumerate(keys)
-                    for i, parameter in enumerate(layout.shapes)
-                ]
+            errors, key = squared_errors(forecast, truth, layout), {"forecaster": label, **place}
+            tables["errors"] += error_rows(key, errors, horizons)
+            if label in (TRANSFORMER, "persistence"):
+                tables["layers"] += layer_rows(key, errors, horizons, layout)
             if with_networks:
-                results = run_networks(forecast, layout, network, x, labels)
-                tables["networks"] += [key | result for key, result in zip(keys, results, strict=True)]
-        if rolled and phase == "late" and of_phase[phase] == 0:  # rolling out costs a forecast a step
-            path = trajectory.weights[t + 1 : t + 1 + furthest]
-            methods = {"rolled_out": roll_out(flagship, trajectory, t, furthest)}
-            methods["persistence"] = trajectory.weights[t].expand_as(path)
-            for method, ahead in methods.items():
-                tables["accumulation"] += [
-                    {"forecaster": method, **place, "h": h, "error": error}
-                    for h, error in enumerate((ahead - path).square().sum(1).tolist(), 1)
-                ]
-            direct = [row for row in tables["errors"] if row["forecaster"] == FLAGSHIP and row["t"] == t]
+                results = run_networks(forecast, layout, network, *comparison.test)
+                tables["networks"] += [key | {"h": h} | row for h, row in zip(horizons, results, strict=True)]
+        if with_roll_out and phase == "late" and evaluated[phase] == 0:  # once: rolling out costs a forecast a step
+            tables["accumulation"] += accumulation_rows(place, trajectory, comparison.transformer)
+            direct = [row for row in tables["errors"] if row["forecaster"] == TRANSFORMER and row["t"] == t]
             tables["accumulation"] += [row | {"forecaster": "direct"} for row in direct]
-        of_phase[phase] += 1
-    if not all(of_phase.values()):
+        evaluated[phase] += 1
+    if not all(evaluated.values()):
         raise InputError(f"run {name} is too short for origins in both halves: raise train_lenet.steps")
     return tables
 
@@ -181,6 +211,53 @@ def nest(values: pd.Series) -> dict[str, Any]:
     return tree
 
 
+def compare(tables: Tables) -> Tables:
+    """Return the tables of means and intervals over runs: ratios, layers, losses and accumulation."""
+    return {
+        "ratios": error_ratios(tables["errors"], CELL),
+        "layers": error_ratios(tables["layers"], [*CELL, "parameter"]).xs(TRANSFORMER),
+        "losses": network_changes(tables["networks"], CELL),
+        "accumulation": error_ratios(tables["accumulation"], CELL),
+    }
+
+
+def summarise(compared: Tables, main_regime: str, horizons: Sequence[int]) -> dict[str, Any]:
+    """Return the main regime's numbers, the transformer's and the jump's of all regimes."""
+    ratios, losses, accumulation = compared["ratios"], compared["losses"], compared["accumulation"]
+    at_horizons = accumulation["mean"][accumulation.index.isin(horizons, level="h")]
+    return {
+        "weight_error": nest(ratios["mean"].xs(main_regime, level="regime")),
+        "loss": nest(losses["loss_ratio"].xs(main_regime, level="regime")),
+        "acc_points": nest(losses["acc_points"].xs(main_regime, level="regime")),
+        "flagship": nest(ratios["mean"].xs(TRANSFORMER)),
+        "rolled_out": nest(at_horizons.xs("rolled_out").xs(main_regime, level="regime")),
+        "jump": {
+            "loss": nest(losses["loss_ratio"].xs("jump").xs(horizons[0], level="h")),
+            "lower_loss": nest(losses["lower_loss"].xs("jump").xs(horizons[0], level="h")),
+        },
+    }
+
+
+def draw(folder: Path, errors: pd.DataFrame, compared: Tables, main_regime: str, horizons: tuple[int, ...]) -> None:
+    """Draw the pictures of what was compared."""
+    pictures.draw_horizons(folder / "horizons.png", compared["ratios"])
+    pictures.draw_times(folder / "times.png", errors, main_regime, horizons)
+    pictures.draw_accumulation(folder / "accumulation.png", compared["accumulation"])
+    pictures.draw_horizons(folder / "losses.png", compared["losses"], "loss_ratio", "test loss")
+    pictures.draw_accuracies(folder / "accuracies.png", compared["losses"], main_regime)
+
+
+def load_forecasters(dataset: str) -> tuple[dict[str, Forecaster], SharedForecaster]:
+    """Return every forecaster and baseline as a function of a run and an origin, and the transformer itself."""
+    learnt = {v: load_forecaster(FORECASTERS / f"{dataset}-{v}" / "forecaster.pt")[0] for v in VARIANTS}
+    jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
+    horizons = learnt[TRANSFORMER].horizons
+    forecasters: dict[str, Forecaster] = {name: partial(f, horizons=horizons) for name, f in BASELINES.items()}
+    forecasters |= {name: model.predict for name, model in learnt.items()}
+    forecasters["jump"] = lambda trajectory, t: jump.propose(trajectory, t).expand(len(horizons), -1)
+    return forecasters, learnt[TRANSFORMER]
+
+
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
     params = Params.load("evaluate_forecaster", dataset)
@@ -188,60 +265,35 @@ def main() -> None:
     cpu = torch.device("cpu")
     runs = load_runs(dataset)
     data = load_lenet_data(dataset, runs.recipe, cpu, params.evaluation_images)
+    forecasters, transformer = load_forecasters(dataset)
+    new_network = partial(LeNet, runs.recipe["image_size"], len(data.classes), seed=0)
+    comparison = Comparison(forecasters, transformer, new_network, data.test, params.origin_every, params.network_every)
+    first = next(iter(runs.test))
+    main_regime, horizons = regime_of(first), transformer.horizons
 
-    learnt = {v: load_forecaster(FORECASTERS / f"{dataset}-{v}" / "forecaster.pt")[0] for v in VARIANTS}
-    jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
-    flagship = learnt[FLAGSHIP]
-    horizons = flagship.horizons
-    main_regime = regime_of(next(iter(runs.test)))
-    forecasters: dict[str, Forecaster] = {name: partial(f, horizons=horizons) for name, f in BASELINES.items()}
-    forecasters |= {name: model.predict for name, model in learnt.items()}
-    forecasters["jump"] = lambda trajectory, t: jump.propose(trajectory, t).expand(len(horizons), -1)
-
-    parts = parallel_map(
-        lambda name: evaluate_run(
-            name, runs.test[name], forecasters, horizons, flagship, data, params, regime_of(name) == main_regime
-        ),
+    tables_by_run = parallel_map(
+        lambda name: evaluate_run(name, runs.test[name], comparison, with_roll_out=regime_of(name) == main_regime),
         list(runs.test),
         cpu,
         f"forecast runs on {dataset}",
     )
-    tables = {name: pd.DataFrame([row for part in parts for row in part[name]]) for name in parts[0]}
-    cell = ["forecaster", "regime", "phase", "h"]
-    ratios, losses = error_ratios(tables["errors"], cell), network_changes(tables["networks"], cell)
-    layers = error_ratios(tables["layers"], [*cell, "parameter"]).xs(FLAGSHIP)
-    accumulation = error_ratios(tables["accumulation"], cell)
+    tables = {name: pd.DataFrame([row for t in tables_by_run for row in t[name]]) for name in tables_by_run[0]}
+    compared = compare(tables)
+    summary = summarise(compared, main_regime, horizons)
 
     folder = REPORTS / dataset
     for name in ("errors", "networks", "accumulation"):
         save_csv(folder / f"{name}.csv", tables[name].to_dict("records"))
-    for name, table in {"ratios": ratios, "layers": layers, "losses": losses}.items():
-        save_csv(folder / f"{name}.csv", table.reset_index().to_dict("records"))
-    at_horizons = accumulation["mean"][accumulation.index.isin(horizons, level="h")]
-    summary = {
-        "weight_error": nest(ratios["mean"].xs(main_regime, level="regime")),
-        "loss": nest(losses["loss_ratio"].xs(main_regime, level="regime")),
-        "acc_points": nest(losses["acc_points"].xs(main_regime, level="regime")),
-        "flagship": nest(ratios["mean"].xs(FLAGSHIP)),
-        "rolled_out": nest(at_horizons.xs("rolled_out").xs(main_regime, level="regime")),
-        "jump": {
-            "loss": nest(losses["loss_ratio"].xs("jump").xs(horizons[0], level="h")),
-            "lower_loss": nest(losses["lower_loss"].xs("jump").xs(horizons[0], level="h")),
-        },
-    }
+    for name in ("ratios", "layers", "losses"):
+        save_csv(folder / f"{name}.csv", compared[name].reset_index().to_dict("records"))
     save_json(folder / "summary.json", summary)
-    pictures.draw_horizons(folder / "horizons.png", ratios)
-    pictures.draw_times(folder / "times.png", tables["errors"], main_regime, horizons)
-    pictures.draw_accumulation(folder / "accumulation.png", accumulation)
-    pictures.draw_horizons(folder / "losses.png", losses, "loss_ratio", "test loss")
-    pictures.draw_accuracies(folder / "accuracies.png", losses, main_regime)
-    first = next(iter(runs.test))
-    pictures.draw_path(folder / "path.png", runs.test[first], forecasters[FLAGSHIP], horizons)
-    late = summary["weight_error"][FLAGSHIP]["late"]
+    draw(folder, tables["errors"], compared, main_regime, horizons)
+    pictures.draw_path(folder / "path.png", runs.test[first], transformer.predict, horizons)
+    late = ", ".join(f"h={h} {ratio:.3f}" for h, ratio in summary["weight_error"][TRANSFORMER]["late"].items())
+    jump_loss = summary["jump"]["loss"][main_regime]["late"]
     print(
-        f"{dataset}: {FLAGSHIP} against keeping the last weights, late: "
-        + ", ".join(f"h={h} {ratio:.3f}" for h, ratio in late.items())
-        + f"; loss after a jump {summary['jump']['loss'][main_regime]['late']:.3f} of the last weights'"
+        f"{dataset}: {TRANSFORMER} against keeping the last weights, late: {late}; "
+        f"loss after a jump {jump_loss:.3f} of the last weights'"
     )
 
 

@@ -24,7 +24,8 @@ from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
 from stages.forecast.baselines import linear
-from stages.forecast.forecasters import SharedForecaster, load_forecaster
+from stages.forecast.forecasters import load_forecaster
+from stages.forecast.shared import SharedForecaster
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 SUFFIXES = (".pt", ".pth", ".safetensors")

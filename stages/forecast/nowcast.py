@@ -1,5 +1,10 @@
-"""Forecasts used while training: an optimiser that now and then jumps to better weights, if a validation batch agrees."""
+"""Forecasts used while training: an optimiser that now and then jumps to better weights, if a validation batch agrees.
 
+Axes: p weights, all that are trained.
+"""
+
+import math
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -9,46 +14,66 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.common.vectors import Layout
-from stages.forecast.forecasters import JumpForecaster
-from stages.forecast.optimizers import optimizer_direction
+from stages.forecast.jump import JumpForecaster
+from stages.forecast.regimes import direction, knows_direction
 from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory
 
 PROPOSALS = ("stay", "average", "jump")
+PROGRESS = ("steps", "strikes", "charged_steps", "last", "chosen")  # what a state_dict keeps beside the snapshots
+
+Snapshot = tuple[
+    Float[Tensor, " p"], Float[Tensor, " p"] | None
+]  # weights, and the optimiser's direction if it is read
 
 
-class NowcastOptimizer:
+class NowcastOptimizer(torch.optim.Optimizer):
     """A drop-in around any torch.optim optimiser, for any model: `step()` steps, and proposes other weights now and then.
 
     Every `every` steps it takes a snapshot. After every WINDOW + 1 of them it proposes to stay, to move to their mean (latest
     weight averaging), or to jump where the forecaster says, and takes what `validation_loss` likes best. A move starts the
     snapshots anew. A proposal is not worth its cost if the loss falls by less than training would have made it fall for as many steps,
     going by the loss since the proposal before; after `patience` such proposals in a row it switches itself off, and is then the bare
-    optimiser. Learning-rate schedulers belong to the bare one, `self.optimizer`.
+    optimiser.
 
-    forecaster: of tune_jump; None proposes the mean alone. validation_loss: returns the model's loss, as it is now, on
-    images that it is not trained on, the same at every call of a proposal. evaluation_cost, forecast_cost: in optimiser steps;
-    `charged_steps` counts what was spent on them.
+    Groups, state and defaults are those of the bare optimiser, `self.optimizer`: schedulers and scalers may be given either.
+    Only parameters that require a gradient, have one and moved since the last proposal are moved; others keep every bit.
+    If parameters are added, frozen or unfrozen, the snapshots start anew. Where a model lies on several machines, each
+    must get the same validation loss, since each chooses for itself.
+
+    forecaster: of tune_jump, on the processor; None proposes the mean alone. validation_loss: returns the model's loss, as it
+    is now, on images that it is not trained on, the same at every call of a proposal. evaluation_cost, forecast_cost: in
+    optimiser steps; `charged_steps` counts what was spent on them.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         forecaster: JumpForecaster | None,
-        validation_loss: Callable[[], float],
+        validation_loss: Callable[[], float | Tensor],
         every: int,
         patience: int = 3,
         evaluation_cost: float = 0.0,
         forecast_cost: float = 0.0,
     ) -> None:
+        check_parts(optimizer, forecaster)
         if every < 1 or patience < 1:
             raise ValueError(f"expected positive every and patience, got {every} and {patience}")
-        self.optimizer, self.forecaster, self.validation_loss = optimizer, forecaster, validation_loss
+        # All that Optimizer's own __init__ does, except that groups and state are not made: they are the bare optimiser's.
+        self.__setstate__({"optimizer": optimizer, "defaults": optimizer.defaults})
+        self.forecaster, self.validation_loss = forecaster, validation_loss
         self.every, self.patience = every, patience
         self.evaluation_cost, self.forecast_cost = evaluation_cost, forecast_cost
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.layout = Layout.of({str(i): p for i, p in enumerate(self.parameters)})
-        self.start: tuple[Tensor, Tensor] | None = None
-        self.recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=HISTORY)  # weights and the optimiser's direction
+        self.reads_state = forecaster is not None and forecaster.reads["with_state"]
+        if self.reads_state and not knows_direction(optimizer):
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps no direction that the forecaster knows, as Adam and SGD with momentum do: "
+                "it forecasts from the weights alone",
+                stacklevel=2,
+            )
+        self.tracked: list[Tensor] = []  # parameters of which snapshots are taken
+        self.layout = Layout({})
+        self.start: Snapshot | None = None
+        self.recent: deque[Snapshot] = deque(maxlen=HISTORY)
         self.steps, self.strikes, self.charged_steps = 0, 0, 0.0
         self.last: tuple[int, float] | None = None  # step and loss after the proposal before
         self.chosen: list[str] = []  # of PROPOSALS, one for each time that it proposed
@@ -58,10 +83,31 @@ class NowcastOptimizer:
         """The bare optimiser's."""
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        """The bare optimiser's."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: dict[Tensor, Any]) -> None:
+        self.optimizer.state = state
+
     @property
     def on(self) -> bool:
         """Whether it still proposes."""
         return self.strikes < self.patience
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all of it but the `step` that a scheduler has wrapped, which is bound to this object."""
+        return {name: value for name, value in vars(self).items() if name != "step"}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the bare optimiser another group; snapshots start anew with it."""
+        self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -70,28 +116,68 @@ class NowcastOptimizer:
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a step of the bare optimiser, then perhaps a snapshot, then perhaps a move."""
         if self.start is None:
-            self.start = self._snapshot()
+            self._start_anew()
         loss = self.optimizer.step(closure)
         self.steps += 1
         if self.on and self.steps % self.every == 0:
-            self.recent.append(self._snapshot())
-            if self.steps // self.every % (WINDOW + 1) == 0:
+            self._record()
+            if self.steps // self.every % (WINDOW + 1) == 0 and len(self.recent) > WINDOW:
                 self._propose()
         return loss
 
+    def _trained(self) -> list[Tensor]:
+        """Return the parameters that may be moved: real ones that require a gradient."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [p for p in parameters if p.requires_grad and p.is_floating_point() and p.numel()]
+
+    def _start_anew(self) -> None:
+        self.tracked = self._trained()
+        self.layout = Layout.of({str(i): p for i, p in enumerate(self.tracked)})
+        self.recent.clear()
+        self.start = self._snapshot() if self.tracked else None
+
+    def _record(self) -> None:
+        same = list(map(id, self._trained())) == list(map(id, self.tracked))
+        if self.start is not None and same:
+            self.recent.append(self._snapshot())
+        else:
+            self._start_anew()
+
+    def _snapshot(self) -> Snapshot:
+        """Return weights in float32, or in float64 if some are: no bit of a parameter is lost. Directions are float32."""
+        device = self.tracked[0].device
+        double = any(p.dtype == torch.float64 for p in self.tracked)
+        dtype = torch.float64 if double else torch.float32
+        weights = torch.cat([p.detach().reshape(-1).to(device, dtype) for p in self.tracked])
+        if not self.reads_state:
+            return weights, None
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        known = knows_direction(self.optimizer)
+        directions = [
+            direction(p, self.state.get(p, {}) if known else {}, group_of[p]).reshape(-1) for p in self.tracked
+        ]
+        return weights, torch.cat([d.detach().to(device, torch.float32) for d in directions])
+
     @torch.no_grad()
     def _propose(self) -> None:
-        now, _ = self.recent[-1]
-        weights, states = (torch.stack(part) for part in zip(self.start, *self.recent, strict=True))
-        candidates = {"stay": now, "average": weights[-WINDOW - 1 :].mean(0)}
+        weights = torch.stack([w for w, _ in (self.start, *self.recent)])
+        movable = self._movable(weights[-WINDOW - 1 :])
+        if not movable:
+            return
+        candidates = {"stay": weights[-1], "average": weights[-WINDOW - 1 :].mean(0)}
         if self.forecaster is not None:
-            candidates["jump"] = self.forecaster.propose(Trajectory(self.layout, weights, states), len(weights) - 1)
-        losses = {}
-        for name, candidate in candidates.items():
-            self._move(candidate)
-            losses[name] = self.validation_loss()
+            candidates["jump"] = self._jump(weights)
+        try:
+            losses = {}
+            for name, candidate in candidates.items():
+                self._move(movable, candidate)
+                loss = float(self.validation_loss())
+                losses[name] = loss if math.isfinite(loss) else math.inf
+        except BaseException:
+            self._move(movable, candidates["stay"])
+            raise
         best = min(losses, key=losses.__getitem__)
-        self._move(candidates[best])
+        self._move(movable, candidates[best])
         self.chosen.append(best)
         spent = self.evaluation_cost * len(candidates) + self.forecast_cost * ("jump" in candidates)
         worth = losses["stay"] - losses[best] > spent * self._progress(losses["stay"])
@@ -101,30 +187,93 @@ class NowcastOptimizer:
         if best != "stay":
             self.recent.clear()  # the path before the move says nothing of the one after it
 
+    def _movable(self, window: Float[Tensor, "t p"]) -> list[tuple[Tensor, slice]]:
+        """Return the parameters that have a gradient and moved in the window, and where they lie in it."""
+        places = zip(self.tracked, self.layout.slices.values(), strict=True)
+        return [
+            (p, where) for p, where in places if p.grad is not None and (window[:, where] != window[-1, where]).any()
+        ]
+
+    def _jump(self, weights: Float[Tensor, "t p"]) -> Float[Tensor, " p"]:
+        """Return where the forecaster, which is in float32 and on the processor, says to go."""
+        states = torch.stack([s for _, s in (self.start, *self.recent)]).cpu() if self.reads_state else None
+        run = Trajectory(self.layout, weights.float().cpu(), states)
+        proposal = self.forecaster.propose(run, len(run) - 1)
+        if weights.dtype == torch.float32:
+            return proposal.to(weights.device)
+        return weights[-1] + (proposal - run.weights[-1]).to(weights)
+
+    def _move(self, movable: list[tuple[Tensor, slice]], weights: Float[Tensor, " p"]) -> None:
+        for parameter, where in movable:
+            parameter.copy_(weights[where].view(parameter.shape))
+
     def _progress(self, loss: float) -> float:
         """Return by how much training lowered the loss in a step since the proposal before; 0 if it did not."""
-        if self.last is None:
+        if self.last is None or not math.isfinite(self.last[1]):
             return 0.0
         step, before = self.last
         return max(0.0, (before - loss) / (self.steps - step))
 
-    def _snapshot(self) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-        weights = torch.cat([p.detach().reshape(-1) for p in self.parameters])
-        return weights, optimizer_direction(self.optimizer)
-
-    def _move(self, weights: Float[Tensor, " p"]) -> None:
-        for parameter, part in zip(self.parameters, self.layout.unflatten(weights).values(), strict=True):
-            parameter.copy_(part)
-
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that is needed to go on: the bare optimiser's state, the snapshots, what was chosen."""
-        own = {name: getattr(self, name) for name in ("start", "steps", "strikes", "charged_steps", "last", "chosen")}
-        return {"optimizer": self.optimizer.state_dict(), "nowcast": own | {"recent": list(self.recent)}}
+        """Return everything that is needed to go on: the bare optimiser's state_dict, and under `nowcast` what is proposed from."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        nowcast = {name: getattr(self, name) for name in PROGRESS} | {"chosen": list(self.chosen)}
+        shapes = [list(shape) for shape in self.layout.shapes.values()]
+        nowcast |= {"shapes": shapes, "start": self.start, "recent": list(self.recent)}
+        state = self.optimizer.state_dict() | {"nowcast": nowcast}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, state)
+            state = state if replaced is None else replaced
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; the model's weights are the model's own. KeyError if it is another optimiser's."""
-        own = dict(state["nowcast"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.recent = deque(own.pop("recent"), maxlen=HISTORY)
-        for name, value in own.items():
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state; the model's weights are the model's own. From a bare optimiser's state, nowcasting begins anew."""
+        state = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state)
+            state = state if replaced is None else dict(replaced)
+        begun = {"steps": 0, "strikes": 0, "charged_steps": 0.0, "last": None, "chosen": []}
+        nowcast = begun | state.pop("nowcast", {})
+        self.optimizer.load_state_dict(state)
+        self._start_anew()
+        if self.start is not None:
+            self._restore_snapshots(nowcast.get("shapes"), [nowcast.get("start"), *nowcast.get("recent", [])])
+        for name in PROGRESS:
+            value = nowcast[name]
             setattr(self, name, list(value) if name == "chosen" else value)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _restore_snapshots(self, shapes: list[list[int]] | None, snapshots: list[Any]) -> None:
+        """Take a state's snapshots, the run's first one in front; begin anew if they are of other parameters or lack what is read."""
+        reference, _ = self.start
+        self.start = None
+        if shapes != [list(p.shape) for p in self.tracked] or snapshots[0] is None:
+            return
+        if self.reads_state and any(states is None for _, states in snapshots):
+            return
+        device = reference.device
+        self.start, *recent = (
+            (weights.to(reference), None if states is None else states.to(device)) for weights, states in snapshots
+        )
+        self.recent.extend(recent)
+
+
+def check_parts(optimizer: Any, forecaster: Any) -> None:
+    """ValueError if the optimiser or the forecaster is not one with which NowcastOptimizer can work."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")
+    if any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "parameters are sharded over machines (DTensor), and only whole ones can be moved: use the bare optimiser"
+        )
+    if forecaster is None:
+        return
+    if not isinstance(forecaster, JumpForecaster):
+        raise ValueError(
+            "expected the forecaster of load_forecaster('models/tune_jump/.../forecaster.pt')[0], or None, "
+            f"got {type(forecaster).__name__}"
+        )
+    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in forecaster.parameters()):
+        raise ValueError("expected the forecaster in float32 on the processor: hand over forecaster.float().cpu()")

@@ -29,10 +29,11 @@ from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.forecast import pictures
-from stages.forecast.forecasters import JumpForecaster, load_forecaster
+from stages.forecast.forecasters import load_forecaster
+from stages.forecast.jump import JumpForecaster
 from stages.forecast.lenet import LeNet, lenet_logits
 from stages.forecast.nowcast import PROPOSALS, NowcastOptimizer
-from stages.forecast.optimizers import Regime, build_optimizer
+from stages.forecast.regimes import Regime, build_optimizer
 from stages.forecast.runs import load_lenet_data, load_runs
 from stages.forecast.trajectory import WINDOW, Trajectory
 
@@ -63,6 +64,14 @@ class Method:
 
     regime: Regime
     proposals: str = ""
+
+
+Job = tuple[Method, int]  # and the network's seed
+
+
+def adam(learning_rate: float, schedule: str = "constant") -> Regime:
+    """Return Adam's regime."""
+    return Regime(optimizer="adam", learning_rate=learning_rate, schedule=schedule)
 
 
 def flops(function: Any, *arguments: Any) -> int:
@@ -179,78 +188,115 @@ def compare(histories: dict[str, list[Rows]], steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
-    params = Params.load("nowcast_training", dataset)
-    pin_threads()
-    cpu = torch.device("cpu")
-    runs = load_runs(dataset)
-    recipe, example = runs.recipe | {"steps": params.steps}, next(iter(runs.train.values()))
-    data = load_lenet_data(dataset, recipe, cpu, params.evaluation_images)
-    n = params.choice_images
-    choice = tuple(part[:n] for part in data.held_out)
-    tuning = tuple(part[n : n + params.tuning_images] for part in data.held_out)
-    if not len(tuning[1]):
-        raise InputError(
-            f"params.yaml: nowcast_training.choice_images: none of {len(data.held_out[1])} is left for tuning"
-        )
-    jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
-    network = LeNet(recipe["image_size"], len(data.classes), seed=0)
-    cost = costs(jump, example, network, choice[0], recipe["batch_size"])
-    setting = Setting(recipe, data.train, choice, len(data.classes), jump, cost, params.patience)
+def split_held_out(held_out: Images, choice_images: int, tuning_images: int) -> tuple[Images, Images]:
+    """Return the images on which moves are chosen, and those on which learning rates are. InputError if none are left."""
+    images, labels = held_out
+    choice = images[:choice_images], labels[:choice_images]
+    rest = slice(choice_images, choice_images + tuning_images)
+    if not len(labels[rest]):
+        raise InputError(f"params.yaml: nowcast_training.choice_images: none of {len(labels)} is left for tuning")
+    return choice, (images[rest], labels[rest])
 
-    def train_all(jobs: list[tuple[Method, int]], evaluation: Images, label: str) -> list[tuple[Rows, list[str]]]:
-        return parallel_map(lambda job: train(*job, evaluation, setting), jobs, cpu, label)
 
-    def adam(rate: float, schedule: str = "constant") -> Regime:
-        return Regime(optimizer="adam", learning_rate=rate, schedule=schedule)
+def train_all(jobs: list[Job], evaluation: Images, setting: Setting, label: str) -> list[tuple[Rows, list[str]]]:
+    """Return of each job what `train` does."""
+    return parallel_map(lambda job: train(*job, evaluation, setting), jobs, torch.device("cpu"), label)
 
-    settings = list(product(("constant", "cosine"), params.grid))
-    jobs = [(Method(adam(rate, schedule)), seed) for schedule, rate in settings for seed in params.tuning_seeds]
-    tuned: dict[str, dict[float, list[float]]] = {"constant": {}, "cosine": {}}
-    grid = []
-    for (method, seed), (history, _) in zip(jobs, train_all(jobs, tuning, "tune learning rates"), strict=True):
-        loss = statistics.fmean(row["loss"] for row in history)
-        tuned[method.regime.schedule].setdefault(method.regime.learning_rate, []).append(loss)
-        grid.append(
-            {
-                "schedule": method.regime.schedule,
-                "learning_rate": method.regime.learning_rate,
-                "seed": seed,
-                "mean_val_loss": loss,
-            }
-        )
-    (rate, rate_inside), (peak, peak_inside) = (choose_learning_rate(losses) for losses in tuned.values())
 
-    base = adam(params.learning_rate)
-    methods = {
+def tune(grid: list[float], seeds: list[int], evaluation: Images, setting: Setting) -> Rows:
+    """Return a row for every schedule, learning rate and seed, with the mean loss over training."""
+    jobs = [
+        (Method(adam(rate, schedule)), seed)
+        for schedule, rate in product(("constant", "cosine"), grid)
+        for seed in seeds
+    ]
+    results = train_all(jobs, evaluation, setting, "tune learning rates")
+    return [
+        {
+            "schedule": method.regime.schedule,
+            "learning_rate": method.regime.learning_rate,
+            "seed": seed,
+            "mean_val_loss": statistics.fmean(row["loss"] for row in history),
+        }
+        for (method, seed), (history, _) in zip(jobs, results, strict=True)
+    ]
+
+
+def choose_for(schedule: str, grid: Rows) -> tuple[float, bool]:
+    """Return the learning rate that `choose_learning_rate` takes of a schedule's rows."""
+    losses: dict[float, list[float]] = {}
+    for row in grid:
+        if row["schedule"] == schedule:
+            losses.setdefault(row["learning_rate"], []).append(row["mean_val_loss"])
+    return choose_learning_rate(losses)
+
+
+def compared_methods(untuned: float, tuned: float, peak: float) -> dict[str, Method]:
+    """Return the methods by name, bare Adam first. Learning rates: untuned, tuned without a schedule, tuned for cosine."""
+    base = adam(untuned)
+    return {
         "adam": Method(base),
         "adam_average": Method(base, "average"),
         "adam_nowcast": Method(base, "average and jump"),
-        "tuned": Method(adam(rate)),
+        "tuned": Method(adam(tuned)),
         "cosine": Method(adam(peak, "cosine")),
         "cosine_nowcast": Method(adam(peak, "cosine"), "average and jump"),
     }
-    jobs = [(method, seed) for method in methods.values() for seed in params.seeds]
-    results = train_all(jobs, data.test, "train with and without nowcasting")
-    of_method = {name: results[i * len(params.seeds) :][: len(params.seeds)] for i, name in enumerate(methods)}
-    histories = {name: [history for history, _ in part] for name, part in of_method.items()}
-    chosen = {
-        name: {what: Counter(c for _, choices in part for c in choices)[what] for what in PROPOSALS}
-        for name, part in of_method.items()
-        if methods[name].proposals
-    }
-    folder = REPORTS / dataset
-    rows = [{"method": name, **row} for name, part in histories.items() for history in part for row in history]
-    summary = {
-        "methods": compare(histories, recipe["steps"]),
-        "chosen": chosen,
+
+
+def count_choices(choices: list[list[str]]) -> dict[str, int]:
+    """Return how often each proposal was taken."""
+    counts = Counter(choice for run_choices in choices for choice in run_choices)
+    return {proposal: counts[proposal] for proposal in PROPOSALS}
+
+
+def summarise(
+    methods: dict[str, Method],
+    results: dict[str, list[tuple[Rows, list[str]]]],
+    grid: Rows,
+    steps: int,
+    cost: dict[str, float],
+) -> dict[str, Any]:
+    """Return how the methods compare, what was chosen, the tuned learning rates, and what nowcasting is charged."""
+    (rate, rate_inside), (peak, peak_inside) = choose_for("constant", grid), choose_for("cosine", grid)
+    return {
+        "methods": compare({name: [history for history, _ in runs] for name, runs in results.items()}, steps),
+        "chosen": {
+            name: count_choices([choices for _, choices in results[name]])
+            for name, method in methods.items()
+            if method.proposals
+        },
         "tuned_learning_rate": rate,
         "tuned_inside_grid": rate_inside,
         "cosine_peak": peak,
         "cosine_inside_grid": peak_inside,
         **cost,
     }
+
+
+def main() -> None:
+    dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
+    params = Params.load("nowcast_training", dataset)
+    pin_threads()
+    runs = load_runs(dataset)
+    recipe, example = runs.recipe | {"steps": params.steps}, next(iter(runs.train.values()))
+    data = load_lenet_data(dataset, recipe, torch.device("cpu"), params.evaluation_images)
+    jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
+    choice, tuning = split_held_out(data.held_out, params.choice_images, params.tuning_images)
+    network = LeNet(recipe["image_size"], len(data.classes), seed=0)
+    cost = costs(jump, example, network, choice[0], recipe["batch_size"])
+    setting = Setting(recipe, data.train, choice, len(data.classes), jump, cost, params.patience)
+
+    grid = tune(params.grid, params.tuning_seeds, tuning, setting)
+    (rate, _), (peak, _) = choose_for("constant", grid), choose_for("cosine", grid)
+    methods = compared_methods(params.learning_rate, rate, peak)
+    jobs = [(method, seed) for method in methods.values() for seed in params.seeds]
+    in_order = iter(train_all(jobs, data.test, setting, "train with and without nowcasting"))
+    results = {name: [next(in_order) for _ in params.seeds] for name in methods}
+    rows = [{"method": name, **row} for name, runs in results.items() for history, _ in runs for row in history]
+    summary = summarise(methods, results, grid, recipe["steps"], cost)
+
+    folder = REPORTS / dataset
     save_csv(folder / "history.csv", rows)
     save_csv(folder / "grid.csv", grid)
     save_json(folder / "summary.json", summary)

@@ -1,4 +1,7 @@
-"""The forecaster that this system started from."""
+"""The forecaster that this system started from.
+
+Axes: n snapshots, p weights, k components, b batch, s snapshots of a sequence.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +18,7 @@ class CoefficientForecaster(nn.Module):
     snapshots to the next ones, unnormalised, applied again and again for longer horizons.
     """
 
-    sequence = 3
+    sequence = 3  # snapshots, as in that design
 
     def __init__(
         self, mean: Float[Tensor, " p"], basis: Float[Tensor, "k p"], horizons: Sequence[int], d_model: int, seed: int

@@ -25,16 +25,11 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.vectors import principal_components
-from stages.forecast.forecasters import (
-    DiffusionForecaster,
-    RidgeForecaster,
-    SharedForecaster,
-    build_forecaster,
-    movement_target,
-    random_coordinates,
-)
+from stages.forecast.diffusion import DiffusionForecaster
+from stages.forecast.forecasters import build_forecaster
 from stages.forecast.pca import CoefficientForecaster
 from stages.forecast.runs import load_runs
+from stages.forecast.shared import RidgeForecaster, SharedForecaster, movement_target, random_coordinates
 from stages.forecast.trajectory import WINDOW, Features, Trajectory, read_features
 
 MODELS = Path("models/train_forecaster")
@@ -44,6 +39,8 @@ LOSS_CEILING = 50.0  # of a squared error in units of scale² x horizon: a few w
 WARMUP_FRACTION = 0.05  # of the steps
 CHECK_EVERY = 50  # steps between validations
 HELD_OUT = 16  # batches of a validation
+LARGEST_GRADIENT = 1.0  # its norm is cut there: a few weights that moved far make it jump
+COEFFICIENT_BATCH = 32  # sequences; as in the design that `pca_transformer` repeats
 
 Rows = list[dict[str, Any]]
 Batch = tuple[Features, torch.Tensor]
@@ -73,15 +70,17 @@ class Params(StageParams):
     variant: Variant
 
 
-def draw_batch(runs: list[Trajectory], reads: dict[str, bool], params: Params, random: torch.Generator) -> Batch:
-    """Return the features and the true movements [n, h] of random weights at random origins of random runs."""
+def draw_batch(
+    model: SharedForecaster, runs: list[Trajectory], pairs: int, weights: int, random: torch.Generator
+) -> Batch:
+    """Return what the model reads and the true movements [n, h] of random weights at random origins of random runs."""
     features, targets = [], []
-    for _ in range(params.pairs):
+    for _ in range(pairs):
         trajectory = runs[torch.randint(len(runs), (), generator=random)]
-        t = int(torch.randint(WINDOW, len(trajectory) - max(params.horizons), (), generator=random))
-        index = random_coordinates(trajectory.layout, params.weights, random)
-        features.append(read_features(trajectory, t, index, **reads))
-        targets.append(movement_target(trajectory, t, index, params.horizons))
+        t = int(torch.randint(WINDOW, len(trajectory) - max(model.horizons), (), generator=random))
+        index = random_coordinates(trajectory.layout, weights, random)
+        features.append(read_features(trajectory, t, index, **model.reads))
+        targets.append(movement_target(trajectory, t, index, model.horizons))
     return Features.cat(features), torch.cat(targets)
 
 
@@ -105,38 +104,39 @@ def movement_loss(
     return squares.clamp(max=LOSS_CEILING).mean()
 
 
-def draw_held_out(model: SharedForecaster, validation: list[Trajectory], params: Params) -> list[Batch]:
-    """Return the batches of validation runs on which all forecasters are compared."""
-    random = generator(params.seed, "held out")
-    return [draw_batch(validation, model.reads, params, random) for _ in range(HELD_OUT)]
-
-
 @torch.no_grad()
-def validation_loss(model: SharedForecaster, held_out: list[Batch], params: Params) -> float:
+def validation_loss(model: SharedForecaster, held_out: list[Batch], seed: int) -> float:
     """Return the mean loss on held-out batches; a diffusion model's noise is the same each time."""
-    random = generator(params.seed, "held out noise")
+    random = generator(seed, "held out noise")
     return statistics.fmean(movement_loss(model, *batch, random).item() for batch in held_out)
 
 
 def train_shared(
-    model: SharedForecaster, train: list[Trajectory], validation: list[Trajectory], params: Params
+    model: SharedForecaster,
+    draw: Callable[[], Batch],
+    held_out: list[Batch],
+    *,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
 ) -> tuple[dict[str, Any], Rows]:
-    """Return the state of the best checkpoint on validation runs, and a history row for each check."""
-    random, noise = generator(params.seed, "forecaster batches"), generator(params.seed, "diffusion noise")
-    held_out = draw_held_out(model, validation, params)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=params.weight_decay, fused=True)
-    steps, history, best = params.variant.steps, [], None
+    """Return the state of the best checkpoint on held-out batches, and a history row for each check."""
+    noise = generator(seed, "diffusion noise")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
     factor = warmup_cosine(steps, WARMUP_FRACTION)
-    batches = prefetch(partial(draw_batch, train, model.reads, params, random), steps)
-    for step, batch in enumerate(tqdm(batches, "train forecaster", steps, unit=" steps", disable=None), 1):
-        set_learning_rate(optimizer, params.variant.learning_rate * factor(step - 1))
+    history, best = [], None
+    for step, batch in enumerate(
+        tqdm(prefetch(draw, steps), "train forecaster", steps, unit=" steps", disable=None), 1
+    ):
+        set_learning_rate(optimizer, learning_rate * factor(step - 1))
         loss = movement_loss(model, *batch, noise)
         optimizer.zero_grad()
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
         optimizer.step()
         if step % CHECK_EVERY == 0 or step == steps:
-            val_loss = validation_loss(model, held_out, params)
+            val_loss = validation_loss(model, held_out, seed)
             if best is None or val_loss < min(row["val_loss"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
@@ -144,19 +144,24 @@ def train_shared(
 
 
 def fit_ridge(
-    model: RidgeForecaster, train: list[Trajectory], validation: list[Trajectory], params: Params
+    model: RidgeForecaster, draw: Callable[[], Batch], held_out: list[Batch], *, seed: int, steps: int, ridge: float
 ) -> tuple[dict[str, Any], Rows]:
     """Fit by the normal equations on `steps` batches; return the state and one history row."""
-    random = generator(params.seed, "forecaster batches")
-    for _ in tqdm(range(params.variant.steps), desc="observe", unit=" batches", disable=None):
-        model.observe(*draw_batch(train, model.reads, params, random))
-    model.solve(params.ridge)
-    val_loss = validation_loss(model, draw_held_out(model, validation, params), params)
-    return model.state_dict(), [{"step": params.variant.steps, "train_loss": "", "val_loss": val_loss}]
+    for _ in tqdm(range(steps), desc="observe", unit=" batches", disable=None):
+        model.observe(*draw())
+    model.solve(ridge)
+    val_loss = validation_loss(model, held_out, seed)
+    return model.state_dict(), [{"step": steps, "train_loss": "", "val_loss": val_loss}]
 
 
 def train_coefficients(
-    model: CoefficientForecaster, train: list[Trajectory], validation: list[Trajectory], params: Params
+    model: CoefficientForecaster,
+    train: list[Trajectory],
+    validation: list[Trajectory],
+    *,
+    seed: int,
+    steps: int,
+    learning_rate: float,
 ) -> tuple[dict[str, Any], Rows]:
     """Return the state after training on the mean squared error of the next snapshot's coefficients, and the history."""
 
@@ -166,16 +171,16 @@ def train_coefficients(
         return torch.cat(windows), torch.cat([code[model.sequence :] for code in codes])
 
     (x, y), held_out = sequences(train), sequences(validation)
-    optimizer = torch.optim.Adam(model.parameters(), params.variant.learning_rate, fused=True)
-    random = generator(params.seed, "forecaster batches")
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True)
+    random = generator(seed, "forecaster batches")
     history = []
-    for step in tqdm(range(1, params.variant.steps + 1), desc="train forecaster", unit=" steps", disable=None):
-        batch = torch.randint(len(x), (32,), generator=random)
+    for step in tqdm(range(1, steps + 1), desc="train forecaster", unit=" steps", disable=None):
+        batch = torch.randint(len(x), (COEFFICIENT_BATCH,), generator=random)
         loss = mse_loss(model(x[batch]), y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % CHECK_EVERY == 0 or step == params.variant.steps:
+        if step % CHECK_EVERY == 0 or step == steps:
             with torch.no_grad():
                 val_loss = mse_loss(model(held_out[0]), held_out[1]).item()
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
@@ -189,16 +194,26 @@ def main() -> None:
     pin_threads()
     runs = load_runs(arguments.dataset)
     train, validation = list(runs.train.values()), list(runs.validation.values())
-    config = params.variant.model_dump(include={"kind", "with_state", "with_context", "d_model"})
-    config |= {"horizons": params.horizons, "n_layers": len(train[0].layout.shapes), "seed": params.seed}
-    if params.variant.kind == "pca_transformer":
+    variant, seed = params.variant, params.seed
+    config = variant.model_dump(include={"kind", "with_state", "with_context", "d_model"})
+    config |= {"horizons": params.horizons, "n_layers": len(train[0].layout.shapes), "seed": seed}
+    schedule = {"seed": seed, "steps": variant.steps, "learning_rate": variant.learning_rate}
+    if variant.kind == "pca_transformer":
         mean, basis, _ = principal_components(torch.cat([t.weights for t in train]), params.components)
         model = build_forecaster(config, {"mean": mean, "basis": basis})
-        state, history = train_coefficients(model, train, validation, params)
+        state, history = train_coefficients(model, train, validation, **schedule)
     else:
         model = build_forecaster(config)
-        fit = fit_ridge if params.variant.kind == "ridge" else train_shared
-        state, history = fit(model, train, validation, params)
+        draw = partial(draw_batch, model, pairs=params.pairs, weights=params.weights)
+        random = generator(seed, "held out")
+        held_out = [draw(validation, random=random) for _ in range(HELD_OUT)]  # the same for all forecasters
+        draw_training = partial(draw, train, random=generator(seed, "forecaster batches"))
+        if variant.kind == "ridge":
+            state, history = fit_ridge(
+                model, draw_training, held_out, seed=seed, steps=variant.steps, ridge=params.ridge
+            )
+        else:
+            state, history = train_shared(model, draw_training, held_out, **schedule, weight_decay=params.weight_decay)
     save_torch(MODELS / name / "forecaster.pt", {"config": config, "state_dict": state})
     save_csv(REPORTS / name / "history.csv", history)
     print(f"{name}: validation loss {history[-1]['val_loss']:.4g}")

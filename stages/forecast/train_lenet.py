@@ -8,6 +8,8 @@ Writes  models/train_lenet/<dataset>/<run>.safetensors   weights float32 [t, p],
         reports/train_lenet/<dataset>/summary.json       test accuracy at the end, by regime
 
 Finished runs wait in .work/train_lenet/ until all are, so that a stage that was killed goes on where it was.
+
+Axes: t snapshots, p weights.
 """
 
 import shutil
@@ -30,7 +32,7 @@ from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.vectors import Layout
 from stages.common.work import fingerprint, work_folder
 from stages.forecast.lenet import LeNet, lenet_logits
-from stages.forecast.optimizers import Regime, build_optimizer, optimizer_direction
+from stages.forecast.regimes import Regime, build_optimizer, optimizer_direction
 from stages.forecast.runs import LeNetData, load_lenet_data, regime_of
 
 MODELS = Path("models/train_lenet")
@@ -76,33 +78,32 @@ class Params(StageParams):
 
 
 def train_lenet(
-    data: LeNetData, name: str, params: Params
+    data: LeNetData, name: str, regime: Regime, steps: int, batch_size: int, snapshot_every: int
 ) -> tuple[LeNet, Float[Tensor, "t p"], Float[Tensor, "t p"], list[dict[str, Any]]]:
     """Return the trained network, the snapshots of weights and state, and a history row for each; `name` is <regime>-<seed>."""
     (images, labels), (test_images, test_labels) = data.train, data.test
-    regime_name, _, seed = name.rpartition("-")
-    regime = params.regimes[regime_name]
-    model = LeNet(params.image_size, len(data.classes), int(seed)).to(images.device, memory_format=torch.channels_last)
-    optimizer, schedule = build_optimizer(model.parameters(), regime, params.steps)
-    random = generator(int(seed), f"batches of {regime_name}", images.device)
+    seed = int(name.rpartition("-")[2])
+    model = LeNet(images.shape[-1], len(data.classes), seed).to(images.device, memory_format=torch.channels_last)
+    optimizer, schedule = build_optimizer(model.parameters(), regime, steps)
+    random = generator(seed, f"batches of {regime_of(name)}", images.device)
     weights, states, history = [], [], []
     losses = torch.zeros((), device=images.device)
-    for step in range(params.steps + 1):
-        if step % params.snapshot_every == 0:
+    for step in range(steps + 1):
+        if step % snapshot_every == 0:
             weights.append(parameters_to_vector(p.contiguous() for p in model.parameters()).detach().cpu())
             states.append(optimizer_direction(optimizer).half().cpu())
             logits = lenet_logits(model, test_images)
-            row = {"run": name, "step": step, "train_loss": losses.item() / params.snapshot_every}
+            row = {"run": name, "step": step, "train_loss": losses.item() / snapshot_every}
             row |= {
                 "test_loss": cross_entropy(logits, test_labels).item(),
                 "test_acc": accuracy(logits, test_labels).item(),
             }
             history.append(row)
             losses.zero_()
-        if step == params.steps:
+        if step == steps:
             break
         set_learning_rate(optimizer, regime.learning_rate * schedule(step))
-        batch = torch.randint(len(images), (params.batch_size,), generator=random, device=images.device)
+        batch = torch.randint(len(images), (batch_size,), generator=random, device=images.device)
         loss = cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -122,7 +123,10 @@ def main() -> None:
     names = [*params.runs.train, *params.runs.validation, *params.runs.test]
 
     def finish(name: str) -> None:
-        model, weights, states, history = train_lenet(data, name, params)
+        regime = params.regimes[regime_of(name)]
+        model, weights, states, history = train_lenet(
+            data, name, regime, params.steps, params.batch_size, params.snapshot_every
+        )
         layout = Layout.of(dict(model.named_parameters()))
         metadata = layout.metadata | {"run": name, "snapshot_every": params.snapshot_every, "history": history}
         arrays = {"weights": weights.numpy(), "state": states.numpy()}

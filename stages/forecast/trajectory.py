@@ -2,6 +2,8 @@
 
 Everything at snapshot t is computed from snapshots up to t alone, in units of how far the weights of a layer moved
 lately, so that one forecaster serves all weights of all layers, runs and phases.
+
+Axes: t snapshots, p all weights of a network, n some of them, f features of a delta, g features of a weight, h horizons.
 """
 
 import math
@@ -22,10 +24,15 @@ SCALE_WINDOW = 4  # deltas whose size is the unit
 AVERAGES = (4, 10, 20)  # snapshots before t whose means it reads, with that at t
 HISTORY = max(AVERAGES) + 1  # snapshots up to t that it reads at all, beside the first of the run
 STATIC = len(AVERAGES) + 2 + 5  # features that are no sequence: distances to means, to zero, to the start; the layer
-DISTANCE_GAIN = 0.5  # of the distances of earlier snapshots from the last
+DISTANCE = 1  # place in a token of the way from the last snapshot to an earlier one
+
+# Gains bring all features to about the size of a delta in units of the scale, 1, since one learning rate serves them all.
+DISTANCE_GAIN = 0.5  # distances add up over the window
 STATE_GAIN = 0.5  # of the optimiser's direction
 CONTEXT_GAIN = 3.0  # means over a neuron are smaller than single weights
-ORIGIN_GAIN = 0.05  # distances from zero and from the start are larger
+ORIGIN_GAIN = 0.05  # distances from zero and from the start are many deltas long
+
+SMALLEST_SCALE = 1e-8  # of tensors that stand still: a unit must not be 0
 
 Forecast = Float[Tensor, "h p"]  # weights at several horizons
 
@@ -116,7 +123,7 @@ class Trajectory:
         squares = self.state.float().square()
         by_layer = torch.stack([squares[:, where].mean(1) for where in self.layout.slices.values()], 1)
         recent = [by_layer[max(0, t - SCALE_WINDOW + 1) : t + 1].mean(0) for t in range(len(self))]
-        return torch.stack(recent).sqrt() + 1e-8
+        return torch.stack(recent).sqrt() + SMALLEST_SCALE
 
     @cached_property
     def scales(self) -> Float[Tensor, "t layers"]:
@@ -124,7 +131,7 @@ class Trajectory:
         squares = self.weights.diff(dim=0).square()
         by_layer = torch.stack([squares[:, where].mean(1) for where in self.layout.slices.values()], 1)
         recent = [by_layer[max(0, t - SCALE_WINDOW) : t].mean(0) for t in range(1, len(self))]
-        return torch.cat([torch.full_like(by_layer[:1], torch.nan), torch.stack(recent).sqrt() + 1e-8])
+        return torch.cat([torch.full_like(by_layer[:1], torch.nan), torch.stack(recent).sqrt() + SMALLEST_SCALE])
 
 
 @dataclass(frozen=True)
@@ -164,20 +171,22 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
     times = torch.arange(t, t - WINDOW, -1)
     weights = run.weights[t - WINDOW : t + 1, index].flip(0)  # latest first
     latest = weights[0]
-    parts = [(weights[:-1] - weights[1:]) / scale, DISTANCE_GAIN * (weights[1:] - latest) / scale]
+    deltas = (weights[:-1] - weights[1:]) / scale
+    distances = DISTANCE_GAIN * (weights[1:] - latest) / scale
+    tokens = [deltas, distances]  # DISTANCE is the place of the second
     if with_context:
         rows, columns = run.delta_means
-        parts += [CONTEXT_GAIN * rows[times][:, row] / scale, CONTEXT_GAIN * columns[times][:, column] / scale]
+        tokens += [CONTEXT_GAIN * rows[times][:, row] / scale, CONTEXT_GAIN * columns[times][:, column] / scale]
     if with_state:
         unit = run.state_scales[t, layer] / STATE_GAIN
-        parts.append(run.state[t - WINDOW + 1 : t + 1, index].flip(0).float() / unit)
+        tokens.append(run.state[t - WINDOW + 1 : t + 1, index].flip(0).float() / unit)
         if with_context:
             rows, columns = run.state_means
-            parts += [CONTEXT_GAIN * rows[times][:, row] / unit, CONTEXT_GAIN * columns[times][:, column] / unit]
+            tokens += [CONTEXT_GAIN * rows[times][:, row] / unit, CONTEXT_GAIN * columns[times][:, column] / unit]
     static = [(latest - run.weights[max(0, t - n) : t + 1, index].mean(0)) / scale for n in AVERAGES]
     static += [ORIGIN_GAIN * latest / scale, ORIGIN_GAIN * (latest - run.weights[0, index]) / scale]
     static += run.descriptors[layer].T
-    return Features(torch.stack(parts, 2).transpose(0, 1), torch.stack(static, 1), layer, scale)
+    return Features(torch.stack(tokens, 2).transpose(0, 1), torch.stack(static, 1), layer, scale)
 
 
 def origins(length: int, furthest: int, every: int) -> dict[int, str]:

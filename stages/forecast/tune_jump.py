@@ -1,13 +1,16 @@
-"""Tune the flagship forecaster through the networks that it proposes: cross-entropy, differentiated through their weights.
+"""Tune the transformer through the networks that it proposes: cross-entropy, differentiated through their weights.
 
 Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>-transformer/forecaster.pt
 Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of a JumpForecaster
         reports/tune_jump/<dataset>/history.csv      losses of the proposed networks over those of the last ones
+
+Axes: p weights, d what the jump is linear in.
 """
 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.vectors import Layout
-from stages.forecast.forecasters import JumpForecaster, load_forecaster, recent_mean
+from stages.forecast.forecasters import load_forecaster
+from stages.forecast.jump import JumpForecaster, recent_mean
 from stages.forecast.lenet import LeNet
 from stages.forecast.runs import load_lenet_data, load_runs
 from stages.forecast.trajectory import WINDOW, Trajectory, read_features
@@ -37,6 +41,7 @@ MODELS = Path("models/tune_jump")
 REPORTS = Path("reports/tune_jump")
 
 WARMUP_FRACTION = 0.05  # of the steps
+LARGEST_GRADIENT = 1.0  # its norm is cut there: the loss of a jump that failed is steep
 FLOOR = 0.02  # added to losses of which a ratio is taken: late in a run they are nearly zero
 
 
@@ -47,7 +52,7 @@ class Params(StageParams):
     steps: PositiveInt
     learning_rate: PositiveFloat
     images: PositiveInt  # training images in a step
-    pull: NonNegativeFloat  # towards the mean of the last snapshots, in units of the scale²
+    pull: NonNegativeFloat  # the proximal weight: of the squared distance to the mean of the last snapshots, in units of the scale
     origins: PositiveInt  # of each run; the features of all are kept in memory
     reference_images: PositiveInt  # on which the last weights' losses are taken, and jumps validated: then unseen ones
     check_every: PositiveInt  # steps
@@ -91,7 +96,7 @@ def loss_of(network: LeNet, layout: Layout, weights: Float[Tensor, " p"], x: Ten
 
 @torch.no_grad()
 def mean_ratio(
-    proposal: Callable[[Origin], Tensor], network: LeNet, origins: list[Origin], x: Tensor, labels: Tensor
+    network: LeNet, origins: list[Origin], x: Tensor, labels: Tensor, proposal: Callable[[Origin], Tensor]
 ) -> float:
     """Return the mean over origins of the loss of what is proposed over that of the last weights."""
     return statistics.fmean(loss_of(network, o.layout, proposal(o), x, labels).item() / o.last_loss for o in origins)
@@ -100,35 +105,43 @@ def mean_ratio(
 def tune_jump(
     model: JumpForecaster,
     network: LeNet,
-    train: list[Origin],
-    validation: list[Origin],
-    data: tuple[Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor],
-    params: Params,
+    origins: list[Origin],
+    images: tuple[Tensor, Tensor],
+    validate: Callable[[Callable[[Origin], Tensor]], float],
+    *,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    proximal_weight: float,
+    check_every: int,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the state of the best step on validation runs and images, and a history row for each check."""
-    (x, labels), random = data, generator(params.seed, "jumps")
+    """Return the state of the best step on validation runs and images, and a history row for each check.
+
+    validate: a way to propose weights at an origin -> `mean_ratio` on what is held out.
+    """
+    (x, labels), random = images, generator(seed, "jumps")
     optimizer = torch.optim.Adam(model.step.parameters())
-    factor = warmup_cosine(params.steps, WARMUP_FRACTION)
+    factor = warmup_cosine(steps, WARMUP_FRACTION)
     history, best = [], None
-    of_average = mean_ratio(lambda o: o.mean, network, validation, *held_out)
-    for step in tqdm(range(1, params.steps + 1), "tune the jump", unit=" steps", disable=None):
-        set_learning_rate(optimizer, params.learning_rate * factor(step - 1))
-        origin = train[torch.randint(len(train), (), generator=random)]
-        batch = torch.randint(len(x), (params.images,), generator=random)
+    average_ratio = validate(lambda o: o.mean)
+    for step in tqdm(range(1, steps + 1), "tune the jump", unit=" steps", disable=None):
+        set_learning_rate(optimizer, learning_rate * factor(step - 1))
+        origin = origins[torch.randint(len(origins), (), generator=random)]
+        batch = torch.randint(len(x), (batch_size,), generator=random)
         jump = origin.jump(model.step)
         ratio = loss_of(network, origin.layout, jump, x[batch], labels[batch]) / (origin.last_loss + FLOOR)
-        loss = ratio + params.pull * ((jump - origin.mean) / origin.scale).square().mean()
+        loss = ratio + proximal_weight * ((jump - origin.mean) / origin.scale).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        clip_grad_norm_(model.step.parameters(), 1.0)
+        clip_grad_norm_(model.step.parameters(), LARGEST_GRADIENT)
         optimizer.step()
-        if step % params.check_every == 0 or step == params.steps:
-            of_jump = mean_ratio(lambda o: o.jump(model.step), network, validation, *held_out)
-            if best is None or of_jump < min(row["val_ratio"] for row in history):
+        if step % check_every == 0 or step == steps:
+            jump_ratio = validate(lambda o: o.jump(model.step))
+            if best is None or jump_ratio < min(row["val_ratio"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append(
-                {"step": step, "train_ratio": ratio.item(), "val_ratio": of_jump, "val_ratio_average": of_average}
+                {"step": step, "train_ratio": ratio.item(), "val_ratio": jump_ratio, "val_ratio_average": average_ratio}
             )
     return best, history
 
@@ -147,7 +160,19 @@ def main() -> None:
     network = LeNet(runs.recipe["image_size"], len(data.classes), seed=0).requires_grad_(False)
     train = read_origins(model, list(runs.train.values()), params.origins, network, *seen)
     validation = read_origins(model, list(runs.validation.values()), params.origins, network, *held_out)
-    state, history = tune_jump(model, network, train, validation, data.train, held_out, params)
+    state, history = tune_jump(
+        model,
+        network,
+        train,
+        data.train,
+        partial(mean_ratio, network, validation, *held_out),
+        seed=params.seed,
+        steps=params.steps,
+        learning_rate=params.learning_rate,
+        batch_size=params.images,
+        proximal_weight=params.pull,
+        check_every=params.check_every,
+    )
     save_torch(MODELS / dataset / "forecaster.pt", {"config": config | {"kind": "jump"}, "state_dict": state})
     save_csv(REPORTS / dataset / "history.csv", history)
     chosen = min(history, key=lambda row: row["val_ratio"])
