@@ -9,6 +9,7 @@ Writes  reports/evaluate_forecaster/<dataset>/errors.csv        squared error by
         reports/evaluate_forecaster/<dataset>/layers.csv        likewise for each parameter tensor, of the transformer
         reports/evaluate_forecaster/<dataset>/losses.csv        loss over persistence's and accuracy gained, likewise
         reports/evaluate_forecaster/<dataset>/summary.json      the main regime's, and the transformer's of all regimes
+        reports/evaluate_forecaster/<dataset>/metrics.json      the headlines of it, for `dvc metrics`
         reports/evaluate_forecaster/<dataset>/*.png
 
 Axes: h horizons, p weights.
@@ -30,7 +31,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from stages.common.files import save_csv, save_json
-from stages.common.metrics import accuracy, mean_interval
+from stages.common.metrics import accuracy, headline_metrics, mean_interval
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.vectors import Layout
@@ -45,6 +46,13 @@ from stages.forecast.trajectory import Trajectory, origins
 FORECASTERS = Path("models/train_forecaster")
 JUMP = Path("models/tune_jump")
 REPORTS = Path("reports/evaluate_forecaster")
+
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary; errors are relative to keeping the last weights
+    "error_transformer": "weight_error/transformer/late/1",
+    "error_weights_only": "weight_error/weights_only/late/1",
+    "error_mean_of_3": "weight_error/average_3/late/1",
+    "loss_jump": "jump/loss/adam/late",
+}
 
 VARIANTS = ("transformer", "weights_only", "mlp", "ridge", "diffusion", "pca_transformer")
 TRANSFORMER = "transformer"
@@ -287,6 +295,7 @@ def main() -> None:
     for name in ("ratios", "layers", "losses"):
         save_csv(folder / f"{name}.csv", compared[name].reset_index().to_dict("records"))
     save_json(folder / "summary.json", summary)
+    save_json(folder / "metrics.json", headline_metrics(summary, HEADLINES))
     draw(folder, tables["errors"], compared, main_regime, horizons)
     pictures.draw_path(folder / "path.png", runs.test[first], transformer.predict, horizons)
     late = ", ".join(f"h={h} {ratio:.3f}" for h, ratio in summary["weight_error"][TRANSFORMER]["late"].items())

@@ -4,6 +4,7 @@ Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/tune_j
 Writes  reports/nowcast_training/<dataset>/history.csv    test loss by method, seed and step
         reports/nowcast_training/<dataset>/grid.csv       validation loss of every learning rate
         reports/nowcast_training/<dataset>/summary.json   loss over training and cost to a target beside bare Adam's, seed by seed
+        reports/nowcast_training/<dataset>/metrics.json   the headlines of it, for `dvc metrics`
         reports/nowcast_training/<dataset>/losses.png
 """
 
@@ -23,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.common.files import save_csv, save_json
-from stages.common.metrics import accuracy, mean_interval
+from stages.common.metrics import accuracy, headline_metrics, mean_interval
 from stages.common.optim import set_learning_rate
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
@@ -39,6 +40,13 @@ from stages.forecast.trajectory import WINDOW, Trajectory
 
 JUMP = Path("models/tune_jump")
 REPORTS = Path("reports/nowcast_training")
+
+HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary; ratios are to bare Adam at equal cost
+    "loss_ratio_nowcast": "methods/adam_nowcast/mean_loss_ratio",
+    "loss_ratio_tuned": "methods/tuned/mean_loss_ratio",
+    "loss_ratio_cosine": "methods/cosine/mean_loss_ratio",
+    "loss_ratio_cosine_nowcast": "methods/cosine_nowcast/mean_loss_ratio",
+}
 
 Images = tuple[Tensor, Tensor]
 Rows = list[dict[str, Any]]
@@ -300,6 +308,7 @@ def main() -> None:
     save_csv(folder / "history.csv", rows)
     save_csv(folder / "grid.csv", grid)
     save_json(folder / "summary.json", summary)
+    save_json(folder / "metrics.json", headline_metrics(summary, HEADLINES))
     pictures.draw_nowcasts(folder / "losses.png", pd.DataFrame(rows))
     print(
         f"{dataset}: mean loss over training, over bare Adam's: "
