@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import expit
 
-from stages.common.metrics import binary_calibration_error, bootstrap_interval, calibration_error
+from stages.common.metrics import binary_calibration_error, bootstrap_interval, calibration_error, headline_metrics
 
 
 def test_calibration_error_of_the_sure_and_right_is_zero_and_of_the_sure_and_wrong_one():
@@ -51,3 +51,9 @@ def test_a_bootstrap_interval_holds_the_mean_as_students_does_and_shrinks_with_t
         widths.append(found["high"] - found["low"])
         assert widths[-1] == pytest.approx(2 * 1.96 * values[:n].std() / n**0.5, rel=0.2)
     assert bootstrap_interval(lambda at: float(len(at)), 40, 10) == {"mean": 40.0, "low": 40.0, "high": 40.0}
+
+
+def test_headlines_are_the_numbers_at_their_places_and_of_spreads_the_mean():
+    summary = {"a": {"b": {"mean": 0.5, "std": 0.1, "n": 3}, "c": 2}, "d": 0}
+    places = {"half": "a/b", "two": "a/c", "none": "d", "skipped": "a/e", "deeper": "d/f"}
+    assert headline_metrics(summary, places) == {"half": 0.5, "two": 2, "none": 0}

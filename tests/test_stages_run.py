@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,6 +101,20 @@ def test_every_metric_is_a_finite_number(finished):
         numbers = leaves(json.loads(path.read_text()))
         assert numbers
         assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers), path
+
+
+def test_dvcs_metrics_are_few_and_have_names_of_their_own(finished):
+    """`dvc exp show` makes a column of each, and of its path where two share a name."""
+    headlines = {path.parent: json.loads(path.read_text()) for path in finished.glob("reports/**/metrics.json")}
+    names = [name for numbers in headlines.values() for name in numbers]
+    assert len(names) == len(set(names)) <= 40
+    assert all(isinstance(number, (int, float)) for numbers in headlines.values() for number in numbers.values())
+    systems = {path.stem: path.parent.name for path in (ROOT / "stages").glob("*/*.py")}
+    of_system = Counter(
+        systems[folder.relative_to(finished).parts[1]] for folder in headlines for _ in headlines[folder]
+    )
+    assert set(of_system) == {"forecast", "bilinear", "weightnet", "recall", "vit_memory"}
+    assert max(of_system.values()) <= 8
 
 
 def test_the_saved_decomposition_is_that_of_the_saved_network(finished):
