@@ -9,8 +9,10 @@ from torch import nn
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
-from stages.forecast.forecast_snapshots import errors_so_far, find_snapshots, main, read_trajectory
+from stages.forecast.forecast_snapshots import errors_so_far, forecast, main, read_trajectory, state_ahead
 from stages.forecast.forecasters import build_forecaster
+from stages.forecast.snapshots import find_snapshots
+from stages.forecast.trajectory import WINDOW
 
 CONFIG = {"kind": "transformer", "horizons": [1, 2], "with_state": False, "with_context": True, "d_model": 8, "seed": 0}
 
@@ -47,16 +49,115 @@ def start(monkeypatch, folder, tmp_path, *flags) -> None:
     main()
 
 
-def test_snapshots_are_in_the_order_of_their_numbers(folder):
-    assert [path.stem for path in find_snapshots(folder)] == [f"v2-step{t}" for t in range(12)]
+def moving_forecaster():
+    """One that moves all weights that it is asked for, standing or not."""
+    model = build_forecaster(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def recorded(tmp_path, snapshots):
+    paths = [tmp_path / f"step_{t}.pt" for t in range(len(snapshots))]
+    for path, state in zip(paths, snapshots, strict=True):
+        torch.save(state, path)
+    return read_trajectory(paths)
+
+
+def last_forecast(record) -> dict[str, torch.Tensor]:
+    run = record.trajectory
+    return state_ahead(record, forecast(moving_forecaster(), run, len(run) - 1)[0])
+
+
+def test_the_order_taken_is_printed(folder, monkeypatch, tmp_path, capsys):
+    (folder / "last.ckpt").write_bytes(b"")
+    start(monkeypatch, folder, tmp_path)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "12 snapshots by step, every 1: v2-step0.safetensors, v2-step1.pt, ..., v2-step11.pt"
+    assert second == "left out: last.ckpt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_stands_still_keeps_every_bit_and_the_rest_moves_in_its_own_precision(tmp_path, dtype):
+    still, half = torch.randn(3, 4, dtype=dtype) / 3, torch.randn(6, 5, dtype=dtype) / 3
+    walk = torch.randn(12, 6, 5).cumsum(0).to(dtype)
+    mask = torch.rand(6, 5) < 0.5  # of a layer that is frozen in part
+    states = [{"still": still, "walk": walk[t], "half": torch.where(mask, half, walk[t] / 2)} for t in range(12)]
+    ahead = last_forecast(recorded(tmp_path, states))
+    assert torch.equal(ahead["still"], still)
+    assert torch.equal(ahead["half"][mask], half[mask])
+    for name in ("walk", "half"):
+        assert ahead[name].dtype == dtype
+        assert (ahead[name] != states[-1][name])[~mask].float().mean() > 0.8
+
+
+def test_tied_weights_stay_tied_and_count_once(tmp_path):
+    walk = torch.randn(12, 4, 3).cumsum(0)
+    states = []
+    for t in range(12):
+        shared = walk[t].clone()
+        states.append({"a": shared, "b": 2 * walk[t], "c": shared, "d": walk[t].clone()})
+    record = recorded(tmp_path, states)
+    assert list(record.trajectory.layout.shapes) == ["a", "b"]
+    assert record.ties == {"c": "a", "d": "a"}
+    ahead = last_forecast(record)
+    assert not torch.equal(ahead["a"], states[-1]["a"])
+    assert torch.equal(ahead["a"], ahead["c"])
+    assert torch.equal(ahead["a"], ahead["d"])
+    save_file(ahead, tmp_path / "ahead.safetensors")  # which refuses tensors that share memory
+
+
+def test_equal_for_once_is_not_tied(tmp_path):
+    walk = torch.randn(12, 2, 4, 3).cumsum(0)
+    walk[-1, 1] = walk[-1, 0]
+    record = recorded(tmp_path, [{"a": w[0].clone(), "b": w[1].clone()} for w in walk])
+    assert record.ties == {}
+
+
+def test_counters_and_tensors_without_elements_pass_through(tmp_path):
+    states = [
+        {
+            "w": torch.randn(3, 2),
+            "scalar": torch.randn(()),
+            "empty": torch.zeros(0),
+            "columns": torch.zeros(5, 0),
+            "steps": torch.tensor(t),
+            "mask": torch.ones(4, dtype=torch.bool),
+            "parameter": nn.Parameter(torch.randn(2)),
+            "transposed": torch.randn(2, 3).t(),
+            "n.running_mean": torch.randn(2),
+        }
+        for t in range(10)
+    ]
+    ahead = last_forecast(recorded(tmp_path, states))
+    assert ahead.keys() == states[-1].keys()
+    for name, value in ahead.items():
+        assert (value.shape, value.dtype) == (states[-1][name].shape, states[-1][name].dtype)
+        kept = name in ("empty", "columns", "steps", "mask", "n.running_mean")
+        assert torch.equal(value, states[-1][name]) == kept, name
+        assert not value.requires_grad
+
+
+def test_uneven_steps_are_forecast_from_an_even_subset_alone(monkeypatch, tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    for t, state in enumerate(states(12)):
+        torch.save(state, path / f"step{t if t < 9 else 100 + t}.pt")
+    with pytest.raises(InputError, match=r"9 snapshots every 1, step0.pt to step8.pt, are: take these alone by --even"):
+        start(monkeypatch, path, tmp_path)
+    start(monkeypatch, path, tmp_path, "--even")
+    ahead = load_file(tmp_path / "out/forecast-1.safetensors")  # of an untrained forecaster: the last snapshot
+    last = torch.load(path / "step8.pt")
+    assert all(torch.equal(ahead[name], last[name]) for name in last)
 
 
 def test_an_untrained_forecaster_keeps_the_last_snapshot(folder, monkeypatch, tmp_path, capsys):
     start(monkeypatch, folder, tmp_path)
-    last = load_file(folder / "v2-step10.safetensors")
-    trajectory, last = read_trajectory(find_snapshots(folder))
-    assert "1.bias" in trajectory.layout.shapes
-    assert not any("running" in name or "batches" in name for name in trajectory.layout.shapes)
+    record = read_trajectory(find_snapshots(folder, WINDOW + 1).paths)
+    last, shapes = record.last, record.trajectory.layout.shapes
+    assert "1.bias" in shapes
+    assert not any("running" in name or "batches" in name for name in shapes)
     for h in (1, 2):
         ahead = load_file(tmp_path / f"out/forecast-{h}.safetensors")
         assert ahead.keys() == last.keys()
@@ -68,7 +169,7 @@ def test_linear_extrapolation_of_a_straight_path_is_exact(tmp_path):
     start_at, slope = torch.randn(2, 3, 4)
     for t in range(12):
         save_file({"w": start_at + t * slope}, tmp_path / f"{t}.safetensors")
-    run, _ = read_trajectory(find_snapshots(tmp_path))
+    run = read_trajectory(find_snapshots(tmp_path, WINDOW + 1).paths).trajectory
     rows = errors_so_far(build_forecaster(CONFIG), run)
     assert [row["h"] for row in rows] == [1, 2]
     assert all(row["forecast"] == pytest.approx(1) and row["linear"] < 1e-6 for row in rows)
@@ -82,9 +183,9 @@ def test_mistakes_are_one_line(folder, monkeypatch, tmp_path):
         assert "\n" not in str(error.value)
 
     refused("--horizons: 3 is not among those trained: 1, 2", "--horizons", "3")
-    (folder / "last.pt").write_bytes(b"")
-    refused("no number in the name of last.pt")
-    (folder / "last.pt").unlink()
+    (folder / "start.pt").write_bytes(b"")
+    refused(r"no number in the name of start.pt.*: give the order by --order '-step\(\\d\+\)' or --order mtime")
+    (folder / "start.pt").unlink()
     (folder / "v2-step5.safetensors").write_bytes(b"x")
     refused("have the same number")
     (folder / "v2-step5.safetensors").unlink()
@@ -99,12 +200,23 @@ def test_mistakes_are_one_line(folder, monkeypatch, tmp_path):
     torch.save({"state_dict": {"a": 1}}, folder / "v2-step5.pt")
     refused("v2-step5.pt is no state_dict")
     torch.save({"3.weight": torch.zeros(2, 2)}, folder / "v2-step5.pt")
-    refused(r"v2-step5.pt: 0.bias is missing, but \(3,\) in v2-step0.safetensors")
+    refused(r"v2-step5.pt: 0.bias is missing, but \(3,\) in .*v2-step0.safetensors: choose snapshots of one network")
     state = states(1)[0]
     torch.save(state | {"3.bias": torch.full((2,), torch.nan)}, folder / "v2-step5.pt")
     refused("v2-step5.pt: 3.bias has values that are not finite")
     torch.save(state | {"3.bias": torch.full((2,), 1e300, dtype=torch.float64)}, folder / "v2-step5.pt")
-    refused("v2-step5.pt has weights too large for float32")
+    refused("v2-step5.pt: 3.bias has weights too large for float32")
+    torch.save(state | {"3.fft": torch.zeros(2, dtype=torch.complex64)}, folder / "v2-step5.pt")
+    refused("v2-step5.pt: 3.fft is complex")
     for path in list(folder.glob("v2-step*"))[3:]:
         path.unlink()
     refused("expected 7 snapshots or more .* got 3")
+
+
+def test_a_run_that_does_not_move_is_refused(tmp_path):
+    """The usual reason: state_dict() without a copy, of which all snapshots are the last."""
+    state = {"w": torch.randn(3, 2), "steps": torch.tensor(0)}
+    with pytest.raises(
+        InputError, match=r"step_9.pt: no weight differs from those of the 6 snapshots before: copy each"
+    ):
+        recorded(tmp_path, [state | {"steps": torch.tensor(t)} for t in range(10)])
