@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -243,8 +244,49 @@ def test_a_wrong_layout_is_refused(folder):
     with pytest.raises(InputError, match="expected train/<class>/<image>"):
         read_image_folder(folder, None, 8, "RGB")
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match="no images in train"):
+    with pytest.raises(InputError, match=r"there is no train/ \(there: nothing\)"):
         read_image_folder(folder / "empty", None, 8, "RGB")
+    shutil.rmtree(folder / "train/cat/deeper")
+    (folder / "test").rename(folder / "tests")
+    with pytest.raises(InputError, match=r"there is no test/ \(nor val/, .*\) \(there: tests, train\)"):
+        read_image_folder(folder, None, 8, "RGB")
+
+
+def equal(first, second) -> bool:
+    """Whether two readings of images are the same."""
+    return first[2] == second[2] and all(
+        np.array_equal(a, b) for i in (0, 1) for a, b in zip(first[i], second[i], strict=True)
+    )
+
+
+def test_images_may_lie_in_a_zip_below_one_folder_and_be_tested_on_val(folder):
+    expected = read_image_folder(folder, None, 8, "RGB")
+    zipped = Path(shutil.make_archive(str(folder.parent / "zipped"), "zip", folder))
+    assert equal(read_image_folder(zipped, None, 8, "RGB"), expected)
+    for name in ("val", "valid", "validation"):
+        (folder / next(path.name for path in folder.iterdir() if path.name != "train")).rename(folder / name)
+        assert equal(read_image_folder(folder, None, 8, "RGB"), expected)
+    for kind in ("zip", "gztar"):
+        below = Path(shutil.make_archive(str(folder.parent / "below"), kind, folder.parent, folder.name))
+        assert equal(read_image_folder(below, None, 8, "RGB"), expected)
+
+
+def test_a_test_set_comes_before_a_validation_set_which_is_not_read(folder):
+    expected = read_image_folder(folder, None, 8, "RGB")
+    shutil.copytree(folder / "train", folder / "val")
+    (folder / "val/cat/0.png").write_bytes(b"no image")
+    assert equal(read_image_folder(folder, None, 8, "RGB"), expected)
+
+
+def test_what_leaves_a_zip_is_refused(tmp_path):
+    path = tmp_path / "bad.zip"
+    for name, mode in (("../train/cat/0.png", 0o100644), ("train/cat/link.png", 0o120777)):
+        with zipfile.ZipFile(path, "w") as pack:
+            item = zipfile.ZipInfo(name)
+            item.external_attr = mode << 16
+            pack.writestr(item, b"x")
+        with pytest.raises(InputError, match="links, devices and paths that leave the archive are refused"):
+            read_image_folder(path, None, 8, "RGB")
 
 
 def idx(array: np.ndarray) -> bytes:

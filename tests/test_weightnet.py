@@ -838,7 +838,9 @@ def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, m
     first, second = ask(monkeypatch, capsys, ".", "--arch", "residual", *flags)["networks"].values()
     assert set(first["properties"]) == set(PROPERTIES)
     for name, found in first["properties"].items():
-        assert found["low"] < found["value"] < found["high"]
+        least, most = predict.range_of(name)
+        assert least <= found["low"] <= found["value"] <= found["high"] <= most
+        assert found["low"] < found["high"]
         assert found["value"] == pytest.approx(second["properties"][name]["value"], rel=1e-4)
     assert 0 <= first["unlike"] <= 1
 
@@ -858,7 +860,14 @@ def test_a_folder_with_metadata_is_a_zoo_and_a_spec_is_the_network_that_it_descr
         known[f"{i}.safetensors"]["test_acc"] = result["properties"]["test_acc"]["value"] ** 2
     (folder / "metadata.json").write_text(json.dumps(known))
     assert ask(monkeypatch, capsys, "mine")["agreement"] == {"test_acc": {"tau": pytest.approx(1), "n": 4}}
-    for broken in ("{", "[]", '{"0.safetensors": 3}', '{"0.safetensors": {"test_acc": NaN}}', '{"9.safetensors": {}}'):
+    for broken in (
+        "{",
+        "[]",
+        '{"0.safetensors": 3}',
+        '{"0.safetensors": {"test_acc": NaN}}',
+        '{"0.safetensors": {"test_acc": 91.2}}',
+        '{"9.safetensors": {}}',
+    ):
         (folder / "metadata.json").write_text(broken)
         with pytest.raises(InputError, match=r"^[^\n]*metadata.json[^\n]*$"):
             ask(monkeypatch, capsys, "mine")

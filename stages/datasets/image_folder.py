@@ -1,11 +1,17 @@
-"""Read labelled images from a folder or a tar archive without unpacking it, so nothing can escape or be left behind."""
+"""Read labelled images from a folder, or from a tar or zip archive without unpacking it, so nothing can escape or be left behind.
+
+They lie in train/<class>/ and test/<class>/; val, valid or validation may stand for a test that is not there, and one folder may
+hold it all, as archives often do.
+"""
 
 import hashlib
 import io
 import os
 import tarfile
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,6 +22,8 @@ from stages.common.stage import InputError, one_line
 
 MAX_IMAGE_BYTES = 1 << 28  # of one image file; a larger one is no photograph
 SHOWN = 5  # how many bad images an error names
+TESTS = ("test", "val", "valid", "validation")  # folders of images to test on, the first that is there
+LAYOUT = "expected train/<class>/<image> and test/<class>/<image>"
 
 
 def read_image_folder(
@@ -28,15 +36,21 @@ def read_image_folder(
     """
     if sha256 is not None:
         check_sha256(path, sha256)
-    files = archive_files(path) if path.is_file() else folder_files(path)
+    archive = path.is_file()
+    names = [name for name in (archive_names(path) if archive else folder_names(path)) if not hidden(name)]
+    top, test = find_layout(path, names)
+    places = {f"{top}train": "train", f"{top}{test}": "test"}
     images: dict[str, dict[str, list[tuple[str, np.ndarray]]]] = {"train": {}, "test": {}}
     bad: list[str] = []
-    for name, content in tqdm(files, desc=f"decode {path.name}", unit=" images", disable=None):
-        parts = PurePosixPath(name).parts
-        if len(parts) != 3 or parts[0] not in images:
-            raise InputError(f"{path}: {name}: expected train/<class>/<image> or test/<class>/<image>")
+    wanted = {name for name in names if name.startswith(tuple(f"{place}/" for place in places))}
+    files = archive_files(path, wanted) if archive else ((name, (path / name).read_bytes()) for name in sorted(wanted))
+    for name, content in tqdm(files, f"decode {path.name}", len(wanted), unit=" images", disable=None):
+        parts = PurePosixPath(name.removeprefix(top)).parts
+        if len(parts) != 3:
+            raise InputError(f"{path}: {name}: {LAYOUT}")
+        split = places[f"{top}{parts[0]}"]
         try:
-            images[parts[0]].setdefault(parts[1], []).append((name, decode(content, size, mode)))
+            images[split].setdefault(parts[1], []).append((name, decode(content, size, mode)))
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append(f"{name} ({one_line(error)[:80]})")
     if bad:
@@ -44,40 +58,92 @@ def read_image_folder(
             f"{path}: {len(bad)} images do not decode: {', '.join(sorted(bad)[:SHOWN])}{', ...' if len(bad) > SHOWN else ''}"
         )
     classes = sorted(images["train"])
-    if not classes or not images["test"]:
-        raise InputError(f"{path}: no images in train/<class>/ or none in test/<class>/")
     if odd := sorted(set(images["test"]) ^ set(classes)):
         raise InputError(f"{path}: classes that are only in train/ or only in test/: {', '.join(odd)}")
     return _stack(images["train"], classes), _stack(images["test"], classes), classes
 
 
-def folder_files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (path relative to `folder`, content) of every file below train/ and test/, hidden ones left out."""
-    for split in ("train", "test"):
-        for top, folders, names in os.walk(folder / split, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(name for name in names if not name.startswith(".")):
-                file = Path(top, name)
-                yield file.relative_to(folder).as_posix(), file.read_bytes()
+def hidden(name: str) -> bool:
+    """Whether a file or a folder above it is hidden, or left by an archiver."""
+    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
 
 
-def archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of every file in a tar archive; InputError on a damaged archive, a link, a device or a path that leaves it."""
+def find_layout(path: Path, names: list[str]) -> tuple[str, str]:
+    """Return the one folder that holds it all (with a slash, or nothing), and the folder of images to test on.
+
+    InputError says what is missing, and what is there.
+    """
+    tops = {PurePosixPath(name).parts[0] for name in names}
+    top = f"{tops.pop()}/" if len(tops) == 1 and not tops & {"train", *TESTS} else ""
+    inside = {PurePosixPath(name.removeprefix(top)).parts[0] for name in names}
+    test = next((name for name in TESTS if name in inside), None)
+    if "train" not in inside or test is None:
+        missing = "train/" if "train" not in inside else f"test/ (nor {', '.join(f'{name}/' for name in TESTS[1:])})"
+        there = ", ".join(sorted(inside)[:SHOWN]) or "nothing"
+        raise InputError(f"{path}: {LAYOUT}; there is no {missing} (there: {there})")
+    return top, test
+
+
+def folder_names(folder: Path) -> Iterator[str]:
+    """Yield the path, relative to `folder`, of every file below it."""
+    for top, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(top, name).relative_to(folder).as_posix() for name in sorted(names))
+
+
+def check_member(archive: Path, name: str, regular: bool, size: int) -> None:
+    """InputError if a member of an archive could escape from it, is no file, or is too large for an image."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not regular:
+        raise InputError(f"{archive}: {name}: links, devices and paths that leave the archive are refused")
+    if size > MAX_IMAGE_BYTES:
+        raise InputError(f"{archive}: {name}: {size} bytes are too many for an image")
+
+
+def archive_members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield the path of every file in a tar or zip archive, in its order, and how to read it before the next one is asked for."""
     try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as pack:
+                for item in pack.infolist():
+                    kind = (
+                        item.external_attr >> 28
+                    )  # of Unix: 0 where another system packed it, 8 of a file, 4 of a folder
+                    check_member(archive, item.filename, kind in (0, 4, 8), item.file_size)
+                    if not item.is_dir():
+                        yield item.filename, partial(pack.read, item)
+            return
         with tarfile.open(archive, "r|*") as tar:
             for member in tar:
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
-                    raise InputError(
-                        f"{archive}: {member.name}: links, devices and paths that leave the archive are refused"
-                    )
-                if member.isdir() or any(part.startswith(".") for part in name.parts):
-                    continue
-                if member.size > MAX_IMAGE_BYTES:
-                    raise InputError(f"{archive}: {member.name}: {member.size} bytes are too many for an image")
-                yield name.as_posix(), tar.extractfile(member).read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{archive} is damaged or no tar archive ({one_line(error)}): get it again") from None
+                check_member(archive, member.name, member.isfile() or member.isdir(), member.size)
+                if member.isfile():
+                    yield PurePosixPath(member.name).as_posix(), partial(_read_member, tar, member)
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        EOFError,
+        zlib.error,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
+        raise InputError(f"{archive} is damaged or no tar or zip archive ({one_line(error)}): get it again") from None
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # of files there is one
+    return file.read()
+
+
+def archive_names(archive: Path) -> Iterator[str]:
+    """Yield the path of every file in an archive; InputError on a damaged archive, a link, a device or a path that leaves it."""
+    return (name for name, _ in archive_members(archive))
+
+
+def archive_files(archive: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of the files of an archive that are wanted."""
+    return ((name, read()) for name, read in archive_members(archive) if name in wanted)
 
 
 def decode(content: bytes, size: int, mode: str) -> np.ndarray:

@@ -1,19 +1,20 @@
 """Predict how good networks are from their weights: python -m stages.weightnet.predict model.safetensors --arch cnn3
 
-A model is a .safetensors file, a .pt file of tensors, or a folder of .safetensors. --arch says what it is: an architecture of
+A model is a file of weights, a folder of save_pretrained, or a folder of such files. --arch says what it is: an architecture of
 the zoo (one of torchvision's too: by its name alone, for the zoo's images and classes); torchvision:<name> or timm:<name>, as they
 come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]}, of torch.nn's layers one after the
 other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
 --allow-probe also runs the network on inputs that were learned (images of the zoo's shape only).
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
-{"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements.
+{"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
+and .json architectures are named from the folder.
 
 The network's steps are compared with the module itself, and the symmetry is derived from them and tried out, before anything is
-predicted. Prints a table, or JSON with --json: each property with an
-interval for 90 % of networks, by the errors on validation networks, and how far the weights lie from those that were learnt from:
-the share of the zoo's networks that lie nearer to their own neighbours (above 0.95, do not trust the prediction). What was left
-out of the network, and activations that the zoo's networks do not have, are said.
+predicted. Prints a table, or JSON with --json: each property with an interval for 90 % of networks, by the errors on validation
+networks, and how far the weights lie from those that were learnt from: the share of the zoo's networks that lie nearer to their own
+neighbours (above 0.95 it says not to trust the prediction). What was left out of the network, and activations that the zoo's
+networks do not have, are said.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.common.checkpoints import READABLE, load_torch, load_weights
+from stages.common.checkpoints import PRETRAINED, READABLE, SUFFIXES, load_torch, load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
@@ -44,6 +45,8 @@ from stages.weightnet.recording import plain
 from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
 
 PREDICTORS = Path("models/train_weightnet")
+TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
+RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 
 
@@ -131,15 +134,17 @@ def build_from_spec(path: Path) -> nn.Module:
 
 def list_models(path: Path) -> dict[Path, dict[str, Any]]:
     """Return a file of weights, or those of a folder, with what the folder's metadata.json says of each."""
-    if not path.is_dir():
+    if not path.is_dir() or any((path / name).is_file() for name in PRETRAINED):
         return {path: {}}
-    files, metadata = sorted(path.glob("*.safetensors")), path / "metadata.json"
-    if not files:
-        raise InputError(f"{path} has no .safetensors files")
+    metadata = path / "metadata.json"
     known = load_measured(metadata) if metadata.is_file() else {}
-    if absent := sorted(set(known) - {file.name for file in files}):
+    if absent := [name for name in sorted(known) if not (path / name).exists()]:
         raise InputError(f"{metadata} names {absent[0]}, which is not there")
-    return {file: known.get(file.name, {}) for file in files}
+    files = [file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith(".")]
+    names = sorted({file.name for file in files} | set(known))
+    if not names:
+        raise InputError(f"{path} has no files of weights ({', '.join(SUFFIXES)})")
+    return {path / name: known.get(name, {}) for name in names}
 
 
 def load_measured(path: Path) -> dict[str, dict[str, Any]]:
@@ -151,9 +156,19 @@ def load_measured(path: Path) -> dict[str, dict[str, Any]]:
         ]
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f'{path} ({plain(error)}): expected {{"<file>": {{"arch": ..., "test_acc": ...}}}}') from None
-    if wrong := [f"{file}: {name} is {number}" for file, name, number in numbers if not math.isfinite(number)]:
-        raise InputError(f"{path}: {wrong[0]}")
+    for file, name, number in numbers:
+        low, high = range_of(name)
+        if not (math.isfinite(number) and low <= number <= high):
+            raise InputError(f"{path}: {file}: {name} is {number:g}: expected a number from {low:g} to {high:g}")
+    for said in known.values():
+        if str(said.get("arch", "")).endswith(".json"):
+            said["arch"] = str(path.parent / said["arch"])
     return known
+
+
+def range_of(name: str) -> tuple[float, float]:
+    """Return the least and the largest value that a property can have."""
+    return RANGES.get(name, (0.0, 1.0))
 
 
 def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -198,20 +213,32 @@ def list_notes(program: Program) -> list[str]:
     return [*program.notes, *notes, *([] if program.activations else ["no activation: not in the zoo"])]
 
 
+def inside(ends: tuple[float, float], low: float, value: float, high: float) -> dict[str, float]:
+    """Return a value moved into its range, with as wide an interval to either side as the range allows."""
+    least, most = ends
+    nearest = min(max(value, least), most)
+    low, high = max(nearest - (value - low), least), min(nearest + (high - value), most)
+    return {"low": low, "value": nearest, "high": high}
+
+
 def describe(kept: Kept, networks: Networks) -> dict[str, Any]:
     """Return the predictions for one network, with intervals, and how unlike the zoo's it is."""
     intervals = kept.intervals(networks)
     if not intervals.isfinite().all():
         raise InputError("its weights are so large that the predictions are no finite numbers")
-    ends = intervals[:, 0].tolist()
     properties = {
-        name: {"low": low, "value": value, "high": high}
-        for name, low, value, high in zip(PROPERTIES, *ends, strict=True)
+        name: inside(range_of(name), *ends) for name, *ends in zip(PROPERTIES, *intervals[:, 0].tolist(), strict=True)
     }
     own = torch.cdist(kept.inputs, kept.inputs).fill_diagonal_(torch.inf).amin(1)
     distance = torch.cdist(kept.statistics(networks), kept.inputs).amin()
     unlike = (own < distance).double().mean().item()
-    return {"properties": properties, "unlike": unlike, "notes": list_notes(networks.program)}
+    notes = list_notes(networks.program)
+    if unlike > TRUSTED:
+        notes = [
+            f"do not trust this: the weights are more unlike the zoo's than {unlike:.0%} of its own networks",
+            *notes,
+        ]
+    return {"properties": properties, "unlike": unlike, "notes": notes}
 
 
 def main() -> None:
@@ -231,6 +258,13 @@ def main() -> None:
     pin_threads()
     family = "hybrid" if arguments.allow_probe else "weightnet"
     path = PREDICTORS / f"{arguments.dataset}-{family}" / "predictors.pt"
+    zoos = sorted(file.parent.name.removesuffix(f"-{family}") for file in PREDICTORS.glob(f"*-{family}/predictors.pt"))
+    if zoos and arguments.dataset not in zoos:
+        target = f"train_weightnet@{arguments.dataset}-{family}"
+        raise InputError(
+            f"no predictor of a zoo of {arguments.dataset} is there (there: {', '.join(zoos)}): "
+            f"add it to build_zoo.datasets and run 'dvc repro {target}'"
+        )
     kept, zoo_shape, classes = load_kept(path, family)
     shape = tuple(arguments.input_shape or zoo_shape)
     if arguments.allow_probe and shape != zoo_shape:

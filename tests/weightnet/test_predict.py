@@ -13,6 +13,7 @@ from weightnet.classifiers import CLASSIFIERS
 
 from stages.common.stage import InputError
 from stages.weightnet import predict
+from stages.weightnet.networks import build_network
 from stages.weightnet.properties import PROPERTIES
 
 FLAGS = ["--allow-code", "--input-shape", "3", "16", "16"]
@@ -46,7 +47,8 @@ def test_an_ordinary_classifier_gets_a_prediction(project, monkeypatch, capsys, 
         "networks"
     ].values()
     assert set(result["properties"]) == set(PROPERTIES)
-    assert all(found["low"] < found["value"] < found["high"] for found in result["properties"].values())
+    for found in result["properties"].values():  # an end may be the end of what there is
+        assert found["low"] <= found["value"] <= found["high"] and found["low"] < found["high"]
 
 
 def test_activations_that_the_zoo_lacks_and_what_is_left_out_are_said(project, monkeypatch, capsys, arch):
@@ -108,3 +110,47 @@ def test_weights_whose_predictions_are_not_finite_are_refused(project, monkeypat
     save(model, project / "a.safetensors")
     with pytest.raises(InputError, match=r"a.safetensors: .*(no finite numbers|changes the outputs)"):
         ask(monkeypatch, capsys, "a.safetensors", "--arch", arch(CLASSIFIERS["LeNet, view"]), *FLAGS)
+
+
+def test_a_value_outside_its_range_is_moved_into_it_and_its_interval_keeps_a_width():
+    assert predict.inside((0, 1), 0.4, 0.5, 0.7) == {"low": 0.4, "value": 0.5, "high": 0.7}
+    assert predict.inside((0, 1), 1.1, 1.25, 1.5) == {"low": pytest.approx(0.85), "value": 1, "high": 1}
+    assert predict.inside((0, 1), -0.5, -0.25, 0.5) == {"low": 0, "value": 0, "high": 0.75}
+    assert [predict.range_of(name)[0] for name in ("gap", "calibration_error", "test_loss")] == [-1, 0, 0]
+
+
+def test_a_network_unlike_the_zoo_is_not_to_be_trusted_and_the_answer_says_so(project, monkeypatch, capsys):
+    keep_untrained(project)
+    model = build_network("cnn3", 1, 10, 8)
+    for scale, unlike in ((1.0, False), (1e3, True)):
+        save_file({name: scale * value for name, value in model.state_dict().items()}, project / "a.safetensors")
+        (result,) = ask(monkeypatch, capsys, "a.safetensors", "--arch", "cnn3")["networks"].values()
+        assert any(note.startswith("do not trust this") for note in result["notes"]) == (result["unlike"] > 0.95)
+        assert not unlike or result["unlike"] > 0.95
+
+
+def test_files_of_a_folder_may_be_of_any_kind_and_lie_deeper(project, monkeypatch, capsys):
+    keep_untrained(project)
+    state, folder = build_network("cnn3", 1, 10, 8).state_dict(), project / "mine"
+    (folder / "deep").mkdir(parents=True)
+    save_file(state, folder / "a.safetensors")
+    torch.save(state, folder / "b.pt")
+    torch.save({"state_dict": state}, folder / "deep/c.ckpt")
+    torch.save(state, folder / ".hidden.pt")
+    (folder / "notes.txt").write_text("no weights")
+    known = {name: {"arch": "cnn3"} for name in ("a.safetensors", "b.pt", "deep/c.ckpt")}
+    (folder / "metadata.json").write_text(json.dumps(known))
+    answers = ask(monkeypatch, capsys, "mine")["networks"]
+    assert list(answers) == [f"mine/{name}" for name in sorted(known)]
+    assert len({json.dumps(answer) for answer in answers.values()}) == 1
+    with pytest.raises(
+        InputError, match=r"no predictor of a zoo of mnist is there \(there: digits\): add it to build_zoo"
+    ):
+        ask(monkeypatch, capsys, "mine", "--dataset", "mnist")
+
+
+def test_a_saved_pretrained_folder_is_one_network(project, monkeypatch, capsys):
+    keep_untrained(project)
+    (project / "mine").mkdir()
+    save_file(build_network("cnn3", 1, 10, 8).state_dict(), project / "mine/model.safetensors")
+    assert list(ask(monkeypatch, capsys, "mine", "--arch", "cnn3")["networks"]) == ["mine"]
