@@ -278,6 +278,8 @@ def main() -> None:
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
         if arch not in programs:
             programs[arch] = user_program(arch, shape, classes, arguments.allow_code)
+            if arguments.allow_probe and programs[arch].steps[-1].shape != (classes,):
+                raise InputError(f"probes are read through the zoo's {classes} classes: leave --allow-probe out")
         networks = read_network(file, arch, programs[arch], tanh)
         measured = {name: float(known[name]) for name in PROPERTIES if name in known}
         try:

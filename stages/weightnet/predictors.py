@@ -56,7 +56,9 @@ def read_edge(networks: Networks, edge: Edge, embed: Callable[[Tensor], Tensor])
     weight = weight.unflatten(2, (-1, *edge.taps)) if weight.dim() == 3 else weight
     rows, columns = (cosines(size).to(weight) for size in edge.taps)
     fan_in = networks.weights[edge.tensor][0, 0].numel()
-    own = weight.flatten(1).std(1)[:, None, None, None] + 1e-6
+    numbers = weight.flatten(1)
+    own = numbers.std(1) if numbers.shape[1] > 1 else numbers.abs()[:, 0]  # one number has no spread
+    own = own[:, None, None, None] + 1e-6
     parts = []
     for part in weight.split(max(1, PAIRS // (len(networks) * weight.shape[2])), 1):
         taps = torch.einsum("ui,ndcij,vj->ndcuv", rows, part, columns).flatten(3)

@@ -102,6 +102,35 @@ def test_networks_that_nothing_can_be_said_of_are_refused_in_one_line(project, m
     assert "\n" not in str(refusal.value)
 
 
+class Shuffled(nn.Module):
+    """Channels are mixed one by one, so that groups are of one neuron, and some layers of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, groups=4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = torch.relu(self.b(x.view(-1, 2, 2, 14, 14).transpose(1, 2).reshape(-1, 4, 14, 14)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_groups_of_single_neurons_are_read_too(project, monkeypatch, capsys, arch):
+    keep_untrained(project)
+    save(Shuffled(), project / "a.safetensors")
+    assert ask(monkeypatch, capsys, "a.safetensors", "--arch", arch(Shuffled), *FLAGS)
+
+
+def test_probes_need_the_zoo_s_classes(project, monkeypatch, capsys):
+    keep_untrained(project, "hybrid")
+    layers = [{"kind": "Flatten"}, {"kind": "Linear", "in_features": 64, "out_features": 8}, {"kind": "ReLU"}]
+    layers += [{"kind": "Linear", "in_features": 8, "out_features": 5}]
+    (project / "spec.json").write_text(json.dumps({"layers": layers}))
+    save(nn.Linear(2, 2), project / "a.safetensors")
+    with pytest.raises(InputError, match="probes are read through the zoo's 10 classes: leave --allow-probe out"):
+        ask(monkeypatch, capsys, "a.safetensors", "--arch", "spec.json", "--allow-probe")
+
+
 def test_weights_whose_predictions_are_not_finite_are_refused(project, monkeypatch, capsys, arch):
     keep_untrained(project)
     model = CLASSIFIERS["LeNet, view"]()
