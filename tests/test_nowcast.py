@@ -251,6 +251,22 @@ def test_what_is_frozen_or_has_no_gradient_keeps_every_bit():
             assert torch.equal(value, before[name]), name
 
 
+def test_a_head_without_a_gradient_at_the_moment_is_not_moved():
+    """Two tasks in turn: when it is proposed, one head has moved lately, but the loss does not reach it."""
+    body, heads = nn.Linear(6, 4), [nn.Linear(4, 3), nn.Linear(4, 3)]
+    parameters = [p for module in (body, *heads) for p in module.parameters()]
+    falling = iter(range(10**6, 0, -1))
+    nowcast = NowcastOptimizer(torch.optim.Adam(parameters, 1e-2), jump(), lambda: float(next(falling)), every=1)
+    for step in range(WINDOW + 1):
+        before = [head.weight.detach().clone() for head in heads]
+        nowcast.zero_grad()
+        mse_loss(heads[step % 2](body(X)), Y).backward()
+        nowcast.step()
+    assert nowcast.chosen == ["jump"]
+    assert torch.equal(heads[(step + 1) % 2].weight, before[(step + 1) % 2])
+    assert not torch.equal(heads[step % 2].weight, before[step % 2])
+
+
 def test_moves_end_when_a_layer_is_frozen_and_snapshots_start_anew_when_parameters_come():
     model = network()
     nowcast = nowcast_around(model, loss=rising(), every=1, patience=10**6)
