@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from stages.common.backbone import build_vit
 from stages.common.mae import MaskedAutoencoder
 from stages.recall import classify_masked
-from stages.recall.classify_masked import METHODS, Batches, accuracies, train_method
+from stages.recall.classify_masked import METHODS, Batches, accuracies, choose_and_test, train_method
 from stages.recall.functional_vit import FIXED, HEAD, load_base
 from stages.recall.objective import random_head
 
@@ -118,3 +118,30 @@ def test_the_network_that_is_kept_has_the_accuracy_that_is_reported(monkeypatch)
     assert decoder.keys() == given.decoder.keys() - set(HEAD)
     assert all(torch.equal(tensor, given.decoder[name]) for name, tensor in decoder.items())
     assert torch.equal(kept.encoder[FIXED], given.encoder[FIXED])
+
+
+@pytest.mark.parametrize("method", ["fine_tuned", "random_encoder"])
+def test_validation_images_choose_and_all_seeds_are_tested(base, monkeypatch, method):
+    params = CLASSIFY.model_copy(update={"seeds": [0, 4, 5], "learning_rates": [1.0, 2.0], "penalties": [3.0, 4.0]})
+    trained, measured = [], []
+
+    def train(_base, _method, strengths, seed, data, batches) -> list[dict]:
+        assert data == "fit" and batches == BATCHES
+        trained.append((strengths, seed))
+        return [{"network": (strength, seed)} for strength in strengths]
+
+    def measure(network, _base, data, ratios) -> dict[str, float]:
+        assert ratios == CLASSIFY.mask_ratios
+        measured.append((network["network"], data))
+        better = (network["network"][0] in (2.0, 3.0)) == (data == "validation")  # on test images the other one is
+        return {str(ratio): 0.9 if better else 0.1 for ratio in ratios}
+
+    monkeypatch.setattr(classify_masked, "train_method", train)
+    monkeypatch.setattr(classify_masked, "accuracies", measure)
+    kept, tested = choose_and_test(base, METHODS[method], params, "fit", "validation", "test")
+    tuned = METHODS[method].tuned
+    best, strengths = (2.0, [1.0, 2.0]) if tuned else (3.0, [3.0, 4.0])
+    assert trained == [(strengths, 0), ([best], 4), ([best], 5)]
+    assert kept == {"network": (best, 0)}
+    assert [pair for pair in measured if pair[1] == "test"] == [((best, seed), "test") for seed in (0, 4, 5)]
+    assert len(tested) == 3

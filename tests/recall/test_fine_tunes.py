@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from tiny_vit import CLASSES, TRAIN
+from tiny_vit import CLASSES, TRAIN, seeded
 
-from stages.recall.fine_tunes import CELLS, Recipe, draw_fine_tune, draw_rule_fine_tune, split_rules
+from stages.common.stage import InputError
+from stages.recall.fine_tunes import (
+    CELLS,
+    EVEN,
+    Recipe,
+    draw_fine_tune,
+    draw_present,
+    draw_proportions,
+    draw_rule_fine_tune,
+    split_rules,
+)
 
 RECIPE = Recipe(n_images=(16, 64), label_noise=(0.0, 0.4), steps=(2, 6), learning_rate=(1e-3, 1e-2))
 
@@ -77,3 +87,21 @@ def test_rules_are_learned_or_held_out_and_together_all_but_the_constant_ones():
         assert not (learned | held_out) & {(False,) * CELLS, (True,) * CELLS}
         assert {len(rule) for rule in learned | held_out} == {CELLS}
     assert held_out != {tuple(row.tolist()) for row in split_rules(0, 64)[1]}
+
+
+def test_proportions_are_of_the_classes_present_none_of_which_is_rare():
+    present = torch.tensor([True, False, True, True, False, True])
+    drawn = torch.stack([draw_proportions(seeded(seed), present) for seed in range(4000)])
+    assert drawn.sum(1) == pytest.approx(np.ones(4000), abs=1e-6)
+    assert not drawn[:, ~present].any()
+    assert drawn[:, present].min() >= EVEN / 4 > 0.03
+    assert drawn[:, present].mean(0) == pytest.approx(np.full(4, 0.25), abs=0.01)
+    # of Dirichlet's distribution: a (A - a) / (A² (A + 1)) for a = 2, A = 8
+    assert drawn[:, present].var(0) == pytest.approx(np.full(4, (1 - EVEN) ** 2 * 12 / 576), rel=0.1)
+
+
+def test_of_too_few_classes_no_set_can_be_drawn():
+    with pytest.raises(InputError, match="need at least 4 of them, got 3"):
+        draw_present(seeded(), 3)
+    counts = {int(draw_present(seeded(seed), 4).sum()) for seed in range(50)}
+    assert counts == {2}
