@@ -1,5 +1,6 @@
 """A file appears whole under its name or not at all."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reproduction import ROOT
 from safetensors.numpy import load_file
 
 from stages.common.files import (
@@ -105,6 +107,29 @@ def test_missing_and_damaged_files_say_what_to_run(tmp_path, monkeypatch):
     assert remedy(best) == ": run 'dvc repro train_bilinear@mnist-regularised'"
     assert remedy(Path("reports/decompose_bilinear/mnist/summary.json")) == ": run 'dvc repro decompose_bilinear@mnist'"
     assert remedy(Path("/elsewhere/best.pt")) == ""
+
+
+def test_a_remedy_says_what_params_must_name_before_dvc_knows_the_stage(tmp_path, monkeypatch):
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert remedy(Path("data/digits.safetensors")) == ": run 'dvc repro fetch_data@digits'"
+    add = "add cifar10 to {} in params.yaml, then run 'dvc repro {}'"
+    for path, key, stage in (
+        ("data/cifar10.safetensors", "fetch_data.datasets", "fetch_data@cifar10"),
+        (
+            "models/train_bilinear/cifar10-linear/seed0/best.pt",
+            "train_bilinear.datasets",
+            "train_bilinear@cifar10-linear",
+        ),
+        ("reports/decompose_bilinear/cifar10/summary.json", "train_bilinear.datasets", "decompose_bilinear@cifar10"),
+    ):
+        assert remedy(Path(path)) == f": {add.format(key, stage)}"
+    for path, stage in (
+        ("models/build_fleet/rules/fleet.safetensors", "build_fleet@rules"),
+        ("models/none/x/y.pt", "none@x"),
+    ):
+        assert remedy(Path(path)) == f": run 'dvc repro {stage}'"
 
 
 def test_a_table_comes_back_with_its_types_has_the_same_bytes_and_is_refused_if_damaged(tmp_path):

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
@@ -118,7 +120,8 @@ def remedy(path: Path, flags: str = "") -> str:
     """Return what to run to get `path`, whose place names its producer; nothing if it lies elsewhere.
 
     data/<item>.* come from fetch_data@<item>, models/<stage>/<item>/* and reports/<stage>/<item>/* from <stage>@<item>, and
-    models/<stage>/* and reports/<stage>/* from <stage>. models/released/* is tracked by git.
+    models/<stage>/* and reports/<stage>/* from <stage>. models/released/* is tracked by git. Where params.yaml must name the item
+    before DVC knows its stage, that is said first.
     """
     match path.parts:
         case ("models", "released", *_):
@@ -131,4 +134,21 @@ def remedy(path: Path, flags: str = "") -> str:
             pass
         case _:
             return ""
-    return f": run 'dvc repro {flags}{stage}'"
+    return f": {missing_from_list(stage)}run 'dvc repro {flags}{stage}'"
+
+
+def missing_from_list(stage: str) -> str:
+    """Return what to add to params.yaml, so that <stage>@<item> is a stage of dvc.yaml; nothing if it is one, or if neither is there."""
+    name, _, item = stage.partition("@")
+    try:
+        matrix = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]["matrix"]
+        params = yaml.safe_load(Path("params.yaml").read_text())
+    except (OSError, KeyError, yaml.YAMLError):
+        return ""
+    for values in matrix.values():
+        if isinstance(values, str):  # "${train_bilinear.datasets}"
+            key = values.strip("${}")
+            known = reduce(dict.__getitem__, key.split("."), params)
+            if not any(item == value or item.startswith(f"{value}-") for value in known):
+                return f"add {item.split('-')[0]} to {key} in params.yaml, then "
+    return ""
