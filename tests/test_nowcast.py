@@ -328,11 +328,34 @@ def test_a_proposal_without_a_finite_loss_is_not_taken(loss):
     assert nowcast.chosen == ["stay"]
 
 
+def test_a_finite_loss_is_taken_where_to_stay_has_none():
+    losses, model = iter([float("nan"), 2.0, 1.0]), network()
+    nowcast = nowcast_around(model, loss=lambda: next(losses))
+    train(model, nowcast, WINDOW + 1)
+    assert nowcast.chosen == ["jump"]
+
+
+def test_a_group_whose_learning_rate_is_0_keeps_every_bit():
+    model = network()
+    still, before = model[3], copy.deepcopy(model[3].state_dict())
+    groups = [{"params": model[0].weight}, {"params": still.parameters(), "lr": 0.0}]
+    falling = iter(range(10**6, 0, -1))
+    nowcast = NowcastOptimizer(torch.optim.Adam(groups, 1e-2), jump(), lambda: float(next(falling)), every=1)
+    train(model, nowcast, WINDOW + 1)
+    assert nowcast.chosen == ["jump"]
+    assert all(torch.equal(value, before[name]) for name, value in still.state_dict().items())
+
+
 def test_a_validation_that_fails_leaves_the_weights_of_training():
     bare, model = (copy.deepcopy(m) for m in [network()] * 2)
 
+    losses = iter([1.0, 1.0])
+
     def fail() -> float:
-        raise RuntimeError("no images")
+        """At the last proposal, when the weights are a jump's."""
+        if (loss := next(losses, None)) is None:
+            raise RuntimeError("no images")
+        return loss
 
     train(bare, OPTIMIZERS["adam"](p for p in bare.parameters() if p.requires_grad), WINDOW + 1)
     with pytest.raises(RuntimeError, match="no images"):

@@ -98,6 +98,11 @@ def test_a_number_without_a_word_is_the_order_where_file_times_agree_and_is_refu
     assert names_of(find_snapshots(tmp_path, LEAST, "mtime")) == by_time
 
 
+def test_a_number_without_a_word_orders_within_an_epoch_wherever_it_stands(tmp_path):
+    names = write(tmp_path, [f"{10 * (i % 4)}-epoch{i // 4}.pt" for i in range(N)])
+    assert names_of(find_snapshots(tmp_path, LEAST)) == names
+
+
 def test_the_regular_expression_of_a_refusal_is_a_remedy(tmp_path):
     names = write(tmp_path, [f"run_a.{i}-x.pt" for i in range(N)], [(5 * i) % N for i in range(N)])
     with pytest.raises(InputError) as error:
