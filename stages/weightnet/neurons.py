@@ -20,9 +20,9 @@ from stages.weightnet.program import Program
 
 INPUT, OUTPUT = "input", "output"  # groups whose order means something: they are never permuted
 NOBODY = -1  # the id of numbers that are the same whatever the order of neurons
-# what commutes with positive factors of neurons, and with signs; of norms, sums and layers, their rules say it
+# what commutes with positive factors of neurons, and with signs if its ReLUs are tanh; of norms and sums, their rules say it
 HOMOGENEOUS = {
-    *("input", "relu", "tanh", "avg_pool", "adaptive_pool", "mean", "flatten", "dropout", "cat", "neg", "reshape"),
+    *("input", "relu", "avg_pool", "adaptive_pool", "mean", "flatten", "dropout", "cat", "neg", "reshape"),
     *("getitem", "permute", "expand", "repeat", "add", "sub", "conv", "linear", "batch_norm", "group_norm"),
 }
 
@@ -138,7 +138,8 @@ class Derivation:
         if (nobody := ids == NOBODY).any():  # numbers that are read, but that no layer wrote
             ids = ids.clone()
             ids[nobody] = self.new_neurons(f"{tensor} (constants)", int(nobody.sum()))
-            self.fixed.update(ids[nobody].tolist())
+            for told_apart in (self.fixed, self.rigid):
+                told_apart.update(ids[nobody].tolist())
         flat, pixels = (numbers.flat, numbers.pixels) if numbers else (False, {})
         self.axes.append(NeuronAxis(tensor, axis, ids, role, flat, pixels, rows))
 
@@ -279,12 +280,13 @@ def follow_same(_d: Derivation, _step: Step, x: Numbers) -> Numbers:
     return x
 
 
-def follow_reduction(_d: Derivation, step: Step, x: Numbers) -> Numbers:
+def follow_reduction(d: Derivation, step: Step, x: Numbers) -> Numbers:
     """A mean or sum over all neurons is nobody's; over pixels, it is their neuron's."""
     dims = step.options.get("dims", (1, 2))
     if inside := [axis for axis in x.axes if axis in dims]:
         if inside != x.axes:
             raise InputError(f"step {step.name}: {step.options['of']} over a part of the neurons is not supported")
+        d.mark(d.rigid, x)
         return Numbers(torch.full([1] * len(step.shape), NOBODY))
     ids = x.ids
     for dim in sorted(dims, reverse=True) if not step.options.get("keepdim") else ():
@@ -355,6 +357,9 @@ def follow_arithmetic(d: Derivation, step: Step, x: Numbers, y: Numbers) -> Numb
         return join_tensor(d, step, *((x, y.source) if y.source is not None else (y, x.source)))
     first, second = x.with_dims(len(step.shape)), y.with_dims(len(step.shape))
     pixels = x.pixels | y.pixels
+    if first.shape != second.shape or step.kind not in HOMOGENEOUS:
+        for numbers in (x, y):
+            d.mark(d.rigid, numbers)
     if first.shape == second.shape:
         return Numbers(d.tie(first, second), pixels)
     if 1 not in (first.numel(), second.numel()):

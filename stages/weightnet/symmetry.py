@@ -276,11 +276,8 @@ def name_chains(chains: list[list[int]], found: Derivation, roots: Int[Tensor, "
         layer, (first, size) = next(item for item in found.layers.items() if item[1][0] <= chain[0] < sum(item[1]))
         pieces[layer] += 1
         start = chain[0] - first
-        name = (
-            layer
-            if len(chain) == size or (layer == INPUT and inputs == 1 and chain[0] in read)
-            else f"{layer}[{start}:{start + len(chain)}]"
-        )
+        whole = len(chain) == size or (layer == INPUT and inputs == 1 and chain[0] in read)
+        name = layer if whole else f"{layer}[{start}:{start + len(chain)}]"
         names.append(OUTPUT if chain == outputs else name)
     if mixed := [layer for layer, count in pieces.items() if count > MOST_PIECES]:
         raise InputError(f"the neurons of {mixed[0]} are mixed in a way that cannot be followed")
@@ -353,6 +350,10 @@ def rescale(weights: Weights, symmetry: Symmetry, factors: Mapping[str, Float[Te
         shape = [len(weight)] + [1] * (weight.dim() - 1)
         shape[axis.axis + 1] = -1
         factor = factor.view(shape)
+        if axis.rows is not None:
+            outside = torch.ones_like(weight)
+            outside[:, slice(*axis.rows)] = factor.expand_as(outside[:, slice(*axis.rows)])
+            factor = outside
         result[axis.tensor] = weight * factor if axis.role == "writes" else weight / factor
     return result
 

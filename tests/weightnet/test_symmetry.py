@@ -9,7 +9,7 @@ from weightnet.test_program import PAIRS, SHAPE, Body
 
 from stages.common.stage import InputError
 from stages.weightnet.program import Program, Weights, run_stack, trace
-from stages.weightnet.symmetry import Symmetry, derive_symmetry, permute, random_permutations
+from stages.weightnet.symmetry import Symmetry, derive_symmetry, permute, random_permutations, rescale
 
 
 def seeded() -> torch.Generator:
@@ -57,6 +57,21 @@ def test_relabelling_a_classifier_s_neurons_leaves_its_function(name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_relabelling_leaves_the_function_whatever_the_option(name):
     assert max(change(model) for model in PAIRS[name]) < 1e-9
+
+
+@pytest.mark.parametrize("model", [*(CLASSIFIERS[name] for name in CLASSIFIERS), *PAIRS.values()])
+def test_rescaling_neurons_that_only_relus_act_on_leaves_the_function(model):
+    for one in model if isinstance(model, tuple) else (model(),):
+        program, symmetry, weights = followed(one)
+        factors = {
+            group: torch.rand(1, symmetry.sizes[group], generator=seeded()).double() + 0.5
+            for group in symmetry.hidden
+            if group not in symmetry.rigid
+        }
+        images = torch.randn(4, *SHAPE, generator=seeded()).double()
+        before = run_stack(program, weights, images)
+        after = run_stack(program, rescale(weights, symmetry, factors), images)
+        assert (after - before).abs().max() < 1e-9 * before.abs().max()
 
 
 def test_every_column_of_a_layer_that_reads_a_result_twice_is_an_edge_s():
