@@ -13,8 +13,8 @@ and .json architectures are named from the folder.
 The network's steps are compared with the module itself, and the symmetry is derived from them and tried out, before anything is
 predicted. Prints a table, or JSON with --json: each property with an interval for 90 % of networks, by the errors on validation
 networks, and how far the weights lie from those that were learnt from: the share of the zoo's networks that lie nearer to their own
-neighbours (above 0.95 it says not to trust the prediction). What was left out of the network, and activations that the zoo's
-networks do not have, are said.
+neighbours. Above 0.95 it says not to trust the prediction, and intervals are all that there is. What was left out of the network, and
+activations that the zoo's networks do not have, are said.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
 
 PREDICTORS = Path("models/train_weightnet")
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
+WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
 RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 
@@ -233,7 +234,10 @@ def describe(kept: Kept, networks: Networks) -> dict[str, Any]:
     distance = torch.cdist(kept.statistics(networks), kept.inputs).amin()
     unlike = (own < distance).double().mean().item()
     notes = list_notes(networks.program)
-    if unlike > TRUSTED:
+    if unlike > TRUSTED:  # errors on networks like the zoo's say nothing of this one's
+        for name, found in properties.items():
+            least, most = range_of(name)
+            found["low"], found["high"] = least, most if math.isfinite(most) else max(found["high"], WORST_LOSS)
         notes = [
             f"do not trust this: the weights are more unlike the zoo's than {unlike:.0%} of its own networks",
             *notes,
