@@ -4,7 +4,7 @@ Axes: n inputs, c classes, d features.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,22 @@ def inputs_of(batch: object) -> Tensor:
     return batch[0]
 
 
+def of_single_inputs(
+    gradient: Callable[[dict[str, Tensor], Tensor, Tensor], dict[str, Tensor]],
+    weights: dict[str, Tensor],
+    x: Float[Tensor, "n *s"],
+    labels: Int[Tensor, " n"],
+) -> dict[str, Float[Tensor, "n *w"]]:
+    """Return the gradient of every input, stacked: of all at once, or one by one where the model's forward branches on its values."""
+    try:
+        return vmap(gradient, (None, 0, 0))(weights, x, labels)
+    except RuntimeError as error:
+        if "data-dependent control flow" not in str(error):
+            raise
+    single = [gradient(weights, x[i], labels[i]) for i in range(len(x))]
+    return {name: torch.stack([gradients[name] for gradients in single]) for name in weights}
+
+
 def fisher_diagonal(
     model: nn.Module, batches: Batches, num_classes: int | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -89,7 +105,7 @@ def fisher_diagonal(
                 below = competing(model(x), num_classes).softmax(1).cumsum(1)
             draws = torch.stack([torch.rand((), generator=random) for _ in x]).to(x.device)  # one by one: any batching
             labels = (below < draws[:, None]).sum(1).clamp(max=below.shape[1] - 1)
-            for name, gradients in vmap(grad(loss), (None, 0, 0))(weights, x, labels).items():
+            for name, gradients in of_single_inputs(grad(loss), weights, x, labels).items():
                 total[name] += gradients.square().sum(0)
             n += len(x)
     if n == 0:

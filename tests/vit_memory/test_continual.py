@@ -126,6 +126,26 @@ def test_herding_takes_no_feature_twice():
     assert sorted(herd(x, 3)) == [0, 1, 2]
 
 
+class Signed(nn.Linear):
+    """A linear layer for inputs that sum to something positive, and its negative for others: written as a branch on data, or not."""
+
+    branch = True
+
+    def forward(self, x):
+        if not self.branch:
+            return super().forward(x) * torch.where(x.sum(1, keepdim=True) > 0, 1, -1)
+        return torch.stack([nn.Linear.forward(self, row) * (1 if row.sum() > 0 else -1) for row in x])
+
+
+def test_fisher_of_a_forward_that_branches_on_its_inputs_is_that_of_one_that_does_not():
+    model, x = Signed(5, 3), torch.randn(12, 5)
+    branching = fisher_diagonal(model, [(x, None)])
+    model.branch = False
+    at_once = fisher_diagonal(model, [(x, None)])
+    for name in at_once:
+        torch.testing.assert_close(branching[name], at_once[name])
+
+
 def test_fisher_is_of_the_model_as_it_predicts():
     x = [(torch.randn(20, 6), None)]
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
