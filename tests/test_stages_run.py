@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from reproduction import ROOT, scale_overrides
 
 from stages.bilinear.training import load_model
 from stages.common.stage import InputError
+from stages.report import publish
 from stages.weightnet.networks import ARCHITECTURES
 
 PIPELINE = [
@@ -204,6 +206,26 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert len(errors) == 2
     for link in (line.split("](")[1].rstrip(")") for line in markdown.splitlines() if line.startswith("![")):
         assert (finished / "reports/build_report" / link).is_file()
+
+
+def test_what_is_published_is_the_report_and_its_pictures(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "reports", tmp_path / "reports")
+    (tmp_path / "reports/published/old").mkdir(parents=True)  # of a run before
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(publish, "commit", lambda: "abc1234")
+    monkeypatch.setattr("sys.argv", ["publish"])
+    publish.main()
+    report, published = ((tmp_path / "reports" / name).read_text() for name in ("build_report/report.md", "report.md"))
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", published)
+    assert len(links) == report.count("![") > 30
+    for link in links:
+        original = finished / "reports" / link.removeprefix("published/")
+        assert (tmp_path / "reports" / link).read_bytes() == original.read_bytes()
+    assert set((tmp_path / "reports/published").rglob("*.png")) == {tmp_path / "reports" / link for link in links}
+    assert not (tmp_path / "reports/published/old").exists()
+    title, _, made, *rest = published.splitlines()
+    assert "commit abc1234" in made
+    assert [title, *rest] == [re.sub(r"\]\(\.\./", "](published/", line) for line in report.splitlines()]
 
 
 NEEDS_INPUT = dict(PIPELINE)  # one item of every stage
