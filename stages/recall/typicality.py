@@ -27,9 +27,8 @@ class Traits:
 
     outside: Float[np.ndarray, " n"]  # fraction of the square norm that lies outside the span
     size: Float[np.ndarray, " n"]
-    progress: Float[
-        np.ndarray, " n"
-    ]  # along the way that all fine-tunes go, in units of their mean; turned round: negative
+    # along the way that all fine-tunes go, in units of their mean; negative where a change is turned round
+    progress: Float[np.ndarray, " n"]
     inside_norm: Float[np.ndarray, " n"]  # of the part inside the span, around the mean
     outside_norm: Float[np.ndarray, " n"]
     tail: Float[np.ndarray, " n"]  # fraction of matrices' square norms in the smaller half of their singular values
@@ -165,33 +164,31 @@ def check(name: str, traits: Traits, typical: Typicality) -> None:
     if outside > limit:
         raise InputError(
             f"{name} does not descend from the base as known fine-tunes do: {outside:.0%} of its change lies outside "
-            f"what they span, of theirs at most {limit:.0%}"
+            f"what they span, of theirs at most {limit:.0%}; give a network that was tuned from this base as a whole"
         )
     size, (least, most) = float(traits.size[0]), map(float, typical.sizes)
     if not least <= size <= most:
         raise InputError(
             f"{name} was not tuned as known fine-tunes were: its change has a size of {size:.2g}, theirs of "
-            f"{least:.2g} to {most:.2g}"
+            f"{least:.2g} to {most:.2g}; give it as training left it, or build fleets of such fine-tunes"
         )
     progress, (least, most) = float(traits.progress[0]), map(float, typical.progress)
     if not least <= progress <= most:
-        kind = (
-            "is turned round (a change that was negated, or taken away)" if progress < least else "was scaled or added"
-        )
+        turned = "is turned round (a change that was negated, or taken away)"
         raise InputError(
-            f"{name}: its change {kind}: it goes {progress:.2f} times as far as known fine-tunes on the way that they "
-            f"share, they {least:.2f} to {most:.2f}"
+            f"{name}: its change {turned if progress < least else 'was scaled or added'}: it goes {progress:.2f} times as far "
+            f"as known fine-tunes on the way that they share, they {least:.2f} to {most:.2f}; give it as training left it"
         )
     unmoved, most = float(traits.unmoved[0]), float(typical.unmoved)
     if unmoved > most:
         raise InputError(
-            f"{name}: {unmoved:.0%} of its weights are the base's, of known fine-tunes at most {most:.0%}: a network of "
-            "which only some layers or weights were trained or kept cannot be read; audit one that was tuned as a whole"
+            f"{name}: {unmoved:.0%} of its weights are the base's, of known fine-tunes at most {most:.0%}: only some layers or "
+            "weights were trained or kept; give a network that was tuned as a whole"
         )
     small, (least, most) = float(traits.tail[0]), map(float, np.exp(typical.log_tail))
     if not least <= small <= most:
         kind = "of low rank (LoRA, or truncated)" if small < least else "noisy (quantised, pruned or merged)"
         raise InputError(
             f"{name}: its change is {kind}: the smaller half of singular values holds {small:.2%} of it, of known "
-            f"fine-tunes {least:.2%} to {most:.2%}; audit the network that was tuned as a whole, in full precision"
+            f"fine-tunes {least:.2%} to {most:.2%}; give a network that was tuned as a whole, in full precision"
         )

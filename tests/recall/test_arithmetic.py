@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.common.stage import InputError
 from stages.recall import arithmetic
-from stages.recall.arithmetic import add_and_negate, draw_pairs, train_pairs
+from stages.recall.arithmetic import add_and_negate, draw_pairs, pair_cosines, train_pairs
 from stages.recall.fine_tunes import FineTune, Recipe
 from stages.recall.fleet import PatchedImages
 
@@ -66,3 +66,19 @@ def test_the_scale_of_sums_is_chosen_on_other_pairs_than_are_reported(monkeypatc
     assert found["cosine"]["sum_and_union"]["mean"] == pytest.approx(1, abs=1e-5)
     assert found["on_union_minus_on_others"] == found["on_union"]
     assert found["cosine"]["sum_and_another_union"]["mean"] < 0.95
+
+
+def test_cosines_are_around_the_mean_change_of_each_kind():
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((2, 40, 30))
+    own = pair_cosines(a, b, a + b, slice(10, None))
+    shared = pair_cosines(a + 7, b - 9, a + b + 5, slice(10, None))  # what all fine-tunes of a kind share tells nothing
+    assert own.keys() == shared.keys() == {"sum_and_union", "sum_and_another_union", "a_and_b"}
+    for name, cosines in own.items():
+        assert len(cosines) == 30
+        assert shared[name] == pytest.approx(cosines, abs=1e-9)
+    assert own["sum_and_union"] == pytest.approx(np.ones(30))
+    assert abs(own["a_and_b"].mean()) < 0.15 and abs(own["sum_and_another_union"].mean()) < 0.15
+    first, second = a[:10] - a.mean(0), b[:10] - b.mean(0)
+    expected = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    assert pair_cosines(a, b, a + b, slice(0, 10))["a_and_b"] == pytest.approx(expected)

@@ -294,6 +294,12 @@ def test_a_value_beyond_what_was_learned_from_is_never_certain(checkpoint, monke
     warning = f"images: what is decoded lies beyond what was learned from ({least:.0f} to {most:.0f})"
     assert told["warnings"] == [warning]
     json.dumps(told, allow_nan=False)
+    source, decoder = decoders["present"]
+    far = replace(decoder, offset=decoder.offset + 50)
+    monkeypatch.setattr(audit, "load_decoders", lambda *_: decoders | {"present": (source, far)})
+    told = audit.recall(path, BASE)
+    assert all(0.4 < chance["probability"] < 0.6 for chance in told["present"]["found"].values())
+    assert told["warnings"] == ["present: what is decoded lies beyond what was learned from (0% to 100%)"]
 
 
 def test_an_audit_says_of_what_it_was_read():

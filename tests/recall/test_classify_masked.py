@@ -145,3 +145,24 @@ def test_validation_images_choose_and_all_seeds_are_tested(base, monkeypatch, me
     assert kept == {"network": (best, 0)}
     assert [pair for pair in measured if pair[1] == "test"] == [((best, seed), "test") for seed in (0, 4, 5)]
     assert len(tested) == 3
+
+
+def test_an_encoder_is_trained_at_all_mask_ratios_in_turn_and_probes_see_as_many_images_of_each(
+    base, images, monkeypatch
+):
+    counts: list[int] = []
+    encode = classify_masked.encode
+
+    def spy(w, patches, heads, visible):
+        counts.append(visible.shape[1])
+        return encode(w, patches, heads, visible)
+
+    monkeypatch.setattr(classify_masked, "encode", spy)
+    x, y = images.pools["base"]
+    train_method(base, METHODS["fine_tuned"], [1e-3], 0, (x, y), BATCHES)
+    expected = [round(PATCHES * (1 - ratio)) for ratio in BATCHES.mask_ratios]
+    assert counts == 2 * expected
+    counts.clear()
+    monkeypatch.setattr(classify_masked, "AT_ONCE", 1000)
+    train_method(base, METHODS["frozen"], [1.0], 0, (x, y), BATCHES)
+    assert counts == expected

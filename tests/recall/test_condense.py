@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from known_fleets import ANSWERS, BITS, CENTER, LAYOUT, PARAMETERS, condenser_of, draw, linear_fleet, norms
 
-from stages.recall.condense import Condenser, Span
+from stages.recall.condense import Condenser, Span, sureness
 
 
 @pytest.mark.parametrize("answers", [ANSWERS, (1, 15), (0, 5)])
@@ -94,3 +94,32 @@ def test_a_condenser_is_all_in_its_arrays():
     first, second = (one.condense(drawn.change[:5], drawn.responses[:5]) for one in (condenser, again))
     assert first.keys() == second.keys() == {"statistics", "spectrum", "low_rank", "responses", "change"}
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_sureness_is_of_the_probabilities_and_margins_of_the_reference_inputs():
+    logits = np.array([[[3.0, 0.0, 1.0], [0.0, 0.0, 5.0]]])  # of two inputs
+    p = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+    entropy = -(p * np.log(p)).sum(2)[0]
+    columns = sureness(np.concatenate([logits.reshape(1, 6), np.full((1, 4), 99.0)], 1), classes=3, inputs=2)[0]
+    largest, margins = p.max(2)[0], np.array([2.0, 5.0])
+    expected = [entropy.mean(), entropy.std(), largest.mean(), largest.std(), margins.mean(), logits.std()]
+    assert columns[:6] == pytest.approx(expected, abs=1e-6)
+    assert columns[6:9] == pytest.approx(np.sort(p.mean(1)[0]))
+    assert columns[9:] == pytest.approx(np.quantile(largest, [0, 0.25, 0.5, 0.75, 1]))
+    assert sureness(np.ones((4, 6)), classes=1, inputs=2).shape == (4, 0)
+
+
+def test_the_low_rank_core_has_the_directions_in_which_matrices_vary_most():
+    random, n = np.random.default_rng(0), 60
+    left, right = np.linalg.qr(random.standard_normal((10, 3)))[0], np.linalg.qr(random.standard_normal((8, 3)))[0]
+    causes = random.standard_normal((n, 3)) * [5.0, 2.0, 0.3]
+    change = 0.01 * draw(random, n, PARAMETERS)
+    change[:, LAYOUT.slices["first.weight"]] += np.einsum("nk,ik,jk->nij", causes, left, right).reshape(n, -1)
+    condenser = Condenser.fit(change, draw(random, n, 25), LAYOUT, ANSWERS)
+    for found, directions in ((condenser.left, left), (condenser.right, right)):
+        assert np.abs(found["first.weight"].T @ directions[:, :2]) == pytest.approx(np.eye(2), abs=0.05)
+    cores = condenser.low_rank(change)[:, 6:10].reshape(n, 2, 2)  # behind the first bias
+    centred = causes - causes.mean(0)
+    assert np.abs(cores[:, 0, 0]) == pytest.approx(np.abs(centred[:, 0]), abs=0.1)
+    assert np.abs(cores[:, 1, 1]) == pytest.approx(np.abs(centred[:, 1]), abs=0.3)
+    assert condenser.low_rank(change)[:, :6] == pytest.approx((change - change.mean(0))[:, :6])

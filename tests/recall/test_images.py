@@ -50,6 +50,10 @@ def test_recovered_images_are_compared_by_logits_pixels_and_the_judge_s_agreemen
         blind = compare(mean, original, logits.mean(0).expand(50, -1), logits, judge, original.mean(0))
     assert same == {"cycle_r2": 1, "judge": pytest.approx(agreed), "pixel_r2": 1}
     assert blind["cycle_r2"] == pytest.approx(0, abs=1e-6) and blind["pixel_r2"] == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        mirrored = compare(-original, original, logits, logits, judge, original.mean(0))
+        agreed = (judge(-original).argmax(1) == logits.argmax(1)).double().mean().item()
+    assert mirrored["judge"] == pytest.approx(agreed) != same["judge"]
     half = compare((original + mean) / 2, original, logits, logits, judge, original.mean(0))
     assert half["pixel_r2"] == pytest.approx(0.75, abs=1e-6)
 
@@ -58,18 +62,24 @@ def test_recovered_images_are_compared_by_logits_pixels_and_the_judge_s_agreemen
 def test_test_images_are_recovered_from_their_logits(base, monkeypatch):
     monkeypatch.setattr(recovered_images, "load_images", lambda *_: (TRAIN, TEST))
     monkeypatch.setattr(recovered_images, "TEST_IMAGES", 80)
-    learned = []
+    learned, judged = [], []
 
     def train(_classify, patches, weight, steps, batch_size, seed) -> Callable[[Tensor], Tensor]:
         learned.append((patches, weight, steps, batch_size, seed))
         return lambda logits: base.patchify(TEST.images[: len(logits)])
 
+    def judge_of(patches, labels, *rest) -> nn.Module:
+        judged.append(patches)
+        return train_judge(patches, labels, *rest)
+
     monkeypatch.setattr(recovered_images, "train_image_decoder", train)
+    monkeypatch.setattr(recovered_images, "train_judge", judge_of)
     with torch.enable_grad():
         summary, images = recover_images(base, "tiny", [0.0, 0.5], 7, judge_steps=200, batch_size=9, seed=3)
     assert [given[1:] for given in learned] == [(0.0, 7, 9, 3), (0.5, 7, 9, 3)]
     shown = pool(TRAIN, "base")
     assert all(torch.equal(given[0], base.patchify(shown.images)) for given in learned)
+    assert torch.equal(judged[0], base.patchify(pool(TRAIN, "test").images))
     original = base.patchify(TEST.images[:80])
     assert list(images) == ["original", "pixel_weight_0", "pixel_weight_0.5", "class_mean"]
     assert torch.equal(images["original"], original)
