@@ -318,11 +318,3 @@ def test_variants_are_the_same_everywhere():
     assert set(fleets) == set(condense_changes.FLEETS) == set(recover_memory.CHARACTERISTICS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
-
-
-def test_documents_name_files_that_exist():
-    """Every path below the project that README names is there."""
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"(?:stages|tests|reports)/[\w./-]+\.(?:py|args|json|png)", text))
-    assert named
-    assert not [path for path in named if not (ROOT / path).exists()]

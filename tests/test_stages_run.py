@@ -13,6 +13,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import documents
 import pytest
 import torch
 from dvc.utils.hydra import apply_overrides
@@ -227,6 +228,9 @@ def test_what_is_published_is_the_report_and_its_pictures(finished, tmp_path, mo
     (tmp_path / "reports/published/old").mkdir(parents=True)  # of a run before
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["publish"])
+    for page in documents.PAGES:
+        (tmp_path / page.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(page, tmp_path / page.relative_to(ROOT))
     publish.main()
     report, published = ((tmp_path / "reports" / name).read_text() for name in ("build_report/report.md", "report.md"))
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", published)
@@ -238,6 +242,15 @@ def test_what_is_published_is_the_report_and_its_pictures(finished, tmp_path, mo
     assert not (tmp_path / "reports/published/old").exists()
     assert published == re.sub(r"\]\(\.\./", "](published/", report)
     assert "| commit |" in published
+    assert "(stages/recall/README.md) | " in (tmp_path / "README.md").read_text()
+    assert "| forecaster |" in (tmp_path / "stages/forecast/README.md").read_text()
+
+
+@pytest.mark.parametrize("snippet", [snippet for page in documents.PAGES for snippet in documents.snippets(page)])
+def test_what_documents_show_of_the_library_runs_where_the_pipeline_has(finished, snippet):
+    shutil.copytree(ROOT / "models/released", finished / "models/released", dirs_exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WEIGHTLENS_DEVICE": "cpu"}
+    subprocess.run([sys.executable, "-c", snippet], cwd=finished, env=environment, check=True)
 
 
 NEEDS_INPUT = dict(PIPELINE)  # one item of every stage

@@ -38,11 +38,13 @@ def bilinear_section(dataset: str) -> Section:
     """Return the section of the bilinear classifiers of one data set."""
     summary = load_json(DECOMPOSED / dataset / "summary.json")
     truncation, *others = pictures(DECOMPOSED / dataset, PICTURES)
+    answer, baseline = verdict(summary)
     return Section(
         key="bilinear",
         title="What features did it learn?",
         data=f"bilinear classifiers of {dataset}, {summary['regularised']['full_acc']['n']} seeds",
-        verdict=verdict(summary),
+        answer=answer,
+        baseline=baseline,
         table=headline(summary),
         picture=truncation,
         details=[
@@ -65,14 +67,15 @@ def few(summary: dict[str, Any], variant: str = "regularised") -> tuple[int, dic
     return 2 * int(k), curves["sign"][k], curves["random"][k]
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """Return what was found in one sentence."""
+def verdict(summary: dict[str, Any]) -> tuple[str, str]:
+    """Return what was found, and the baselines."""
     count, acc, chance = few(summary)
     whole, linear = summary["regularised"]["full_acc"], summary["linear"]["full_acc"]
     return (
-        f"{count} eigenvectors a class, read from the weights alone, classify {percent(acc['mean']).text} of test images; the whole "
-        f"network has {percent(whole['mean']).text}, any {count} have {percent(chance['mean']).text}, a linear classifier has "
-        f"{percent(linear['mean']).text} ({whole['n']} seeds)."
+        f"{count} eigenvectors a class, read from the weights alone, classify {percent(acc['mean']).text} of test images "
+        f"({whole['n']} seeds)",
+        f"any {count} have {percent(chance['mean']).text}, a linear classifier {percent(linear['mean']).text}, the whole network "
+        f"{percent(whole['mean']).text}",
     )
 
 

@@ -77,10 +77,16 @@ class Section:
     key: str  # the system's folder, and the anchor
     title: str  # the question
     data: str  # what it was answered on
-    verdict: str  # one sentence: the number, and its baseline
+    answer: str  # in one number
+    baseline: str  # the trivial answers' numbers, a sentence with what is before
     table: Table  # of at most six columns
     picture: Picture
     details: list[Detail]
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in one sentence."""
+        return f"{self.answer}; {self.baseline}."
 
 
 def row(name: str, *cells: Cell | str, baseline: bool = False) -> Row:

@@ -15,7 +15,6 @@ from stages.common.report import (
     percent,
     pictures,
     row,
-    short,
 )
 from stages.forecast.captions import BASELINES, FORECASTERS, METHODS, REGIMES
 
@@ -30,11 +29,13 @@ def forecast_section(dataset: str) -> Section:
     ratios, losses = (load_csv(EVALUATED / dataset / f"{name}.csv") for name in ("ratios", "losses"))
     nowcast = load_json(NOWCAST / dataset / "summary.json")
     shown = pictures(EVALUATED / dataset, EVALUATED_PICTURES)
+    answer, baseline = verdict(ratios)
     return Section(
         key="forecast",
         title="Where will training go next?",
         data=f"{trained(dataset)} LeNet-5 runs on {dataset}",
-        verdict=verdict(ratios, nowcast),
+        answer=answer,
+        baseline=baseline,
         table=headline(ratios, losses),
         picture=shown[0],
         details=[
@@ -118,18 +119,16 @@ def runs(rows: Rows, regime: str) -> str:
     return f"n = {n} unseen runs, [95 % interval]" if n > 1 else "n = 1: a single run, without a spread"
 
 
-def verdict(ratios: Rows, nowcast: dict[str, Any]) -> str:
-    """Return what was found in one sentence."""
+def verdict(ratios: Rows) -> tuple[str, str]:
+    """Return what was found, and the baselines."""
     main, h = ratios[0]["regime"], middle(in_order(ratios, "h"))
-    error = next(
-        r for r in ratios if (r["forecaster"], r["regime"], r["phase"], r["h"]) == ("transformer", main, "late", h)
-    )
-    methods = nowcast["methods"]
-    spent = {name: short(methods[name]["mean_loss_ratio"]["mean"]) for name in ("adam_nowcast", "tuned")}
+    late = select(ratios, regime=main, phase="late", h=h)
+    n = next(int(r["n"]) for r in ratios if r["regime"] == main)
     return (
-        f"Weights {h} snapshots ahead are forecast with {short(float(error['mean']))} of the squared error of keeping the last "
-        f"weights (late half of {error['n']} unseen runs); training with forecasts has {spent['adam_nowcast']} times plain "
-        f"Adam's loss at equal cost, a tuned learning rate {spent['tuned']}."
+        f"Weights {h} snapshots ahead are forecast with {late['transformer'].mean()} of the squared error of keeping the last weights "
+        f"(transformer, {n} unseen runs)",
+        f"keeping the last weights has 1, the mean of the last 3 has {late['average_3'].mean()}, linear extrapolation "
+        f"{late['linear'].mean()}",
     )
 
 

@@ -112,11 +112,13 @@ def recall_section(dataset: str) -> Section:
         for fold, some in PICTURES.items()
     }
     masked = masked_table(load_json(REPORTS / "classify_masked" / dataset / "summary.json"))
+    answer, baseline = verdict(recovered["decoded"], sizes)
     return Section(
         key="recall",
         title="What was it trained on?",
         data=f"{sum(s['train'] + s['test'] for s in sizes.values())} fine-tunes of small vision transformers on {dataset} and shapes",
-        verdict=verdict(recovered["decoded"], sizes),
+        answer=answer,
+        baseline=baseline,
         table=headline(recovered["decoded"], sizes),
         picture=shown["seen"][0],
         details=[
@@ -135,13 +137,13 @@ def recall_section(dataset: str) -> Section:
     )
 
 
-def verdict(decoded: dict[str, Any], sizes: dict[str, Any]) -> str:
-    """Return what was found in one sentence."""
+def verdict(decoded: dict[str, Any], sizes: dict[str, Any]) -> tuple[str, str]:
+    """Return what was found, and the baselines."""
     present = decoded["classes"]["present"]
     return (
-        f"From the change of weights alone, {percent(present['change']['bits']['mean']).text} of the yes-or-no answers about which "
-        f"classes a fine-tune saw are right; an answer that ignores the network is right {percent(present['baseline']['bits']).text} "
-        f"of the time ({sizes['classes']['test']} unseen fine-tunes, learnt from {sizes['classes']['train']} others)."
+        f"{percent(present['change']['bits']['mean']).text} of the yes-or-no answers about which classes a fine-tune saw are right, from "
+        f"its change of weights alone ({sizes['classes']['test']} unseen fine-tunes)",
+        f"answers that ignore the network are right on {percent(present['baseline']['bits']).text}",
     )
 
 

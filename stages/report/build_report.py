@@ -57,6 +57,12 @@ def markdown_picture(picture: Picture) -> list[str]:
     return [f"![{picture.alt}]({relpath(picture.path, MARKDOWN.parent)})", "", f"*{picture.caption}*", ""]
 
 
+def answers_table(sections: list[Section]) -> list[str]:
+    """Return a row a system, as lines of Markdown: its question, which leads to its section, its answer, and trivial ones."""
+    rows = [f"| [{s.title}](#{s.key}) | {s.answer} | {s.baseline} |" for s in sections]
+    return ["| question | answer | beside it |", "| --- | --- | --- |", *rows]
+
+
 def markdown_section(section: Section) -> list[str]:
     """Return a section as lines of Markdown; what the page folds is folded here, too."""
     lines = [f"## {section.key}", "", f"**{section.title}** ({section.data})", "", section.verdict, ""]
@@ -73,7 +79,7 @@ def render_markdown(sections: list[Section], facts: dict[str, str]) -> str:
     """Return the report as Markdown: what it is of, the verdicts, then a section a system."""
     lines = ["# weightlens report", "", SAID, "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {fact} |" for name, fact in facts.items()]
-    lines += ["", *(f"- [{s.key}](#{s.key}) **{s.title}** {s.verdict}" for s in sections), ""]
+    lines += ["", *answers_table(sections), ""]
     lines += [NOTE.format(grey="italics"), ""]
     return "\n".join([*lines, *(line for section in sections for line in markdown_section(section))])
 

@@ -50,11 +50,13 @@ def vit_memory_section(dataset: str) -> Section:
     """Return the section of the memory-augmented ViT of one data set."""
     shots, tasks, memory = (load_json(folder / dataset / "summary.json") for folder in (FEW_SHOT, CONTINUAL, MEMORY))
     (methods,) = pictures(FEW_SHOT / dataset, FEW_SHOT_PICTURES)
+    answer, baseline = verdict(shots, tasks)
     return Section(
         key="vit_memory",
         title="Can it be given a memory?",
         data=f"a frozen vision transformer on {dataset}",
-        verdict=verdict(shots, tasks),
+        answer=answer,
+        baseline=baseline,
         table=headline(shots, tasks),
         picture=methods,
         details=[
@@ -67,15 +69,15 @@ def vit_memory_section(dataset: str) -> Section:
     )
 
 
-def verdict(shots: dict[str, Any], tasks: dict[str, Any]) -> str:
-    """Return what was found in one sentence."""
-    few = {name: shots["methods"][name]["acc"] for name in ("memory_head", "linear_probe")}
+def verdict(shots: dict[str, Any], tasks: dict[str, Any]) -> tuple[str, str]:
+    """Return what was found, and the baselines."""
+    few = {name: percent(shots["methods"][name]["acc"]["mean"]).text for name in ("memory_head", "linear_probe")}
     last = {name: percent(tasks["methods"][name]["class"]["final"]["mean"]).text for name in ("memory", "finetune")}
     return (
-        f"With a few images of each class, a memory on a frozen network is right on {percent(few['memory_head']['mean']).text}, a "
-        f"well-fitted linear probe on {percent(few['linear_probe']['mean']).text} ({few['linear_probe']['n']} episodes); after all "
-        f"tasks, learnt one by one, a memory has {last['memory']}, fine-tuning {last['finetune']}, guessing "
-        f"{percent(tasks['chance']['class'], 0).text}."
+        f"From a few images of each class, a memory on a frozen network is right on {few['memory_head']}; after all tasks, learnt one "
+        f"by one, on {last['memory']}",
+        f"a well-fitted linear probe has {few['linear_probe']}; fine-tuning {last['finetune']}, guessing "
+        f"{percent(tasks['chance']['class'], 0).text}",
     )
 
 

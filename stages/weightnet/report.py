@@ -42,11 +42,13 @@ def weightnet_section(dataset: str) -> Section:
     runs = load_json(zoo / "summary.json")["runs"]
     of = f"n = {scores['test_acc']['weightnet']['tau']['n']} splits of {runs} runs of {main}, means ± standard deviations"
     shown, curve, predictions, attention = pictures(EVALUATED / dataset, PICTURES)
+    answer, baseline = verdict(scores, runs)
     return Section(
         key="weightnet",
         title="How good is it?",
         data=f"{runs} small networks ({main}) trained on {dataset}, and zoos of {len(summary['relabelling']) - 1} other architectures",
-        verdict=verdict(scores, runs),
+        answer=answer,
+        baseline=baseline,
         table=headline(summary, scores, of),
         picture=shown,
         details=[
@@ -60,17 +62,13 @@ def weightnet_section(dataset: str) -> Section:
     )
 
 
-def verdict(scores: dict[str, Any], runs: int) -> str:
-    """Return what was found in one sentence."""
-    taus = {
-        name: short(found["tau"]["mean"])
-        for name, found in scores["test_acc"].items()
-        if name in ("hybrid", "stats_gbm", "hyperparameters_gbm", "labelled_32")
-    }
+def verdict(scores: dict[str, Any], runs: int) -> tuple[str, str]:
+    """Return what was found, and the baselines."""
+    taus = {name: short(found["tau"]["mean"]) for name, found in scores["test_acc"].items()}
     return (
-        f"Kendall's tau between predicted and measured accuracy of unseen networks is {taus.get('hybrid')} for the hybrid, "
-        f"{taus.get('stats_gbm')} for boosting on statistics of the weights, {taus.get('hyperparameters_gbm')} for hyper-parameters "
-        f"alone and {taus.get('labelled_32')} for 32 labelled images, where guessing has 0 ({runs} runs)."
+        f"Unseen networks are ranked by their accuracy with Kendall's tau {taus['hybrid']} (hybrid, {runs} runs)",
+        f"guessing has 0, boosting on statistics of the weights {taus['stats_gbm']}, on hyper-parameters alone "
+        f"{taus['hyperparameters_gbm']}, 32 labelled images {taus['labelled_32']}",
     )
 
 
