@@ -34,7 +34,7 @@ def test_what_is_shown_runs_in_a_fresh_clone_and_prints_what_is_said(clone, show
 
 
 def test_there_are_demonstrations():
-    assert {shown.page for shown in DEMONSTRATIONS} >= {"README.md", "stages/vit_memory/README.md"}
+    assert {shown.page for shown in DEMONSTRATIONS} >= {"README.md"}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,13 @@ from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 TEXT = (ROOT / "dvc.yaml").read_text()
 DVC_YAML = yaml.safe_load(TEXT)["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-COMMANDS = {"audit", "forecast_snapshots", "predict", "publish"}  # no stages: for users' own files, and for git
+COMMANDS = {
+    "audit",
+    "forecast_snapshots",
+    "predict",
+    "publish",
+    "remember",
+}  # no stages: for users' own files, and for git
 PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))
 

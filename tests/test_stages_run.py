@@ -242,7 +242,7 @@ def test_what_is_published_is_the_report_and_its_pictures(finished, tmp_path, mo
     assert not (tmp_path / "reports/published/old").exists()
     assert published == re.sub(r"\]\(\.\./", "](published/", report)
     assert "| commit |" in published
-    assert "(stages/recall/README.md) | " in (tmp_path / "README.md").read_text()
+    assert "(stages/recall/README.md)<br>" in (tmp_path / "README.md").read_text()
     assert "| forecaster |" in (tmp_path / "stages/forecast/README.md").read_text()
 
 

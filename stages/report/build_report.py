@@ -23,6 +23,7 @@ from stages.weightnet.report import weightnet_section
 
 MARKDOWN = Path("reports/build_report/report.md")
 PAGE = Path(__file__).with_name("page.html")
+ANSWERS = "| question, and of what | answer | against |"
 SAID = "Five questions about the weights of trained networks, each answered beside its trivial baseline."
 NOTE = (
     "Baselines are shown in {grey}, what is best of the rest in bold. ± is a standard deviation, [ ] a 95 % interval."
@@ -59,8 +60,8 @@ def markdown_picture(picture: Picture) -> list[str]:
 
 def answers_table(sections: list[Section]) -> list[str]:
     """Return a row a system, as lines of Markdown: its question, which leads to its section, its answer, and trivial ones."""
-    rows = [f"| [{s.title}](#{s.key}) | {s.answer} | {s.baseline} |" for s in sections]
-    return ["| question | answer | beside it |", "| --- | --- | --- |", *rows]
+    rows = [f"| [{s.title}](#{s.key})<br>{s.data} | {s.answer} | {s.baseline} |" for s in sections]
+    return [ANSWERS, "| --- | --- | --- |", *rows]
 
 
 def markdown_section(section: Section) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from stages.common.files import require, save_text
 from stages.common.report import REPORTS
 from stages.common.stage import InputError, parse_arguments, run
-from stages.report.build_report import MARKDOWN
+from stages.report.build_report import ANSWERS, MARKDOWN
 
 REPORT = REPORTS / "report.md"
 PUBLISHED = REPORTS / "published"
@@ -28,7 +28,7 @@ SYSTEMS = ("forecast", "bilinear", "weightnet", "recall", "vit_memory")
 def answers(report: str) -> str:
     """Return the report's table of answers; its links lead to the systems' pages."""
     lines = report.splitlines()
-    start = lines.index("| question | answer | beside it |")
+    start = lines.index(ANSWERS)
     rows = lines[start : start + 2 + len(SYSTEMS)]
     return re.sub(r"\(#(\w+)\)", r"(stages/\1/README.md)", "\n".join(rows))
 

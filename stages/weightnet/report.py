@@ -46,7 +46,7 @@ def weightnet_section(dataset: str) -> Section:
     return Section(
         key="weightnet",
         title="How good is it?",
-        data=f"{runs} small networks ({main}) trained on {dataset}, and zoos of {len(summary['relabelling']) - 1} other architectures",
+        data=f"{runs} small networks trained on {dataset}, and {len(summary['relabelling']) - 1} other zoos",
         answer=answer,
         baseline=baseline,
         table=headline(summary, scores, of),
