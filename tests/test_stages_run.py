@@ -21,7 +21,7 @@ from reproduction import ROOT, scale_overrides
 from stages.bilinear.training import load_model
 from stages.common.stage import InputError
 from stages.report import publish
-from stages.weightnet.networks import ARCHITECTURES
+from stages.weightnet.zoo.architectures import ARCHITECTURES
 
 PIPELINE = [
     *(("stages.datasets.fetch_data", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),

@@ -27,11 +27,12 @@ from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.weightnet import pictures
-from stages.weightnet.networks import zoo_program
-from stages.weightnet.program import Program
-from stages.weightnet.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
-from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to, train_stack
-from stages.weightnet.zoo import ImageParams, Images, zoo_images
+from stages.weightnet.tracing.program import Program
+from stages.weightnet.zoo.architectures import zoo_program
+from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
+from stages.weightnet.zoo.reading import ImageParams, Images, zoo_images
+from stages.weightnet.zoo.runs import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to
+from stages.weightnet.zoo.training import train_stack
 
 MODELS = Path("models/build_zoo")
 REPORTS = Path("reports/build_zoo")

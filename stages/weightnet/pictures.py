@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from stages.common.figures import image_grid, save_figure
-from stages.weightnet.properties import PROPERTIES, REFERENCES
+from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES
 
 LABELS = {
     "train_acc": "training accuracy",
