@@ -28,7 +28,6 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAM
 ZOOS = {"models/build_zoo/${item.dataset}-*": "train_weightnet.tasks.architectures"}
 FLEETS = {"models/condense_changes/*.safetensors": "build_fleet.variants"}
 MEMBERS = {  # by stage: paths with a star for a member, and the list or mapping of params.yaml that names the members
-    "decompose_bilinear": {"models/train_bilinear/${item.dataset}-*": "train_bilinear.variants"},
     "evaluate_forecaster": {"models/train_forecaster/${item.dataset}-*/forecaster.pt": "train_forecaster.variants"},
     "train_weightnet": ZOOS,
     "evaluate_weightnet": ZOOS | {"models/train_weightnet/${item.dataset}-*": "train_weightnet.variants"},
