@@ -271,10 +271,8 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for dataset in changed["train_lenet"]["datasets"]:
         assert dataset in fetched
         train_lenet.Params.load("train_lenet", dataset)
-        for stage in (compress_trajectory, tune_jump, evaluate_forecaster, nowcast_training):
+        for stage in (train_forecaster, compress_trajectory, tune_jump, evaluate_forecaster, nowcast_training):
             stage.Params.load(stage.__name__.rpartition(".")[2], dataset)
-        for variant in changed["train_forecaster"]["variants"]:
-            train_forecaster.Params.load("train_forecaster", dataset, variant)
     assert changed["build_report"]["vit_memory"] in changed["extract_features"]["datasets"]
     for variant in changed["pretrain_backbone"]["variants"]:
         pretrain_backbone.Params.load("pretrain_backbone", variant=variant)

@@ -28,10 +28,7 @@ PIPELINE = [
     ("stages.bilinear.train_bilinear", {"dataset": "digits"}),
     ("stages.bilinear.decompose_bilinear", {"dataset": "digits"}),
     ("stages.forecast.train_lenet", {"dataset": "digits"}),
-    *(
-        ("stages.forecast.train_forecaster", {"dataset": "digits", "variant": variant})
-        for variant in ("transformer", "weights_only", "mlp", "ridge", "diffusion", "pca_transformer")
-    ),
+    ("stages.forecast.train_forecaster", {"dataset": "digits"}),
     ("stages.forecast.compress_trajectory", {"dataset": "digits"}),
     ("stages.forecast.tune_jump", {"dataset": "digits"}),
     ("stages.forecast.evaluate_forecaster", {"dataset": "digits"}),

@@ -1,6 +1,6 @@
 """Tune the transformer through the networks that it proposes: cross-entropy, differentiated through their weights.
 
-Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>-transformer/forecaster.pt
+Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>/transformer/forecaster.pt
 Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of a JumpForecaster
         reports/tune_jump/<dataset>/history.csv      losses of the proposed networks over those of the last ones
 
@@ -151,7 +151,7 @@ def main() -> None:
     params = Params.load("tune_jump", dataset)
     pin_threads()
     runs = load_runs(dataset)
-    body, config = load_forecaster(FORECASTERS / f"{dataset}-transformer" / "forecaster.pt", "transformer")
+    body, config = load_forecaster(FORECASTERS / dataset / "transformer" / "forecaster.pt", "transformer")
     model = JumpForecaster(body)
     data = load_lenet_data(dataset, runs.recipe, torch.device("cpu"), test_images=0)
     seen, held_out = (
