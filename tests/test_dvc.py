@@ -71,6 +71,19 @@ def test_a_change_reaches_the_stages_that_read_it_and_no_other(computed):
     assert after(lambda p: p["decompose_bilinear"].update(mask_norm=1.0)) == {"decompose_bilinear@digits"}
 
 
+def test_after_a_sweep_a_table_of_160_columns_shows_the_parameter_and_its_effect(computed, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    project = clone(computed, tmp_path / "sweep")
+    command(project, "dvc", "pull", "--quiet", TARGET, *sorted(TRAINED), "fetch_data@digits")
+    command(project, "dvc", "exp", "run", "--quiet", "-S", "decompose_bilinear.similarity_rank=2", TARGET)
+    table = command(project, "dvc", "exp", "show", "--only-changed", "--no-pager").splitlines()
+    assert max(len(line.rstrip()) for line in table) <= 160
+    shown = "\n".join(table)
+    assert "…" not in shown.replace("└──", "")
+    assert "similarity_rank" in shown and "similarity_untrained" in shown
+    assert "acc_linear" not in shown  # it did not change
+
+
 def test_a_stage_killed_while_it_writes_is_repeated_to_the_same_result(computed, tmp_path):
     project = clone(computed, tmp_path / "killed")
     command(project, "dvc", "pull", "--quiet", "fetch_data@digits", *sorted(TRAINED))  # all but the results of TARGET
