@@ -52,7 +52,9 @@ class Params(StageParams):
     steps: PositiveInt
     learning_rate: PositiveFloat
     images: PositiveInt  # training images in a step
-    pull: NonNegativeFloat  # the proximal weight: of the squared distance to the mean of the last snapshots, in units of the scale
+    proximal_weight: (
+        NonNegativeFloat  # of the squared distance to the mean of the last snapshots, in units of the scale
+    )
     origins: PositiveInt  # of each run; the features of all are kept in memory
     reference_images: PositiveInt  # on which the last weights' losses are taken, and jumps validated: then unseen ones
     check_every: PositiveInt  # steps
@@ -170,7 +172,7 @@ def main() -> None:
         steps=params.steps,
         learning_rate=params.learning_rate,
         batch_size=params.images,
-        proximal_weight=params.pull,
+        proximal_weight=params.proximal_weight,
         check_every=params.check_every,
     )
     save_torch(MODELS / dataset / "forecaster.pt", {"config": config | {"kind": "jump"}, "state_dict": state})
