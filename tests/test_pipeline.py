@@ -45,7 +45,13 @@ from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 TEXT = (ROOT / "dvc.yaml").read_text()
 DVC_YAML = yaml.safe_load(TEXT)["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-COMMANDS = {"audit", "forecast_snapshots", "predict", "publish"}  # no stages: for users' own files, and for git
+COMMANDS = {
+    "audit",
+    "forecast_snapshots",
+    "predict",
+    "publish",
+    "remember",
+}  # no stages: for users' own files, and for git
 PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))
 
@@ -315,11 +321,3 @@ def test_variants_are_the_same_everywhere():
     assert set(fleets) == set(condense_changes.FLEETS) == set(recover_memory.CHARACTERISTICS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
-
-
-def test_documents_name_files_that_exist():
-    """Every path below the project that README names is there."""
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"(?:stages|tests|reports)/[\w./-]+\.(?:py|args|json|png)", text))
-    assert named
-    assert not [path for path in named if not (ROOT / path).exists()]

@@ -1,80 +1,101 @@
-"""Build the report: one table for each system, every number beside its baseline, then more tables and the pictures.
+"""Build the report: what was found of each system in a sentence and a table, every number beside its baseline; all else folded.
 
-Reads   reports/<stage>/<item>/ of every member that params.yaml names
+Reads   reports/<stage>/<item>/ of every member that params.yaml names; stages/report/page.html
 Writes  reports/index.html (self-contained: pictures are inside, nothing is loaded from elsewhere)
         reports/build_report/report.md (`python -m stages.report.publish` makes a copy of it that git tracks)
 """
 
 import base64
-from html import escape
 from os.path import relpath
 from pathlib import Path
 
+from jinja2 import Environment, StrictUndefined
+
+from stages.bilinear.report import bilinear_section
 from stages.common.files import require, save_text
+from stages.common.report import REPORTS, Picture, Section, Table
 from stages.common.stage import StageParams, parse_arguments, run
-from stages.report.bilinear import bilinear_section
-from stages.report.elements import REPORTS, Section
-from stages.report.forecast import forecast_section
-from stages.report.recall import recall_section
-from stages.report.vit_memory import vit_memory_section
-from stages.report.weightnet import weightnet_section
+from stages.forecast.report import forecast_section
+from stages.recall.report import recall_section
+from stages.report.card import card
+from stages.vit_memory.report import vit_memory_section
+from stages.weightnet.report import weightnet_section
 
 MARKDOWN = Path("reports/build_report/report.md")
-NOTE = "Means ± standard deviations over seeds (of similarities, over pairs of seeds), or [95 % confidence intervals]."
+PAGE = Path(__file__).with_name("page.html")
+ANSWERS = "| question, and of what | answer | against |"
+SAID = "Five questions about the weights of trained networks, each answered beside its trivial baseline."
+NOTE = (
+    "Baselines are shown in {grey}, what is best of the rest in bold. ± is a standard deviation, [ ] a 95 % interval."
+)
 
 
 class Params(StageParams):
-    """What the report shows of each system."""
+    """The data set that the report shows of each system."""
 
-    bilinear: str  # the data set
+    bilinear: str
     forecast: str
     weightnet: str
     recall: str
     vit_memory: str
 
 
-def render_markdown(sections: list[Section]) -> str:
-    """Return the report as Markdown; picture paths are relative to its folder."""
-    lines = ["# weightlens report", "", NOTE, ""]
-    for section in sections:
-        lines += [f"## {section.title}", "", section.question, ""]
-        for table in section.tables:
-            lines += [table.caption, ""] if table.caption else []
-            cells = [table.header, ["---"] * len(table.header), *table.rows]
-            lines += [f"| {' | '.join(row)} |" for row in cells] + [""]
-        for picture in section.pictures:
-            lines += [picture.caption, "", f"![{picture.caption}]({relpath(picture.path, MARKDOWN.parent)})", ""]
-    return "\n".join(lines)
+def markdown_table(table: Table) -> list[str]:
+    """Return a table as lines of Markdown: baselines in italics, the best in bold."""
+    best = table.best()
+
+    def written(place: int, column: int, text: str) -> str:
+        mark = "*" if table.rows[place].baseline else "**" if (place, column) in best else ""
+        return f"{mark}{text}{mark}" if text else ""
+
+    rows = [[written(i, j, cell.text) for j, cell in enumerate(row.cells)] for i, row in enumerate(table.rows)]
+    cells = [table.header, ["---"] * len(table.header), *rows]
+    return [table.caption, "", *(f"| {' | '.join(row)} |" for row in cells), ""]
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; }
-table:first-of-type td:nth-child(2) { font-weight: 600; white-space: nowrap; }
-caption, figcaption { color: #555; text-align: left; } figure { margin: 2em 0; } img { max-width: 100%; }
-"""
+def markdown_picture(picture: Picture) -> list[str]:
+    """Return a picture and its caption as lines of Markdown; its path is relative to the report's folder."""
+    return [f"![{picture.alt}]({relpath(picture.path, MARKDOWN.parent)})", "", f"*{picture.caption}*", ""]
 
 
-def render_html(sections: list[Section]) -> str:
+def answers_table(sections: list[Section]) -> list[str]:
+    """Return a row a system, as lines of Markdown: its question, which leads to its section, its answer, and trivial ones."""
+    rows = [f"| [{s.title}](#{s.key})<br>{s.data} | {s.answer} | {s.baseline} |" for s in sections]
+    return [ANSWERS, "| --- | --- | --- |", *rows]
+
+
+def markdown_section(section: Section) -> list[str]:
+    """Return a section as lines of Markdown; what the page folds is folded here, too."""
+    lines = [f"## {section.key}", "", f"**{section.title}** ({section.data})", "", section.verdict, ""]
+    lines += markdown_table(section.table) + markdown_picture(section.picture)
+    for detail in section.details:
+        lines += ["<details>", f"<summary>{detail.title}</summary>", ""]
+        lines += [line for table in detail.tables for line in markdown_table(table)]
+        lines += [line for picture in detail.pictures for line in markdown_picture(picture)]
+        lines += ["</details>", ""]
+    return lines
+
+
+def render_markdown(sections: list[Section], facts: dict[str, str]) -> str:
+    """Return the report as Markdown: what it is of, the verdicts, then a section a system."""
+    lines = ["# weightlens report", "", SAID, "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {fact} |" for name, fact in facts.items()]
+    lines += ["", *answers_table(sections), ""]
+    lines += [NOTE.format(grey="italics"), ""]
+    return "\n".join([*lines, *(line for section in sections for line in markdown_section(section))])
+
+
+def data_url(path: Path) -> str:
+    """Return a picture file as a URL that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(require(path).read_bytes()).decode()}"
+
+
+def render_html(sections: list[Section], facts: dict[str, str]) -> str:
     """Return the report as one HTML page with the pictures inside."""
-    lines = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>weightlens report</title><style>{STYLE}</style><h1>weightlens report</h1><p>{NOTE}</p>",
-    ]
-    for section in sections:
-        lines.append(f"<section><h2>{escape(section.title)}</h2><p>{escape(section.question)}</p>")
-        for table in section.tables:
-            lines.append(f"<table><caption>{escape(table.caption)}</caption>")
-            for tag, row in [("th", table.header), *(("td", row) for row in table.rows)]:
-                lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>")
-            lines.append("</table>")
-        for picture in section.pictures:
-            data, caption = base64.b64encode(require(picture.path).read_bytes()).decode(), escape(picture.caption)
-            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-            lines.append(f"<figure><figcaption>{caption}</figcaption>{image}</figure>")
-        lines.append("</section>")
-    return "\n".join([*lines, "</html>", ""])
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data_url"] = data_url
+    page = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    return page.render(sections=sections, facts=facts, said=SAID, note=NOTE.format(grey="grey"))
 
 
 def main() -> None:
@@ -87,8 +108,9 @@ def main() -> None:
         recall_section(params.recall),
         vit_memory_section(params.vit_memory),
     ]
-    save_text(MARKDOWN, render_markdown(sections))
-    save_text(REPORTS / "index.html", render_html(sections))
+    facts = card(sections)
+    save_text(MARKDOWN, render_markdown(sections, facts))
+    save_text(REPORTS / "index.html", render_html(sections, facts))
     print(f"open {REPORTS / 'index.html'}, or read {MARKDOWN}")
 
 

@@ -1,45 +1,60 @@
-"""Publish the report of the last run: a copy that git tracks, for readers who have run nothing. No stage writes it.
+"""Publish the report of the last run, for readers who have run nothing: a copy that git tracks. No stage writes it.
 
 Reads   reports/build_report/report.md and the pictures that it shows
-Writes  reports/report.md     the same, after a line that says where and with what it was made
-        reports/published/    its pictures
+Writes  reports/report.md              the same, with the card that says of what, where and with what it was made
+        reports/published/             its pictures
+        README.md                      the five answers, between two comments
+        stages/<system>/README.md      the system's table, between two comments
 """
 
-import platform
 import re
 import shutil
-import subprocess
-from datetime import date
-from importlib.metadata import version
+import textwrap
 from pathlib import Path
 
 from stages.common.files import require, save_text
+from stages.common.report import REPORTS
 from stages.common.stage import InputError, parse_arguments, run
-from stages.report.build_report import MARKDOWN
-from stages.report.elements import REPORTS
+from stages.report.build_report import ANSWERS, MARKDOWN
 
+REPORT = REPORTS / "report.md"
 PUBLISHED = REPORTS / "published"
 PICTURE = re.compile(r"\]\(\.\./([^)]+\.png)\)")  # a link of Markdown from the report's folder to another stage's
+BLOCK = re.compile(r"(<!-- of reports/report\.md[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH = 140  # of a line
+SYSTEMS = ("forecast", "bilinear", "weightnet", "recall", "vit_memory")
 
 
-def processor() -> str:
-    """Return the processor's name, and which vector instructions torch uses on it."""
-    import torch  # here: --help should not wait for it
-
-    try:
-        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+def answers(report: str) -> str:
+    """Return the report's table of answers; its links lead to the systems' pages."""
+    lines = report.splitlines()
+    start = lines.index(ANSWERS)
+    rows = lines[start : start + 2 + len(SYSTEMS)]
+    return re.sub(r"\(#(\w+)\)", r"(stages/\1/README.md)", "\n".join(rows))
 
 
-def commit() -> str:
-    """Return the short hash of the commit that is checked out; InputError outside of git."""
-    try:
-        return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        raise InputError("the report is published with the commit it was made from: run in a git checkout") from None
+def headline(report: str, system: str) -> str:
+    """Return a system's first table in the report, and what it says of it."""
+    section = re.search(rf"^## {system}\n(.*?)^!\[", report, re.MULTILINE | re.DOTALL)
+    assert section
+    caption, table = section[1].strip().split("\n\n")[-2:]
+    return f"{table}\n\n{textwrap.fill(caption, WIDTH)}"
+
+
+def filled(path: Path, block: str) -> str:
+    """Return a document's text in which what stands between the two comments is `block`."""
+    text = require(path).read_text(encoding="utf-8")
+    if not BLOCK.search(text):
+        raise InputError(
+            f"{path}: expected a line <!-- of reports/report.md --> and a line <!-- end -->, got none: add them"
+        )
+    return BLOCK.sub(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text, count=1)
+
+
+def documents(report: str) -> dict[Path, str]:
+    """Return the texts of the documents that quote a report."""
+    pages = {Path(f"stages/{system}/README.md"): headline(report, system) for system in SYSTEMS}
+    return {path: filled(path, block) for path, block in {Path("README.md"): answers(report), **pages}.items()}
 
 
 def main() -> None:
@@ -48,14 +63,15 @@ def main() -> None:
     pictures = sorted(set(PICTURE.findall(text)))
     for picture in pictures:
         require(REPORTS / picture)
-    made = f"One run of the default scale, {date.today()}: commit {commit()}, {processor()}, torch {version('torch')}."
+    report = PICTURE.sub(r"](published/\1)", text)
+    quoting = documents(report)
     shutil.rmtree(PUBLISHED, ignore_errors=True)
     for picture in pictures:
         (PUBLISHED / picture).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(REPORTS / picture, PUBLISHED / picture)
-    title, _, rest = PICTURE.sub(r"](published/\1)", text).partition("\n")
-    save_text(REPORTS / "report.md", f"{title}\n\n{made}\n{rest}")
-    print(f"wrote {REPORTS / 'report.md'} and {len(pictures)} pictures: commit them")
+    for path, page in {REPORT: report, **quoting}.items():
+        save_text(path, page)
+    print(f"wrote {', '.join(map(str, (REPORT, *quoting)))} and {len(pictures)} pictures: commit them")
 
 
 if __name__ == "__main__":

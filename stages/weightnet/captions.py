@@ -1,0 +1,36 @@
+"""What people read in tables and pictures in place of the names of predictors and properties."""
+
+PROPERTY_LABELS = {
+    "train_acc": "training accuracy",
+    "test_acc": "test accuracy",
+    "gap": "generalisation gap",
+    "noise_acc": "accuracy under noise",
+    "fgsm_acc": "accuracy under FGSM",
+    "test_loss": "test loss",
+    "calibration_error": "calibration error",
+}
+PREDICTORS = {  # name: what people read, and what the predictor reads
+    "hybrid": ("hybrid: WeightNet, probes and statistics", "weights, learned inputs"),
+    "probe": ("probes", "learned inputs"),
+    "weightnet": ("WeightNet", "weights"),
+    "stats": ("perceptron on statistics", "weights"),
+    "stats_gbm": ("boosting on statistics", "weights"),
+    "nfn": ("neural functional network", "weights"),
+    "no_cross": ("WeightNet without messages along weights", "weights"),
+    "no_intra": ("WeightNet without attention", "weights"),
+    "no_augmentation": ("WeightNet without relabelled copies", "weights"),
+    "one_sided": ("attention over rows, not quite invariant", "weights"),
+    "canonical": ("sorted weights, flat", "weights"),
+    "mlp": ("flat weights", "weights"),
+    "nearest": ("nearest neighbour in weights", "weights"),
+    "hyperparameters_gbm": ("boosting on hyper-parameters", "hyper-parameters"),
+    "labelled_128": ("accuracy on 128 labelled images", "labelled images"),
+    "labelled_32": ("accuracy on 32 labelled images", "labelled images"),
+    "confidence_128": ("mean confidence on 128 images", "images without labels"),
+}
+BASELINES = ("nearest", "hyperparameters_gbm", "labelled_128", "labelled_32", "confidence_128")
+
+
+def predictor(name: str) -> str:
+    """Return what to show for a predictor; by default its words."""
+    return PREDICTORS.get(name, (name.replace("_", " "), ""))[0]

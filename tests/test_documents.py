@@ -1,0 +1,81 @@
+"""What README and the systems' pages say is true: what they show prints that, what they name is there, what they quote is quoted."""
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import documents
+import pytest
+from documents import PAGES, ROOT, Demonstration
+
+from stages.report import publish
+
+LONGEST, WIDEST = 150, 140  # lines of README, and characters of a line that can be broken
+SECONDS = 60  # of a demonstration: it takes a few on an idle processor
+DEMONSTRATIONS = [shown for page in PAGES for shown in documents.demonstrations(page)]
+REPORT = (ROOT / "reports/report.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user has before anything is trained."""
+    return documents.fresh_clone(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.mark.parametrize("shown", DEMONSTRATIONS, ids=lambda shown: f"{shown.page}: {shown.command[-1][:40]!r}")
+def test_what_is_shown_runs_in_a_fresh_clone_and_prints_what_is_said(clone, shown: Demonstration):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WEIGHTLENS_", "RAY_"))}
+    environment |= {"PYTHONPATH": str(clone)}
+    done = subprocess.run(shown.command, cwd=clone, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert documents.alike(shown.printed, done.stdout), done.stdout
+
+
+def test_there_are_demonstrations():
+    assert {shown.page for shown in DEMONSTRATIONS} >= {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("said", "printed", "same"),
+    [
+        ("84.6 % of 1797", "84.5 %  of\n1797", True),
+        ("84.6 % of 1797", "70.0 % of 1797", False),
+        ("0.95 of A", "0.94 of A", True),
+        ("0.95 of A", "0.95 of B", False),
+        ("1 and 2", "1", False),
+    ],
+)
+def test_small_differences_of_numbers_are_forgiven_and_no_others(said, printed, same):
+    assert documents.alike(said, printed) == same
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_what_is_named_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/<-])(?:stages|tests|reports)/[\w./-]+\.(?:py|args|json|png|md)", text):
+        assert (ROOT / path).exists() or path == "reports/index.html", path
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        target = (page.parent / path) if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings]
+    for module in re.findall(r"python -m (stages[\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    if page.parent != ROOT:
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (page.parent / name).exists() or list(page.parent.glob(f"*/{name}")), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_pages_are_short(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST if page.parent == ROOT else 60 <= len(lines) <= 130
+    assert not [line for line in lines if len(line) > WIDEST and not line.startswith(("|", "![", "<!--"))]
+
+
+def test_what_is_quoted_of_the_published_report_is_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path, text in publish.documents(REPORT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run 'python -m stages.report.publish'"
