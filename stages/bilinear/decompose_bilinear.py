@@ -112,7 +112,7 @@ class Network:
 
 def load_networks(dataset: str, variant: str, depth: int) -> list[Network]:
     """Return the best checkpoint of every seed of a variant; InputError if there is none, or of another depth."""
-    folder = RUNS / f"{dataset}-{variant}"
+    folder = RUNS / dataset / variant
     networks = [Network(*load_model(path)) for path in folder.glob("*/best.pt")]
     if not networks:
         raise InputError(f"{folder} holds no checkpoints{remedy(folder / 'seed' / 'best.pt')}")

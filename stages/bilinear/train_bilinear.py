@@ -1,9 +1,9 @@
-"""Train one variant of the bilinear classifier on one data set, with several seeds.
+"""Train every variant of the bilinear classifier on one data set, with several seeds.
 
 Reads   data/<dataset>.safetensors
-Writes  models/train_bilinear/<dataset>-<variant>/seed<seed>/{best.pt, latest.pt, metrics.csv, summary.json}
-        reports/train_bilinear/<dataset>-<variant>/metrics.csv    a row for each run and epoch
-        reports/train_bilinear/<dataset>-<variant>/summary.json   accuracy over seeds beside the largest class's
+Writes  models/train_bilinear/<dataset>/<variant>/seed<seed>/{best.pt, latest.pt, metrics.csv, summary.json}
+        reports/train_bilinear/<dataset>/metrics.csv    a row for each run and epoch
+        reports/train_bilinear/<dataset>/summary.json   accuracy over seeds of each variant beside the largest class's
 """
 
 import shutil
@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from tqdm import tqdm
 
-from stages.bilinear.training import train_image_experiment
-from stages.common.files import load_csv, load_json, save_csv, save_json
+from stages.bilinear.training import TrainedRun, train_run
+from stages.common.files import save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import majority_accuracy, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
@@ -48,7 +48,7 @@ class Params(StageParams):
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat
     warmup_fraction: Fraction  # of all steps
-    variant: Variant
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
 
     @field_validator("seeds")
     @classmethod
@@ -59,8 +59,8 @@ class Params(StageParams):
 
 
 def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, Any]:
-    """Return the config (see stages.bilinear.training) of the run of one seed; `name` is <dataset>-<variant>."""
-    shared, variant = params.model_dump(), params.variant.model_dump()
+    """Return the config (see stages.bilinear.training) of one seed's run of the variant called `name`."""
+    shared, variant = params.model_dump(), params.variants[name].model_dump()
     recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_fraction")
     return {
         "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
@@ -71,32 +71,48 @@ def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, 
             "input_noise": variant["input_noise"],
         },
         "seed": seed,
-        "run_dir": str(MODELS / name / f"seed{seed}"),
+        "run_dir": str(MODELS / dataset / name / f"seed{seed}"),
     }
 
 
+def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> dict[str, Any]:
+    """Return each variant's accuracies over seeds, beside that of always answering the largest class."""
+    accuracies = {
+        name: {
+            "test_acc": mean_std([run.summary["test_acc"] for run in of_seeds]),
+            "val_acc": mean_std([run.summary["best"]["val_acc"] for run in of_seeds]),
+        }
+        for name, of_seeds in runs.items()
+    }
+    return {**accuracies, "majority_acc": majority_acc}
+
+
 def main() -> None:
-    arguments = parse_arguments(__doc__, dataset="of train_bilinear.datasets", variant="of train_bilinear.variants")
-    dataset, name = arguments.dataset, f"{arguments.dataset}-{arguments.variant}"
-    params = Params.load("train_bilinear", dataset, arguments.variant)
+    dataset = parse_arguments(__doc__, dataset="of train_bilinear.datasets").dataset
+    params = Params.load("train_bilinear", dataset)
     pin_threads()
     device = pick_device()
     train, test = load_images(dataset, device)
-    configs = [run_config(dataset, name, seed, params) for seed in params.seeds]
-    shutil.rmtree(MODELS / name, ignore_errors=True)  # runs of seeds that are no longer asked for
-    with tqdm(total=len(configs) * params.epochs, desc=f"train {name}", unit=" epochs", disable=None) as bar:
-        paths = parallel_map(lambda config: train_image_experiment(config, bar.update), configs, device)
+    configs = [run_config(dataset, name, seed, params) for name in params.variants for seed in params.seeds]
+    with tqdm(total=len(configs) * params.epochs, desc=f"train {dataset}", unit=" epochs", disable=None) as bar:
+        trained = parallel_map(lambda config: train_run(config, bar.update), configs, device)
 
-    results = [load_json(path["summary_path"]) for path in paths]
-    test_acc = mean_std([result["test_acc"] for result in results])
-    val_acc = mean_std([result["best"]["val_acc"] for result in results])
-    majority = majority_accuracy(train.labels, test.labels)
-    rows = [{"run": path["run_dir"].name, **row} for path in paths for row in load_csv(path["metrics_path"])]
-    save_csv(REPORTS / name / "metrics.csv", rows)
-    save_json(REPORTS / name / "summary.json", {"test_acc": test_acc, "val_acc": val_acc, "majority_acc": majority})
-    print(
-        f"{name}: test accuracy {test_acc['mean']:.2%} ± {test_acc['std']:.2%}; the largest class alone {majority:.2%}"
-    )
+    shutil.rmtree(MODELS / dataset, ignore_errors=True)  # only now: an interrupted run loses nothing
+    for config, one in zip(configs, trained, strict=True):
+        one.write(Path(config["run_dir"]))
+    n = len(params.seeds)
+    runs = {name: trained[i * n : (i + 1) * n] for i, name in enumerate(params.variants)}
+    summary = summarise(runs, majority_accuracy(train.labels, test.labels))
+    rows = [
+        {"variant": name, "run": f"seed{seed}", **row}
+        for name, of_seeds in runs.items()
+        for seed, one in zip(params.seeds, of_seeds, strict=True)
+        for row in one.history
+    ]
+    save_csv(REPORTS / dataset / "metrics.csv", rows)
+    save_json(REPORTS / dataset / "summary.json", summary)
+    shown = ", ".join(f"{name} {summary[name]['test_acc']['mean']:.2%}" for name in runs)
+    print(f"{dataset}: test accuracy {shown}; the largest class alone {summary['majority_acc']:.2%}")
 
 
 if __name__ == "__main__":

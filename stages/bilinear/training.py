@@ -69,13 +69,44 @@ def build_image_dataloaders(dataset_cfg: dict[str, Any], train_cfg: dict[str, An
     )
 
 
-def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> dict[str, Path]:
-    """Train by `config` (see the module); validation chooses the best epoch, and the test set is read once, for that one.
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run leaves behind: its checkpoints (see `load_checkpoint`), a row of metrics for each epoch, and its results."""
 
-    Writes best.pt, latest.pt, metrics.csv (a row an epoch) and summary.json into `run_dir`, and returns
-    {"run_dir", "metrics_path", "summary_path", "best_checkpoint_path", "latest_checkpoint_path"}.
+    best: dict[str, Any]
+    latest: dict[str, Any]
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def write(self, run_dir: Path) -> dict[str, Path]:
+        """Write best.pt, latest.pt, metrics.csv and summary.json into `run_dir`, and return their paths by name."""
+        paths = {
+            "run_dir": run_dir,
+            "metrics_path": run_dir / "metrics.csv",
+            "summary_path": run_dir / "summary.json",
+            "best_checkpoint_path": run_dir / "best.pt",
+            "latest_checkpoint_path": run_dir / "latest.pt",
+        }
+        save_torch(paths["best_checkpoint_path"], self.best)
+        save_torch(paths["latest_checkpoint_path"], self.latest)
+        save_csv(paths["metrics_path"], self.history)
+        save_json(paths["summary_path"], self.summary)
+        return paths
+
+
+def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> dict[str, Path]:
+    """Train by `config` (see the module) and write into its `run_dir`.
+
+    Returns {"run_dir", "metrics_path", "summary_path", "best_checkpoint_path", "latest_checkpoint_path"}.
     """
-    # Elsewhere only main() writes files. Here a run does, since that is the original interface: a config in, paths out.
+    return train_run(config, on_epoch).write(Path(config["run_dir"]))
+
+
+def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> TrainedRun:
+    """Train by `config`; validation chooses the best epoch, and the test set is read once, for that one.
+
+    InputError as soon as the loss is not finite.
+    """
     recipe, device = config["train"], pick_device()
     data = build_image_dataloaders(config["dataset"], recipe, config["seed"])
     config = config | {
@@ -124,19 +155,7 @@ def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object
 
     model.load_state_dict(best["model_state_dict"])
     test_loss, test_acc = evaluate(model, data.test_loader, criterion, device)
-    run_dir = Path(config["run_dir"])
-    paths = {
-        "run_dir": run_dir,
-        "metrics_path": run_dir / "metrics.csv",
-        "summary_path": run_dir / "summary.json",
-        "best_checkpoint_path": run_dir / "best.pt",
-        "latest_checkpoint_path": run_dir / "latest.pt",
-    }
-    save_torch(paths["best_checkpoint_path"], best)
-    save_torch(paths["latest_checkpoint_path"], latest)
-    save_csv(paths["metrics_path"], history)
-    save_json(paths["summary_path"], {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
-    return paths
+    return TrainedRun(best, latest, history, {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
 
 
 @torch.no_grad()

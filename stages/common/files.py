@@ -145,10 +145,11 @@ def missing_from_list(stage: str) -> str:
         params = yaml.safe_load(Path("params.yaml").read_text())
     except (OSError, KeyError, yaml.YAMLError):
         return ""
+    for variant in next((values for values in matrix.values() if isinstance(values, list)), []):
+        item = item.removesuffix(f"-{variant}")
     for values in matrix.values():
         if isinstance(values, str):  # "${train_bilinear.datasets}"
             key = values.strip("${}")
-            known = reduce(dict.__getitem__, key.split("."), params)
-            if not any(item == value or item.startswith(f"{value}-") for value in known):
-                return f"add {item.split('-')[0]} to {key} in params.yaml, then "
+            if item not in reduce(dict.__getitem__, key.split("."), params):
+                return f"add {item} to {key} in params.yaml, then "
     return ""

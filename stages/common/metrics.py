@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 COVERAGE = 0.9  # of prediction intervals
+RESAMPLES = 2000  # of a bootstrap
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a five-number summary
 
 
@@ -40,14 +41,18 @@ def mean_interval(values: list[float]) -> dict[str, float]:
     return result
 
 
-def bootstrap_interval(measure: Callable[[Int[np.ndarray, " n"]], float], n: int, resamples: int) -> dict[str, float]:
-    """Return the measure of all n items, and its 95 % percentile interval over bootstrap samples, the same for every measure.
+def bootstrap_interval(
+    measure: Callable[..., Float[np.ndarray, "*r"]], *values: Float[np.ndarray, " n"], resamples: int = RESAMPLES
+) -> dict[str, float]:
+    """Return the measure of n items, and its 95 % percentile interval over bootstrap samples of the items.
 
-    `measure` is a function of the places of a sample's items.
+    `measure` takes one array [..., n] for each of `values` and reduces the last axis.
     """
-    samples = np.random.default_rng(0).integers(n, size=(resamples, n))
-    low, high = np.quantile([measure(places) for places in samples], [0.025, 0.975])
-    return {"mean": measure(np.arange(n)), "low": float(low), "high": float(high)}
+    from scipy.stats import bootstrap  # here: 0.5 s that most stages do without
+
+    intervals = bootstrap(values, measure, paired=True, n_resamples=resamples, method="percentile", rng=0)
+    low, high = intervals.confidence_interval
+    return {"mean": float(measure(*values)), "low": float(low), "high": float(high)}
 
 
 def headline_metrics(summary: dict[str, Any], places: dict[str, str]) -> dict[str, float]:

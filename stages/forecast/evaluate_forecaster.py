@@ -1,6 +1,6 @@
 """Compare all forecasters with their baselines on runs that none has seen: errors in weight space, and of the forecast networks.
 
-Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>-<variant>/forecaster.pt,
+Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>/<variant>/forecaster.pt,
         models/tune_jump/<dataset>/forecaster.pt
 Writes  reports/evaluate_forecaster/<dataset>/errors.csv        squared error by forecaster, run, origin and horizon
         reports/evaluate_forecaster/<dataset>/networks.csv      test loss and accuracy of the forecast networks, likewise
@@ -257,7 +257,7 @@ def draw(folder: Path, errors: pd.DataFrame, compared: Tables, main_regime: str,
 
 def load_forecasters(dataset: str) -> tuple[dict[str, Forecaster], SharedForecaster]:
     """Return every forecaster and baseline as a function of a run and an origin, and the transformer itself."""
-    learnt = {v: load_forecaster(FORECASTERS / f"{dataset}-{v}" / "forecaster.pt")[0] for v in VARIANTS}
+    learnt = {v: load_forecaster(FORECASTERS / dataset / v / "forecaster.pt")[0] for v in VARIANTS}
     jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
     horizons = learnt[TRANSFORMER].horizons
     forecasters: dict[str, Forecaster] = {name: partial(f, horizons=horizons) for name, f in BASELINES.items()}

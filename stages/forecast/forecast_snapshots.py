@@ -1,7 +1,7 @@
 """Forecast the weights of any network from a folder of its snapshots, and say how well that would have worked so far.
 
 Reads   PATH/*, files of weights (.pt, .pth, .ckpt, .safetensors, ...) or folders checkpoint-<n>/ with one each, of one run
-        models/train_forecaster/<dataset>-weights_only/forecaster.pt, which reads no optimiser's state
+        models/train_forecaster/<dataset>/weights_only/forecaster.pt, which reads no optimiser's state
 Writes  OUTPUT/forecast-<h>.safetensors   the state_dict h snapshots after the last one
         OUTPUT/errors.csv                 squared error over persistence's and linear extrapolation's, where the future is known
 
@@ -158,7 +158,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("forecasts"), help="folder to write to (default: forecasts)"
     )
-    default = Path("models/train_forecaster/digits-weights_only/forecaster.pt")
+    default = Path("models/train_forecaster/digits/weights_only/forecaster.pt")
     parser.add_argument("--forecaster", type=Path, default=default, help=f"default: {default}")
     parser.add_argument("--horizons", type=int, nargs="+", help="snapshots ahead; default: all that it is trained for")
     order = (

@@ -1,8 +1,8 @@
-"""Train one kind of forecaster on the training runs; validation runs choose its best checkpoint.
+"""Train every kind of forecaster on the training runs; validation runs choose each one's best checkpoint.
 
 Reads   models/train_lenet/<dataset>/
-Writes  models/train_forecaster/<dataset>-<variant>/forecaster.pt   {"config", "state_dict"}
-        reports/train_forecaster/<dataset>-<variant>/history.csv    training and validation loss
+Writes  models/train_forecaster/<dataset>/<variant>/forecaster.pt   {"config", "state_dict"}
+        reports/train_forecaster/<dataset>/history.csv              training and validation loss of each
 """
 
 import statistics
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from stages.common.checkpoints import save_torch
 from stages.common.files import save_csv
 from stages.common.optim import set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
-from stages.common.runtime import pin_threads
+from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.vectors import principal_components
 from stages.forecast.diffusion import DiffusionForecaster
@@ -67,7 +67,7 @@ class Params(StageParams):
     weight_decay: NonNegativeFloat
     ridge: PositiveFloat
     components: PositiveInt  # of the PCA of `pca_transformer`
-    variant: Variant
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
 
 
 def draw_batch(
@@ -187,14 +187,11 @@ def train_coefficients(
     return model.state_dict(), history
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, dataset="of train_lenet.datasets", variant="of train_forecaster.variants")
-    name = f"{arguments.dataset}-{arguments.variant}"
-    params = Params.load("train_forecaster", arguments.dataset, arguments.variant)
-    pin_threads()
-    runs = load_runs(arguments.dataset)
-    train, validation = list(runs.train.values()), list(runs.validation.values())
-    variant, seed = params.variant, params.seed
+def train_variant(
+    name: str, params: Params, train: list[Trajectory], validation: list[Trajectory]
+) -> tuple[dict[str, Any], Rows]:
+    """Return the checkpoint ("config", "state_dict") of one variant, and its history."""
+    variant, seed = params.variants[name], params.seed
     config = variant.model_dump(include={"kind", "with_state", "with_context", "d_model"})
     config |= {"horizons": params.horizons, "n_layers": len(train[0].layout.shapes), "seed": seed}
     schedule = {"seed": seed, "steps": variant.steps, "learning_rate": variant.learning_rate}
@@ -214,9 +211,28 @@ def main() -> None:
             )
         else:
             state, history = train_shared(model, draw_training, held_out, **schedule, weight_decay=params.weight_decay)
-    save_torch(MODELS / name / "forecaster.pt", {"config": config, "state_dict": state})
-    save_csv(REPORTS / name / "history.csv", history)
-    print(f"{name}: validation loss {history[-1]['val_loss']:.4g}")
+    return {"config": config, "state_dict": state}, [{"variant": name, **row} for row in history]
+
+
+def main() -> None:
+    dataset = parse_arguments(__doc__, dataset="of train_lenet.datasets").dataset
+    params = Params.load("train_forecaster", dataset)
+    pin_threads()
+    runs = load_runs(dataset)
+    train, validation = list(runs.train.values()), list(runs.validation.values())
+    trained = parallel_map(
+        lambda name: train_variant(name, params, train, validation),
+        list(params.variants),
+        torch.device("cpu"),
+        f"forecasters of {dataset}",
+    )
+    for name, (checkpoint, _) in zip(params.variants, trained, strict=True):
+        save_torch(MODELS / dataset / name / "forecaster.pt", checkpoint)
+    save_csv(REPORTS / dataset / "history.csv", [row for _, history in trained for row in history])
+    losses = ", ".join(
+        f"{name} {history[-1]['val_loss']:.4g}" for name, (_, history) in zip(params.variants, trained, strict=True)
+    )
+    print(f"{dataset}: validation losses {losses}")
 
 
 if __name__ == "__main__":

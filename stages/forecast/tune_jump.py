@@ -1,6 +1,6 @@
 """Tune the transformer through the networks that it proposes: cross-entropy, differentiated through their weights.
 
-Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>-transformer/forecaster.pt
+Reads   data/<dataset>.safetensors, models/train_lenet/<dataset>/, models/train_forecaster/<dataset>/transformer/forecaster.pt
 Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of a JumpForecaster
         reports/tune_jump/<dataset>/history.csv      losses of the proposed networks over those of the last ones
 
@@ -52,7 +52,9 @@ class Params(StageParams):
     steps: PositiveInt
     learning_rate: PositiveFloat
     images: PositiveInt  # training images in a step
-    pull: NonNegativeFloat  # the proximal weight: of the squared distance to the mean of the last snapshots, in units of the scale
+    proximal_weight: (
+        NonNegativeFloat  # of the squared distance to the mean of the last snapshots, in units of the scale
+    )
     origins: PositiveInt  # of each run; the features of all are kept in memory
     reference_images: PositiveInt  # on which the last weights' losses are taken, and jumps validated: then unseen ones
     check_every: PositiveInt  # steps
@@ -151,7 +153,7 @@ def main() -> None:
     params = Params.load("tune_jump", dataset)
     pin_threads()
     runs = load_runs(dataset)
-    body, config = load_forecaster(FORECASTERS / f"{dataset}-transformer" / "forecaster.pt", "transformer")
+    body, config = load_forecaster(FORECASTERS / dataset / "transformer" / "forecaster.pt", "transformer")
     model = JumpForecaster(body)
     data = load_lenet_data(dataset, runs.recipe, torch.device("cpu"), test_images=0)
     seen, held_out = (
@@ -170,7 +172,7 @@ def main() -> None:
         steps=params.steps,
         learning_rate=params.learning_rate,
         batch_size=params.images,
-        proximal_weight=params.pull,
+        proximal_weight=params.proximal_weight,
         check_every=params.check_every,
     )
     save_torch(MODELS / dataset / "forecaster.pt", {"config": config | {"kind": "jump"}, "state_dict": state})

@@ -11,7 +11,6 @@ Writes  models/recover_memory/decoders.safetensors   decoders of `classes`, cali
         reports/recover_memory/{representations,growth,mean_images,images}.png
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +48,6 @@ CHARACTERISTICS = {  # of each fleet, what is decoded
     "independent": ("present", "proportions"),
 }
 BITS = ("present", "table")  # characteristics that are binary
-RESAMPLES = 200  # of the bootstrap: there are some hundred intervals
 PERMUTATIONS = 5  # of each control
 AUDITED = ("present", "proportions", "log2_size", "label_noise")
 # representations of which the audit takes the one that leave-one-out errors prefer
@@ -83,17 +81,22 @@ def by_name(values: Float[np.ndarray, "n t"], fleet: CondensedFleet, names: tupl
 
 def score(name: str, predicted: np.ndarray, true: np.ndarray, learned: np.ndarray) -> dict[str, dict[str, float]]:
     """Return the measures of one characteristic: bits right and whole sets right, or R²; of mean images retrieval, too."""
-    interval = partial(bootstrap_interval, n=len(true), resamples=RESAMPLES)
     if name in BITS:
         right = right_bits(predicted, true)
-        whole = interval(lambda rows: float(right[rows].all(1).mean()))
-        return {"bits": interval(lambda rows: float(right[rows].mean())), "whole": whole}
+        return {
+            key: bootstrap_interval(mean_of_items, x) for key, x in (("bits", right.mean(1)), ("whole", right.all(1)))
+        }
     mean = learned.mean(0)
-    measures = {"r2": interval(lambda rows: r_squared(predicted[rows], true[rows], mean))}
+    errors, spreads = (((x - true) ** 2).sum(1) for x in (predicted, mean))
+    measures = {"r2": bootstrap_interval(lambda e, s: 1 - e.sum(-1) / s.sum(-1), errors, spreads)}
     if name == "mean_image":
-        hits = retrieved(predicted, true, mean)
-        measures["retrieved"] = interval(lambda rows: float(hits[rows].mean()))
+        measures["retrieved"] = bootstrap_interval(mean_of_items, retrieved(predicted, true, mean))
     return measures
+
+
+def mean_of_items(values: Float[np.ndarray, "*r n"]) -> Float[np.ndarray, "*r"]:
+    """Return means over the last axis, in float64."""
+    return values.mean(-1, dtype=np.float64)
 
 
 def baseline(name: str, true: np.ndarray, learned: np.ndarray) -> dict[str, float]:

@@ -12,12 +12,14 @@ Stacks train side by side on the cores; on a Ray cluster if RAY_ADDRESS names on
 """
 
 import hashlib
-from functools import partial
+import operator
+from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 
@@ -27,11 +29,12 @@ from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.weightnet import pictures
-from stages.weightnet.networks import zoo_program
-from stages.weightnet.program import Program
-from stages.weightnet.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
-from stages.weightnet.training import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to, train_stack
-from stages.weightnet.zoo import ImageParams, Images, zoo_images
+from stages.weightnet.tracing.program import Program
+from stages.weightnet.zoo.architectures import zoo_program
+from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES, measure, measure_references, train_accuracy
+from stages.weightnet.zoo.reading import ImageParams, Images, zoo_images
+from stages.weightnet.zoo.runs import SNAPSHOTS, Draws, Recipe, Run, draw_all, draw_run, fit_to
+from stages.weightnet.zoo.training import train_stack
 
 MODELS = Path("models/build_zoo")
 REPORTS = Path("reports/build_zoo")
@@ -100,6 +103,12 @@ def stack_folder(dataset: str, params: Params) -> Path:
     return work_folder(f"build_zoo/{dataset}", params.model_dump(exclude={"variant": {"runs"}}) | {"images": images})
 
 
+def stack_path(work: Path, stack: list[Run]) -> Path:
+    """Return where a finished stack waits, by the names of its runs."""
+    names = hashlib.sha256(" ".join(one.name for one in stack).encode()).hexdigest()[:16]
+    return work / f"{names}.safetensors"
+
+
 def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> dict[str, Any]:
     """Return one network's row."""
     return {
@@ -121,6 +130,41 @@ def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> 
     }
 
 
+def gather(stacks: dict[Path, list[Run]], shard: str) -> tuple[list[Float[np.ndarray, "3 p"]], list[dict[str, Any]]]:
+    """Return the weights and the rows of the finished stacks of one shard, without runs that diverged: they have no final network."""
+    weights, rows = [], []
+    for path, stack in stacks.items():
+        arrays = load_file(path)
+        for i, one in enumerate(stack):
+            if np.isfinite(arrays["weights"][i]).all() and np.isfinite(arrays["test_loss"][i]).all():
+                weights.append(arrays["weights"][i])
+                for j in range(len(SNAPSHOTS)):
+                    values = {key: float(arrays[key][i, j]) for key in COLUMNS}
+                    rows.append(index_row(one, j, values, shard))
+    return weights, rows
+
+
+def spread(values: Float[np.ndarray, " r"]) -> dict[str, float]:
+    """Return how what was measured of the networks of a zoo is spread."""
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
+
+
+def write_report(name: str, rows: list[dict[str, Any]], runs: int, traced: Program) -> None:
+    """Write what was measured of a zoo's final networks, as numbers and as a picture; `runs`: with those that diverged."""
+    final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}
+    count = {"runs": len(final["gap"]), "diverged": runs - len(final["gap"]), "parameters": traced.layout.size}
+    spreads = {key: spread(values) for key, values in final.items()}
+    save_json(REPORTS / name / "summary.json", count | {"final": spreads})
+    pictures.draw_zoo(REPORTS / name / "zoo.png", final)
+    test_acc = spreads["test_acc"]
+    print(f"{name}: {count['runs']} runs, test accuracy {test_acc['mean']:.1%} ± {test_acc['std']:.1%}")
+
+
 def main() -> None:
     arguments = parse_arguments(
         __doc__, dataset="of build_zoo.datasets", variant="an architecture of build_zoo.variants"
@@ -136,49 +180,29 @@ def main() -> None:
     names = [f"{architecture}-{i}" for i in range(params.variant.runs)]
     runs = [fit_to(draw_run(one, params.seed, params.recipe), traced) for one in names]
     fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.layout.size))
-    shards = plan_stacks(runs, min(params.shard_runs, fitting), params.variant.stack)
     work = stack_folder(dataset, params)
-
-    def stack_path(stack: list[Run]) -> Path:
-        names = hashlib.sha256(" ".join(one.name for one in stack).encode()).hexdigest()[:16]
-        return work / f"{names}.safetensors"
-
-    stacks = {stack_path(stack): stack for shard in shards for stack in shard}
+    shards = [
+        {stack_path(work, stack): stack for stack in stacks}
+        for stacks in plan_stacks(runs, min(params.shard_runs, fitting), params.variant.stack)
+    ]
     finish = partial(train_and_measure, traced=traced, images=images, params=params)
-    compute_pieces(finish, stacks, device, f"train {name}")
+    compute_pieces(finish, reduce(operator.or_, shards), device, f"train {name}")
 
-    rows, dropped = [], 0
-    for number, shard in enumerate(shards):
+    rows = []
+    for number, stacks in enumerate(shards):
         file = f"shard-{number:03d}.safetensors"
-        weights = []
-        for stack in shard:
-            arrays = load_file(stack_path(stack))
-            for i, one in enumerate(stack):
-                if not np.isfinite(arrays["weights"][i]).all() or not np.isfinite(arrays["test_loss"][i]).all():
-                    dropped += 1  # a run that diverged has no final network
-                    continue
-                weights.append(arrays["weights"][i])
-                for j in range(len(SNAPSHOTS)):
-                    values = {key: float(arrays[key][i, j]) for key in COLUMNS}
-                    rows.append(index_row(one, j, values, file))
+        weights, of_shard = gather(stacks, file)
         if weights:
-            metadata = traced.layout.metadata | {"input": list(shape)}
-            save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
+            save_arrays(
+                MODELS / name / file,
+                {"weights": np.concatenate(weights)},
+                traced.layout.metadata | {"input": list(shape)},
+            )
+        rows += of_shard
     if not rows:
         raise InputError(f"{name}: all {len(runs)} runs diverged: lower build_zoo.recipe.learning_rate")
     save_table(MODELS / name / "index.parquet", rows)
-
-    final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}
-    spread = {
-        key: {"mean": float(v.mean()), "std": float(v.std()), "min": float(v.min()), "max": float(v.max())}
-        for key, v in final.items()
-    }
-    count = {"runs": len(final["gap"]), "diverged": dropped, "parameters": traced.layout.size}
-    save_json(REPORTS / name / "summary.json", count | {"final": spread})
-    pictures.draw_zoo(REPORTS / name / "zoo.png", final)
-    print(
-        f"{name}: {count['runs']} runs, test accuracy {spread['test_acc']['mean']:.1%} ± {spread['test_acc']['std']:.1%}"
-    )
+    write_report(name, rows, len(runs), traced)
 
 
 if __name__ == "__main__":

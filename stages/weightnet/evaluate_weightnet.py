@@ -26,12 +26,14 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.weightnet import pictures
-from stages.weightnet.predictors import Kept, attention_maps, load_predictors
-from stages.weightnet.program import run_stack
-from stages.weightnet.properties import PROPERTIES, REFERENCES
-from stages.weightnet.splits import ALL, HELD_OUT, rows_of
-from stages.weightnet.symmetry import Networks, permute, random_permutations
-from stages.weightnet.zoo import Zoo, load_zoo
+from stages.weightnet.predictors.ensemble import Kept, load_predictors
+from stages.weightnet.predictors.splits import ALL, HELD_OUT, rows_of
+from stages.weightnet.predictors.weightnet import attention_maps
+from stages.weightnet.tracing.program import run_stack
+from stages.weightnet.tracing.symmetry import permute, random_permutations
+from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES
+from stages.weightnet.zoo.reading import Zoo, load_zoo
 
 PREDICTORS = Path("models/train_weightnet")
 REPORTS = Path("reports/evaluate_weightnet")

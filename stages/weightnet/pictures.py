@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from stages.common.figures import image_grid, save_figure
 from stages.weightnet.captions import BASELINES, PROPERTY_LABELS, predictor
-from stages.weightnet.properties import PROPERTIES
+from stages.weightnet.zoo.properties import PROPERTIES
 
 
 def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:

@@ -37,12 +37,13 @@ from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
-from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
-from stages.weightnet.predictors import Kept, load_predictors
-from stages.weightnet.program import ROUNDING, Program, trace
-from stages.weightnet.properties import PROPERTIES
-from stages.weightnet.recording import plain
-from stages.weightnet.symmetry import Networks, derive_symmetry, symmetry_error
+from stages.weightnet.predictors.ensemble import Kept, load_predictors
+from stages.weightnet.tracing.program import ROUNDING, Program, trace
+from stages.weightnet.tracing.recording import plain
+from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
+from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network, zoo_program
+from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.properties import PROPERTIES
 
 PREDICTORS = Path("models/train_weightnet")
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little

@@ -23,8 +23,6 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy.stats import kendalltau
-from sklearn.ensemble import HistGradientBoostingRegressor
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
@@ -36,42 +34,21 @@ from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import fingerprint, work_folder
-from stages.weightnet.features import pooled_statistics, tensor_statistics
-from stages.weightnet.predictors import Predictor, mean_prediction
-from stages.weightnet.properties import PROPERTIES
-from stages.weightnet.splits import ALL, Plan, Rows, Split, Task, plan_tasks, split_zoos
-from stages.weightnet.symmetry import Networks, permute, random_permutations, rescale
-from stages.weightnet.targets import own_units, to_scale
-from stages.weightnet.zoo import Zoo, load_zoo
+from stages.weightnet.predictors.boosting import boost, nearest
+from stages.weightnet.predictors.data import Data, Member, Statistics, augmented, batches, prepare, statistics_of
+from stages.weightnet.predictors.ensemble import Predictor, mean_prediction
+from stages.weightnet.predictors.splits import ALL, Plan, Rows, Task, plan_tasks, split_zoos
+from stages.weightnet.predictors.targets import own_units
+from stages.weightnet.zoo.properties import PROPERTIES
+from stages.weightnet.zoo.reading import Zoo, load_zoo
 
 MODELS = Path("models/train_weightnet")
 REPORTS = Path("reports/train_weightnet")
 
 BLOCK = 64  # networks predicted at a time
 WARMUP_FRACTION = 0.15  # of the steps
-BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of which validation chooses
 
-Statistics = dict[tuple[str, bool], Float[Tensor, "m f"]]  # of an architecture's networks; whether pooled over layers
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Member(StageParams):
-    """One predictor. d, rounds, heads, cross and intra are WeightNet's."""
-
-    kind: Literal[
-        "weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical", "one_sided", "gbm", "nearest", "mean"
-    ]
-    reads: Literal["weights", "statistics", "hyperparameters"]
-    tasks: Literal["main", "all"]
-    epochs: PositiveInt
-    d: PositiveInt
-    rounds: PositiveInt
-    heads: PositiveInt
-    cross: bool  # messages along weights
-    intra: bool  # attention within layers
-    probes: PositiveInt
-    augment: bool  # relabel and rescale the neurons of networks to learn from
-    learning_rate: PositiveFloat
 
 
 class Family(StageParams):
@@ -108,80 +85,11 @@ class Job:
     split: int
 
 
-def augmented(networks: Networks, deviation: float, random: torch.Generator) -> Networks:
-    """Return the networks with their neurons relabelled, and rescaled (ReLU) or changed in sign (tanh): the same functions."""
-    n, symmetry = len(networks), networks.symmetry
-    factors = {}
-    for group in symmetry.hidden:
-        if group not in symmetry.rigid:
-            normal = torch.randn(n, symmetry.sizes[group], generator=random)
-            factors[group] = torch.where(networks.tanh[:, None], normal.sign(), (deviation * normal).exp())
-    weights = rescale(networks.weights, symmetry, factors)
-    weights = permute(weights, symmetry, random_permutations(symmetry, random))
-    return Networks(networks.program, symmetry, weights, networks.tanh)
-
-
-def hyperparameters(zoo: Zoo) -> Float[Tensor, "m f"]:
-    """Return the hyper-parameters of every network as numbers."""
-    logs = ("learning_rate", "weight_decay", "init_scale", "train_fraction", "steps")
-    columns = [np.log(zoo.column(name)) for name in logs] + [zoo.column(name) for name in ("label_noise", "dropout")]
-    columns += [np.array([value == "sgd" for value in zoo.index["optimizer"]]), zoo.tanh.numpy()]
-    return torch.from_numpy(np.stack(columns, 1).astype(np.float32))
-
-
-@dataclass(frozen=True)
-class Data:
-    """What one task and split give: the zoos, what is read of all their networks beside their weights, standardised targets."""
-
-    zoos: dict[str, Zoo]
-    split: Split
-    inputs: dict[str, Float[Tensor, "m f"]]
-    targets: dict[str, Float[Tensor, "m k"]]
-    scale: dict[str, Float[Tensor, " f"]]  # means and deviations of inputs and targets over the networks to learn from
-
-    def part(self, rows: dict[str, Rows], values: dict[str, Tensor]) -> Float[Tensor, "n f"]:
-        """Return the values of some rows of all architectures."""
-        return torch.cat([values[name][index] for name, index in rows.items()])
-
-
-def statistics_of(zoo: Zoo, pooled: bool) -> Float[Tensor, "m f"]:
-    """Return the statistics of all networks of a zoo."""
-    read = pooled_statistics if pooled else tensor_statistics
-    return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(zoo.at_a_time(512))])
-
-
-def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Statistics, pooled: bool) -> Data:
-    """Return inputs and targets in units of their spread over the networks to learn from; pooled: statistics over layers."""
-    names = list(dict.fromkeys([*split.train, *split.test]))
-    if member.reads == "hyperparameters":
-        inputs = {name: hyperparameters(zoos[name]) for name in names}
-    else:
-        inputs = {name: statistics[name, pooled] for name in names}
-    targets = {name: to_scale(zoos[name].properties(torch.arange(len(zoos[name])))) for name in names}
-    scale = {}
-    for key, values in (("input", inputs), ("target", targets)):
-        learnt = torch.cat([values[name][rows] for name, rows in split.train.items()])
-        scale[f"{key}_mean"], scale[f"{key}_std"] = learnt.mean(0), learnt.std(0) + 1e-6
-    inputs = {name: ((x - scale["input_mean"]) / scale["input_std"]).clamp(-6, 6) for name, x in inputs.items()}
-    targets = {name: (y - scale["target_mean"]) / scale["target_std"] for name, y in targets.items()}
-    return Data({name: zoos[name] for name in names}, split, inputs, targets, scale)
-
-
 def mean_tau(truth: Float[Tensor, "n k"], predicted: Float[Tensor, "n k"]) -> float:
     """Return Kendall's tau, its mean over the properties; of constant predictions 0."""
     pairs = zip(truth.unbind(1), predicted.unbind(1), strict=True)
     taus = [kendalltau(a.numpy(), b.numpy()).statistic for a, b in pairs]
     return float(np.mean([0.0 if math.isnan(tau) else tau for tau in taus]))
-
-
-def batches(data: Data, size: int, random: torch.Generator) -> list[tuple[str, Rows]]:
-    """Return one pass over the networks to learn from in random batches, each of one architecture."""
-    found = [
-        (name, index[part])
-        for name, index in data.split.train.items()
-        for part in torch.randperm(len(index), generator=random).split(size)
-    ]
-    return [found[i] for i in torch.randperm(len(found), generator=random).tolist()]
 
 
 @torch.no_grad()
@@ -235,41 +143,6 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
         history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
     model.load_state_dict(best)
     return model, history
-
-
-def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
-    """Return standardised predictions of validation and test networks by gradient boosting on their inputs.
-
-    Validation chooses learning rate and leaves once, by the test accuracy.
-    """
-    x, y = (data.part(data.split.train, values).numpy() for values in (data.inputs, data.targets))
-    parts = [data.part(rows, data.inputs).numpy() for rows in (data.split.validation, data.split.test)]
-    truth = data.part(data.split.validation, data.targets)[:, 0].numpy()
-
-    def fit(setting: tuple[float, int], k: int) -> HistGradientBoostingRegressor:
-        total, leaves = setting
-        options = {"max_leaf_nodes": leaves, "min_samples_leaf": 8, "l2_regularization": 0.1, "random_state": 0}
-        return HistGradientBoostingRegressor(max_iter=rounds, learning_rate=total / rounds, **options).fit(x, y[:, k])
-
-    with threadpool_limits(1):
-        first = [fit(setting, 0) for setting in BOOSTING]
-        scores = [kendalltau(truth, model.predict(parts[0])).statistic for model in first]
-        chosen = int(np.nan_to_num(scores).argmax())  # of constant predictions tau is none
-        models = [first[chosen], *(fit(BOOSTING[chosen], k) for k in range(1, y.shape[1]))]
-        columns = [np.stack([model.predict(part) for model in models], 1) for part in parts]
-    return torch.from_numpy(columns[0]).float(), torch.from_numpy(columns[1]).float()
-
-
-def nearest(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
-    """Return the properties of the network to learn from whose weights are nearest. Of one architecture, read as a whole."""
-    (name,) = data.zoos
-    known = data.split.train[name]
-    flat = data.zoos[name].flat(torch.arange(len(data.zoos[name])))
-    scaled = (flat - flat[known].mean(0)) / (flat[known].std(0) + 1e-6)
-    return tuple(
-        data.targets[name][known][torch.cdist(scaled[rows[name]], scaled[known]).argmin(1)]
-        for rows in (data.split.validation, data.split.test)
-    )
 
 
 def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, params: Params) -> dict[str, Any]:

@@ -127,9 +127,9 @@ def test_deleting_every_pixel_leaves_no_prediction_but_that_of_zero():
 def test_a_variant_of_the_wrong_depth_is_named(project, monkeypatch):
     from stages.bilinear import decompose_bilinear
 
-    with pytest.raises(InputError, match="dvc repro train_bilinear@digits-regularised"):
+    with pytest.raises(InputError, match="dvc repro train_bilinear@digits"):
         load_networks("digits", "regularised", 1)
-    folder = project / "models/train_bilinear/digits-regularised/seed0"
+    folder = project / "models/train_bilinear/digits/regularised/seed0"
     folder.mkdir(parents=True)
     (folder / "best.pt").write_bytes(b"")
     monkeypatch.setattr(decompose_bilinear, "load_model", lambda _: (classifier(), {"seed": 0}))
@@ -143,7 +143,7 @@ def test_networks_come_in_the_order_of_their_seeds(project, monkeypatch):
     from stages.bilinear import decompose_bilinear
 
     for seed in (10, 9, 2, 11):
-        folder = project / f"models/train_bilinear/digits-regularised/seed{seed}"
+        folder = project / f"models/train_bilinear/digits/regularised/seed{seed}"
         folder.mkdir(parents=True)
         (folder / "best.pt").write_bytes(b"")
     seeds = iter([10, 2, 11, 9])  # whatever order a folder is listed in

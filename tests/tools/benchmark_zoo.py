@@ -17,9 +17,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from stages.common.runtime import pick_device
-from stages.weightnet.networks import build_network, zoo_program
-from stages.weightnet.program import Program
-from stages.weightnet.training import Recipe, Run, draw_all, draw_run, train_stack
+from stages.weightnet.tracing.program import Program
+from stages.weightnet.zoo.architectures import build_network, zoo_program
+from stages.weightnet.zoo.runs import Recipe, Run, draw_all, draw_run
+from stages.weightnet.zoo.training import train_stack
 
 STACKS = {8: 32, 16: 8, 28: 4}
 STEPS = 30

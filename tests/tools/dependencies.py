@@ -26,10 +26,11 @@ WIDTH = 140
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 
 ZOOS = {"models/build_zoo/${item.dataset}-*": "train_weightnet.tasks.architectures"}
+FORECASTERS = {"models/train_forecaster/${item.dataset}/*/forecaster.pt": "train_forecaster.variants"}
 FLEETS = {"models/condense_changes/*.safetensors": "build_fleet.variants"}
 MEMBERS = {  # by stage: paths with a star for a member, and the list or mapping of params.yaml that names the members
-    "decompose_bilinear": {"models/train_bilinear/${item.dataset}-*": "train_bilinear.variants"},
-    "evaluate_forecaster": {"models/train_forecaster/${item.dataset}-*/forecaster.pt": "train_forecaster.variants"},
+    "train_forecaster": FORECASTERS,
+    "evaluate_forecaster": FORECASTERS,
     "train_weightnet": ZOOS,
     "evaluate_weightnet": ZOOS | {"models/train_weightnet/${item.dataset}-*": "train_weightnet.variants"},
     "condense_changes": FLEETS | {"models/build_fleet/*/fleet.safetensors": "build_fleet.variants"},

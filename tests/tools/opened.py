@@ -9,17 +9,19 @@ interrupted. An input of data that is declared and that no item of the stage ope
 wrappers miss does not go unnoticed.
 """
 
+import os
 from pathlib import Path
 
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
 RECORDING = Path(__file__).parent / "recording"
+STARTUP = Path(__file__).parent / "startup"  # what sitecustomize.py of any folder imports
 
 
 def recording(log: Path) -> dict[str, str]:
     """Return the environment in which every stage appends to `log` what it opens."""
-    return {"PYTHONPATH": str(RECORDING), "WEIGHTLENS_OPENED": str(log)}
+    return {"PYTHONPATH": f"{RECORDING}{os.pathsep}{STARTUP}", "WEIGHTLENS_OPENED": str(log)}
 
 
 def slips(project: Path, log: Path) -> list[str]:

@@ -41,8 +41,8 @@ def perturbed(seed: int, threads: int = 1, instructions: str | None = None) -> d
     """Return the environment of a run that rounds otherwise: see perturbed/sitecustomize.py."""
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE")
     older = dict(zip(names, OLDER[instructions], strict=True)) if instructions else {}
-    folder = str(ROOT / "tests/tools/perturbed")
-    return {"PYTHONPATH": folder, "WEIGHTLENS_PERTURB": str(seed), "WEIGHTLENS_THREADS": str(threads), **older}
+    folders = os.pathsep.join(str(ROOT / "tests/tools" / name) for name in ("perturbed", "startup"))
+    return {"PYTHONPATH": folders, "WEIGHTLENS_PERTURB": str(seed), "WEIGHTLENS_THREADS": str(threads), **older}
 
 
 RUNS = {

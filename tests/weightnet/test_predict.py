@@ -13,8 +13,8 @@ from weightnet.classifiers import CLASSIFIERS
 
 from stages.common.stage import InputError
 from stages.weightnet import predict
-from stages.weightnet.networks import build_network
-from stages.weightnet.properties import PROPERTIES
+from stages.weightnet.zoo.architectures import build_network
+from stages.weightnet.zoo.properties import PROPERTIES
 
 FLAGS = ["--allow-code", "--input-shape", "3", "16", "16"]
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from weightnet.classifiers import CLASSIFIERS
 
 from stages.common.stage import InputError
-from stages.weightnet import operations
-from stages.weightnet.program import SOFTMAX, Program, Weights, run_stack, trace
+from stages.weightnet.tracing import operations
+from stages.weightnet.tracing.program import SOFTMAX, Program, Weights, run_stack, trace
 
 SHAPE = (3, 16, 16)
 

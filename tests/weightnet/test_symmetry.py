@@ -8,8 +8,8 @@ from weightnet.classifiers import CLASSIFIERS, ResNetCifar
 from weightnet.test_program import PAIRS, SHAPE, Body
 
 from stages.common.stage import InputError
-from stages.weightnet.program import Program, Weights, run_stack, trace
-from stages.weightnet.symmetry import Symmetry, derive_symmetry, permute, random_permutations, rescale
+from stages.weightnet.tracing.program import Program, Weights, run_stack, trace
+from stages.weightnet.tracing.symmetry import Symmetry, derive_symmetry, permute, random_permutations, rescale
 
 
 def seeded() -> torch.Generator:

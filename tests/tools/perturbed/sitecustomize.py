@@ -6,10 +6,10 @@ WEIGHTLENS_THREADS=N      operations have N threads, whatever a stage asks for: 
 Python imports a module of this name when it starts. Nothing in the project reads these variables.
 """
 
-import importlib.abc
-import importlib.util
 import os
 import sys
+
+from after_import import AfterImport
 
 RELATIVE = 1e-6  # some ten times the rounding of single precision
 
@@ -42,27 +42,13 @@ def use_threads(torch, threads: int) -> None:
     torch.set_num_threads = lambda _: None
 
 
-class AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports torch as it is, and then changes it."""
-
-    def find_spec(self, name, *_):
-        if name != "torch":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module):
-        self.loader.exec_module(module)
-        if seed := os.environ.get("WEIGHTLENS_PERTURB"):
-            perturb(module, int(seed))
-        if threads := os.environ.get("WEIGHTLENS_THREADS"):
-            use_threads(module, int(threads))
+def change(torch) -> None:
+    """Do what the environment asks for."""
+    if seed := os.environ.get("WEIGHTLENS_PERTURB"):
+        perturb(torch, int(seed))
+    if threads := os.environ.get("WEIGHTLENS_THREADS"):
+        use_threads(torch, int(threads))
 
 
 if {"WEIGHTLENS_PERTURB", "WEIGHTLENS_THREADS"} & os.environ.keys():
-    sys.meta_path.insert(0, AfterTorch())
+    sys.meta_path.insert(0, AfterImport("torch", change))

@@ -2,11 +2,13 @@
 a line for each, its command and the path. See opened.py. Python imports a module of this name when it starts.
 """
 
-import importlib.abc
-import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+from after_import import AfterImport
 
 EVENTS = {  # and below which folders of the project they count: Python itself lists the folders of its modules
     "open": ("data", "models", "reports", "stages"),
@@ -35,35 +37,23 @@ def record(command: str, log: str) -> None:
         os.write(file, f"{command}\t{path.removeprefix(project)}\n".encode())
 
     sys.addaudithook(note)
-    sys.meta_path[:0] = [After("safetensors", "safe_open"), After("pyarrow.parquet", "read_table")]
+    opening = (("safetensors", "safe_open"), ("pyarrow.parquet", "read_table"))
+    sys.meta_path[:0] = [AfterImport(module, announcing(function)) for module, function in opening]
 
 
-class After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports a module as it is, and then makes one of its functions say which file it opens, outside of Python."""
+def announcing(function: str) -> Callable[[ModuleType], None]:
+    """Return what makes a module's function say which file it opens, outside of Python."""
 
-    def __init__(self, module: str, function: str) -> None:
-        self.module, self.function = module, function
-
-    def find_spec(self, name, *_):
-        if name != self.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module):
-        self.loader.exec_module(module)
-        original = getattr(module, self.function)
+    def change(module: ModuleType) -> None:
+        original = getattr(module, function)
 
         def announced(path, *arguments, **options):
             sys.audit("open", path, "r", 0)
             return original(path, *arguments, **options)
 
-        setattr(module, self.function, announced)
+        setattr(module, function, announced)
+
+    return change
 
 
 words = sys.orig_argv

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.weightnet.convolution import convolve
+from stages.weightnet.tracing.convolution import convolve
 
 
 @dataclass(frozen=True)

@@ -19,33 +19,28 @@ from stages.common.checkpoints import save_torch
 from stages.common.images import load_images
 from stages.common.stage import InputError
 from stages.datasets import fetch_data
-from stages.weightnet import build_zoo, evaluate_weightnet, predict, predictors, train_weightnet
+from stages.weightnet import build_zoo, evaluate_weightnet, predict, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
-from stages.weightnet.convolution import convolve
 from stages.weightnet.evaluate_weightnet import by_architecture, learning_curve, one_sided, score
-from stages.weightnet.features import pooled_statistics
-from stages.weightnet.networks import ARCHITECTURES, build_network, zoo_program
-from stages.weightnet.predictors import Predictor, attention_maps
-from stages.weightnet.program import Weights, run_stack, trace
-from stages.weightnet.properties import PROPERTIES, REFERENCES, fgsm, measure
-from stages.weightnet.splits import ALL, Plan, Split, Task, plan_tasks, split_zoos
-from stages.weightnet.symmetry import Networks, derive_symmetry, permute, random_permutations, symmetry_error
-from stages.weightnet.targets import from_scale, to_scale
-from stages.weightnet.train_weightnet import (
-    Data,
-    Job,
-    Member,
-    augmented,
-    boost,
-    hyperparameters,
-    nearest,
-    prepare,
-    statistics_of,
-    train_and_predict,
-)
+from stages.weightnet.predictors import ensemble
+from stages.weightnet.predictors.boosting import boost, nearest
+from stages.weightnet.predictors.data import Data, Member, augmented, hyperparameters, prepare, statistics_of
+from stages.weightnet.predictors.ensemble import Predictor
+from stages.weightnet.predictors.splits import ALL, Plan, Split, Task, plan_tasks, split_zoos
+from stages.weightnet.predictors.statistics import pooled_statistics
+from stages.weightnet.predictors.targets import from_scale, to_scale
+from stages.weightnet.predictors.weightnet import attention_maps, cosines
+from stages.weightnet.tracing.convolution import convolve
+from stages.weightnet.tracing.program import Weights, run_stack, trace
+from stages.weightnet.tracing.symmetry import derive_symmetry, permute, random_permutations, symmetry_error
+from stages.weightnet.train_weightnet import Job, train_and_predict
 from stages.weightnet.train_weightnet import Params as TrainParams
-from stages.weightnet.training import Recipe, draw_all, draw_run, fit_to, train_stack
-from stages.weightnet.zoo import Images, Zoo, load_zoo, zoo_images
+from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network, zoo_program
+from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES, fgsm, measure
+from stages.weightnet.zoo.reading import Images, Zoo, load_zoo, zoo_images
+from stages.weightnet.zoo.runs import Recipe, draw_all, draw_run, fit_to
+from stages.weightnet.zoo.training import train_stack
 
 SHAPE = (1, 10, 8)  # channels, classes, pixels of a side
 RECIPE = Recipe(
@@ -409,9 +404,9 @@ def test_an_ablation_takes_away_what_it_says(part):
 
 
 def test_the_cosines_of_a_kernel_of_three_are_all_there_are():
-    basis = predictors.cosines(3).double()
+    basis = cosines(3).double()
     torch.testing.assert_close(basis @ basis.T, torch.eye(3).double(), atol=1e-6, rtol=1e-6)
-    assert predictors.cosines(1).flatten().tolist() == pytest.approx([1, 0, 0])
+    assert cosines(1).flatten().tolist() == pytest.approx([1, 0, 0])
 
 
 def test_scales_of_properties_are_inverted():
@@ -632,7 +627,7 @@ def test_a_held_out_architecture_is_never_learnt_from_and_all_others_are():
 def test_intervals_hold_as_many_new_networks_as_they_say(n):
     """Errors of validation networks and of a new one are alike: the new one's is among the smallest 90 % as often as that."""
     errors = torch.rand(n, 100_000, generator=seeded())
-    kept = predictors.Kept([], {}, errors.sort(0).values, torch.empty(0))
+    kept = ensemble.Kept([], {}, errors.sort(0).values, torch.empty(0))
     held = (torch.rand(100_000, generator=seeded(1)) <= kept.half_widths).double().mean().item()
     assert 0.9 - 0.005 < held < 0.9 + 1 / (n + 1) + 0.005
 
@@ -652,7 +647,7 @@ def test_several_predictors_predict_their_mean_from_first_weights_of_their_own(b
     mean = from_scale(alone.mean(0) * data.scale["target_std"] + data.scale["target_mean"])
     torch.testing.assert_close(result["arrays"][f"it/{ALL}/1/test/cnn3/values"], mean)
     networks = zoos["cnn3"].networks(split.test["cnn3"])
-    kept = predictors.Kept(models, data.scale, result["kept"]["errors"], data.inputs["cnn3"])
+    kept = ensemble.Kept(models, data.scale, result["kept"]["errors"], data.inputs["cnn3"])
     torch.testing.assert_close(kept.standardised(networks), alone.mean(0))
     low, center, high = kept.intervals(networks)
     torch.testing.assert_close(center, mean)
@@ -666,7 +661,7 @@ def test_large_networks_are_read_and_learnt_from_in_parts_as_if_at_once(built, m
     job = Job("it", member("weightnet", "weights", augment=False), "cnn3", task, 0)
     found = []
     for most in (1 << 22, 2100):  # all at once; 3 at a time
-        monkeypatch.setattr("stages.weightnet.zoo.MOST_PAIRS", most)
+        monkeypatch.setattr("stages.weightnet.zoo.reading.MOST_PAIRS", most)
         statistics = {("cnn3", False): statistics_of(zoo, False)}
         assert zoo.at_a_time(32) == (32 if most > 2100 else 3)
         found.append(train_and_predict(job, {"cnn3": zoo}, statistics, params)["arrays"])
@@ -718,7 +713,7 @@ def test_of_large_networks_a_few_weights_are_read_at_a_time(monkeypatch):
     networks = zoo_networks("residual")
     model = untrained("weightnet", networks)
     expected = model(networks, torch.zeros(3, 5))
-    monkeypatch.setattr(predictors, "PAIRS", 60)
+    monkeypatch.setattr("stages.weightnet.predictors.weightnet.PAIRS", 60)
     torch.testing.assert_close(model(networks, torch.zeros(3, 5)), expected)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.common.randomness import generator
 from stages.common.stage import InputError, StageParams
-from stages.weightnet.zoo import Zoo
+from stages.weightnet.zoo.reading import Zoo
 
 Rows = Int[Tensor, " n"]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -103,8 +103,8 @@ def test_missing_and_damaged_files_say_what_to_run(tmp_path, monkeypatch):
     path.write_bytes(b"garbage" * 100)
     with pytest.raises(InputError, match=r"damaged .*dvc repro -f fetch_data@mnist"):
         load_metadata(path)
-    best = Path("models/train_bilinear/mnist-regularised/seed0/best.pt")
-    assert remedy(best) == ": run 'dvc repro train_bilinear@mnist-regularised'"
+    best = Path("models/train_bilinear/mnist/regularised/seed0/best.pt")
+    assert remedy(best) == ": run 'dvc repro train_bilinear@mnist'"
     assert remedy(Path("reports/decompose_bilinear/mnist/summary.json")) == ": run 'dvc repro decompose_bilinear@mnist'"
     assert remedy(Path("/elsewhere/best.pt")) == ""
 
@@ -114,17 +114,23 @@ def test_a_remedy_says_what_params_must_name_before_dvc_knows_the_stage(tmp_path
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert remedy(Path("data/digits.safetensors")) == ": run 'dvc repro fetch_data@digits'"
-    add = "add cifar10 to {} in params.yaml, then run 'dvc repro {}'"
-    for path, key, stage in (
-        ("data/cifar10.safetensors", "fetch_data.datasets", "fetch_data@cifar10"),
+    add = "add {} to {} in params.yaml, then run 'dvc repro {}'"
+    for path, name, key, stage in (
+        ("data/cifar10.safetensors", "cifar10", "fetch_data.datasets", "fetch_data@cifar10"),
         (
-            "models/train_bilinear/cifar10-linear/seed0/best.pt",
-            "train_bilinear.datasets",
-            "train_bilinear@cifar10-linear",
+            "models/build_zoo/my-photos-cnn3/networks.safetensors",
+            "my-photos",
+            "build_zoo.datasets",
+            "build_zoo@my-photos-cnn3",
         ),
-        ("reports/decompose_bilinear/cifar10/summary.json", "train_bilinear.datasets", "decompose_bilinear@cifar10"),
+        (
+            "reports/decompose_bilinear/cifar10/summary.json",
+            "cifar10",
+            "train_bilinear.datasets",
+            "decompose_bilinear@cifar10",
+        ),
     ):
-        assert remedy(Path(path)) == f": {add.format(key, stage)}"
+        assert remedy(Path(path)) == f": {add.format(name, key, stage)}"
     for path, stage in (
         ("models/build_fleet/rules/fleet.safetensors", "build_fleet@rules"),
         ("models/none/x/y.pt", "none@x"),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stages.weightnet.recording import NotFollowed, Operand, Recorder
+from stages.weightnet.tracing.recording import NotFollowed, Operand, Recorder
 
 REQUIRED = Parameter.empty
 

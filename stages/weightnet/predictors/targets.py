@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.weightnet.properties import PROPERTIES
+from stages.weightnet.zoo.properties import PROPERTIES
 
 EDGE = 0.005  # accuracies nearer to 0 or 1 are taken for this
 

@@ -1,20 +1,14 @@
 """A forecast reads the past alone, treats relabelled neurons alike, and starts as no change."""
 
-import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages.common.stage import InputError
-from stages.common.vectors import Layout, principal_components
+from stages.common.vectors import Layout
 from stages.forecast.baselines import BASELINES
-from stages.forecast.compress_trajectory import energy_fractions, explained_variance_ratios
 from stages.forecast.diffusion import DiffusionForecaster
-from stages.forecast.evaluate_forecaster import error_ratios
 from stages.forecast.forecasters import build_forecaster
-from stages.forecast.lenet import LeNet
 from stages.forecast.shared import RidgeForecaster, movement_target, random_coordinates, roll_out
-from stages.forecast.train_lenet import Params
 from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory, origins, read_features
 
 HORIZONS = (1, 5)
@@ -213,74 +207,11 @@ def test_baselines_are_exact_where_they_should_be():
     assert (ahead[0] - turning[36]).norm() < 0.2 * (turning[35] - turning[36]).norm() + 0.02
 
 
-def test_energy_fractions_are_those_of_projections():
-    basis = torch.linalg.qr(torch.randn(30, 5)).Q.T
-    inside, outside = torch.randn(1, 5) @ basis, torch.randn(1, 30)
-    outside -= outside @ basis.T @ basis
-    fractions = energy_fractions(torch.cat([inside, outside, inside + outside]), basis, [5, 99])
-    expected = (inside.square().sum() / (inside + outside).square().sum()).item()
-    torch.testing.assert_close(fractions[:, 0], torch.tensor([1.0, 0.0, expected]), rtol=1e-4, atol=1e-5)
-    assert torch.equal(fractions[:, 0], fractions[:, 1])
-
-
-def test_all_components_explain_all_variance_between_and_within_runs():
-    runs = [Trajectory(Layout({"w": (6, 5)}), torch.randn(8, 30) + 3 * torch.randn(1, 30), None) for _ in range(3)]
-    mean, basis, _ = principal_components(torch.cat([r.weights for r in runs]), 500)
-    ratios = explained_variance_ratios(runs, mean, basis, [1, 500])
-    assert ratios["between"][1] == pytest.approx(1, abs=1e-4)
-    assert ratios["within"][1] == pytest.approx(1, abs=1e-4)
-    assert ratios["within"][0] < ratios["between"][0] < 1  # the first component lies between runs
-
-
-def test_ratios_are_of_sums_over_origins_and_intervals_over_runs():
-    rows = [
-        {"forecaster": f, "run": run, "regime": "adam", "phase": "late", "t": t, "h": 1, "error": error}
-        for f, run, t, error in [
-            ("persistence", "a", 1, 1.0),
-            ("persistence", "a", 2, 3.0),
-            ("persistence", "b", 1, 2.0),
-            ("mine", "a", 1, 2.0),
-            ("mine", "a", 2, 0.0),
-            ("mine", "b", 1, 2.0),
-        ]
-    ]
-    table = error_ratios(pd.DataFrame(rows), ["forecaster", "regime", "phase", "h"])
-    assert table.loc[("persistence", "adam", "late", 1), ["mean", "low", "high"]].tolist() == [1, 1, 1]
-    mine = table.loc[("mine", "adam", "late", 1)]
-    assert (mine["mean"], mine["n"]) == (0.75, 2)
-    assert mine["high"] - mine["mean"] == pytest.approx(12.706 * 0.3536 / 2**0.5, rel=1e-3)  # of Student's t, 1 degree
-
-
-def test_runs_are_disjoint_and_known():
-    values = {
-        "image_size": 16,
-        "validation_fraction": 0.1,
-        "split_seed": 0,
-        "steps": 1,
-        "batch_size": 1,
-        "snapshot_every": 1,
-        "evaluation_images": 1,
-        "regimes": {"adam": {"optimizer": "adam", "learning_rate": 0.1, "schedule": "constant"}},
-        "runs": {"train": ["adam-0"], "validation": ["adam-1"], "test": ["adam-0"]},
-    }
-    with pytest.raises(InputError, match="runs named twice: adam-0"):
-        Params.parse(values, ".".join)
-    values["runs"]["test"] = ["sgd-3"]
-    with pytest.raises(InputError, match="unknown regimes: sgd"):
-        Params.parse(values, ".".join)
-
-
 def test_origins_leave_every_horizon_known():
     found = origins(81, 20, 6)
     assert min(found) == WINDOW + 1
     assert max(found) + 20 < 81
     assert {phase for t, phase in found.items() if t < 40} == {"early"}
-
-
-def test_lenet_has_the_weights_that_it_should():
-    assert sum(p.numel() for p in LeNet(28, 10, seed=0).parameters()) == 61_706
-    with pytest.raises(ValueError, match="16 pixels or more, got 8"):
-        LeNet(8, 10, seed=0)
 
 
 def test_too_early_and_missing_states_are_refused():

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from stages.common.metrics import accuracy, calibration_error
-from stages.weightnet.program import Program, Weights, run_stack
+from stages.weightnet.tracing.program import Program, Weights, run_stack
 
 PROPERTIES = ("test_acc", "gap", "noise_acc", "fgsm_acc", "test_loss", "calibration_error")
 REFERENCES = ("labelled_32", "labelled_128", "confidence_128")  # what a few images that it was not trained on tell

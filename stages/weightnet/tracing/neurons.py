@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.common.stage import InputError
-from stages.weightnet.operations import ARITHMETIC, POINTWISE, POOLS, Step
-from stages.weightnet.program import Program
+from stages.weightnet.tracing.operations import ARITHMETIC, POINTWISE, POOLS, Step
+from stages.weightnet.tracing.program import Program
 
 INPUT, OUTPUT = "input", "output"  # groups whose order means something: they are never permuted
 NOBODY = -1  # the id of numbers that are the same whatever the order of neurons

@@ -45,12 +45,18 @@ def test_a_bootstrap_interval_holds_the_mean_as_students_does_and_shrinks_with_t
     values = np.random.default_rng(1).normal(3, 1, 4000)
     widths = []
     for n in (40, 4000):
-        found = bootstrap_interval(lambda at: float(values[at].mean()), n, 400)
+        found = bootstrap_interval(lambda x: x.mean(-1), values[:n])
         assert found["mean"] == pytest.approx(values[:n].mean())
         assert found["low"] < found["mean"] < found["high"]
         widths.append(found["high"] - found["low"])
         assert widths[-1] == pytest.approx(2 * 1.96 * values[:n].std() / n**0.5, rel=0.2)
-    assert bootstrap_interval(lambda at: float(len(at)), 40, 10) == {"mean": 40.0, "low": 40.0, "high": 40.0}
+    assert bootstrap_interval(lambda x: x.sum(-1), np.ones(40)) == {"mean": 40.0, "low": 40.0, "high": 40.0}
+
+
+def test_items_of_several_arrays_are_drawn_together():
+    x = np.random.default_rng(2).normal(size=50)
+    interval = bootstrap_interval(lambda a, b: (a / b).mean(-1), 3 * x, x)
+    assert list(interval.values()) == pytest.approx([3, 3, 3])
 
 
 def test_headlines_are_the_numbers_at_their_places_and_of_spreads_the_mean():

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
-from stages.weightnet.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
-from stages.weightnet.readers import READERS
-from stages.weightnet.recording import Recorder, plain
+from stages.weightnet.tracing.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
+from stages.weightnet.tracing.readers import READERS
+from stages.weightnet.tracing.recording import Recorder, plain
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.common.metrics import QUANTILES
-from stages.weightnet.symmetry import Edge, Networks
+from stages.weightnet.tracing.symmetry import Edge
+from stages.weightnet.zoo.networks import Networks
 
 STATISTICS = 2 + len(QUANTILES)
 

@@ -14,10 +14,11 @@ from torch.nn.functional import interpolate
 from stages.common.files import load_metadata, load_table, remedy, require
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.stage import InputError, StageParams
-from stages.weightnet.networks import zoo_program
-from stages.weightnet.program import Program
-from stages.weightnet.properties import PROPERTIES
-from stages.weightnet.symmetry import Networks, Symmetry
+from stages.weightnet.tracing.program import Program
+from stages.weightnet.tracing.symmetry import Symmetry
+from stages.weightnet.zoo.architectures import zoo_program
+from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.properties import PROPERTIES
 
 ZOO = Path("models/build_zoo")
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stages.common.stage import InputError, one_line
-from stages.weightnet.operations import Step
+from stages.weightnet.tracing.operations import Step
 
 # what does not change a result, and tells nothing of its values
 SHAPES = {

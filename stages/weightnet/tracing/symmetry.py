@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.common.stage import InputError
-from stages.weightnet.neurons import INPUT, NOBODY, OUTPUT, Derivation, NeuronAxis, follow
-from stages.weightnet.program import Program, Weights, run_stack
+from stages.weightnet.tracing.neurons import INPUT, NOBODY, OUTPUT, Derivation, NeuronAxis, follow
+from stages.weightnet.tracing.program import Program, Weights, run_stack
 
 MOST_PIECES = 64  # groups that one layer's neurons may fall into
 
@@ -379,16 +379,3 @@ def symmetry_error(program: Program, symmetry: Symmetry, weights: Weights, rando
     before = run_stack(program, Relabelled(weights, symmetry, {}), images)
     after = run_stack(program, Relabelled(weights, symmetry, random_permutations(symmetry, random)), images)
     return ((before - after).abs().amax() / before.abs().amax().clamp(min=1e-12)).item()
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Some networks of one architecture: what predictors read."""
-
-    program: Program
-    symmetry: Symmetry
-    weights: Weights
-    tanh: Bool[Tensor, " n"]  # those with tanh in place of ReLU
-
-    def __len__(self) -> int:
-        return len(self.tanh)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.common.stage import InputError
-from stages.weightnet.program import Program, trace
-from stages.weightnet.symmetry import Symmetry, derive_symmetry
+from stages.weightnet.tracing.program import Program, trace
+from stages.weightnet.tracing.symmetry import Symmetry, derive_symmetry
 
 ARCHITECTURES = ("cnn3", "cnn4", "flat", "lenet", "residual", "wide")  # our own
 
