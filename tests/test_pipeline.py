@@ -1,6 +1,7 @@
 """dvc.yaml tells the truth: what a stage depends on is exactly what it imports and reads."""
 
 import copy
+import hashlib
 import importlib
 import json
 import re
@@ -321,3 +322,25 @@ def test_variants_are_the_same_everywhere():
     assert set(fleets) == set(condense_changes.FLEETS) == set(recover_memory.CHARACTERISTICS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}
     assert depths == decompose_bilinear.DEPTHS
+
+
+def test_plots_at_the_top_are_of_outputs_and_have_their_templates(stages):
+    outputs = {out.def_path for stage in stages for out in stage.outs}
+    resolved = {key: str(value) for key, value in PARAMS["build_report"].items()}
+    for (plot,) in (plot.items() for plot in yaml.safe_load(TEXT)["plots"]):
+        title, settings = plot
+        assert (ROOT / ".dvc/plots" / f"{settings['template']}.json").is_file(), title
+        for path in settings["y"]:
+            for key, value in resolved.items():
+                path = path.replace(f"${{build_report.{key}}}", value)
+            assert path in outputs, path
+
+
+def test_artifacts_are_released_models_with_cards():
+    artifacts = yaml.safe_load(TEXT)["artifacts"]
+    released = {path for path in tracked() if path.startswith("models/released/") and not path.endswith(".json")}
+    assert {artifact["path"] for artifact in artifacts.values()} == released
+    for path in released:
+        card = json.loads((ROOT / path).with_suffix(".json").read_text())
+        assert card["sha256"] == hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
+        assert {"learned_from", "scores", "limits"} <= set(card)

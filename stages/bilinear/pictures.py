@@ -13,17 +13,18 @@ from torch import Tensor
 
 from stages.bilinear.decomposition import DecompositionArtifacts, pixel_attributions
 from stages.bilinear.model import BilinearImageClassifier
-from stages.common.figures import image_grid, save_figure, show_image, show_signed
+from stages.common.figures import image_grid, legible, save_figure, show_image, show_signed
 from stages.common.images import ImageSet
 
 MAX_CLASSES = 10  # in a picture
 EACH_SIGN = 3  # eigenvectors in the gallery
+TICKS = [1, 2, 5, 10, 20, 50, 100]
 COLOURS = {"hidden": "tab:blue", "input": "tab:orange", "data": "tab:green"}
 
 
 def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], data: ImageSet) -> None:
     """Draw, for each class, the most positive and the most negative eigenvectors of each network, eigenvalues above."""
-    classes = data.classes[:MAX_CLASSES]
+    classes = legible(data.classes)[:MAX_CLASSES]
     each = min(EACH_SIGN, *(artifacts.eigenvalues.shape[1] for artifacts in decompositions.values()))
     columns = [*range(-1, -1 - each, -1), *range(each)]  # eigenvalues ascend
     width = len(columns) + 1  # a network's block, with a gap behind it
@@ -44,7 +45,7 @@ def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], 
 
 def draw_spectra(path: Path, decompositions: dict[str, DecompositionArtifacts], classes: list[str]) -> None:
     """Draw each class's eigenvalues in falling order."""
-    classes = classes[:MAX_CLASSES]
+    classes = legible(classes)[:MAX_CLASSES]
     rows = -(-len(classes) // 5)
     figure, axes = plt.subplots(rows, 5, figsize=(10, 1.8 * rows), squeeze=False, sharex=True, layout="constrained")
     for c, (ax, name) in enumerate(zip(axes.flat, classes, strict=False)):
@@ -56,7 +57,7 @@ def draw_spectra(path: Path, decompositions: dict[str, DecompositionArtifacts], 
         ax.set_title(name)
     for ax in axes.flat[len(classes) :]:
         ax.set_visible(False)
-    axes[0, 0].legend(fontsize=6)
+    axes[0, 0].legend(fontsize=7)
     figure.supxlabel("eigenvector, in falling order")
     figure.supylabel("eigenvalue / largest |eigenvalue|")
     save_figure(path, figure)
@@ -74,8 +75,10 @@ def draw_truncation(path: Path, rows: list[dict[str, Any]], full: dict[str, floa
                 x, y = [r["eigenvectors"] for r in curve], [r["acc"] for r in curve]
                 ax.plot(x, y, style, color=colour, label=f"{basis}, {ranking}")
         ax.set(xscale="log", xlabel="eigenvectors a class", title=variant)
+        ax.set_xticks(TICKS, map(str, TICKS))
+        ax.minorticks_off()
     axes[0].set_ylabel("test accuracy")
-    axes[-1].legend(fontsize=6)
+    axes[-1].legend(fontsize=7)
     save_figure(path, figure)
 
 
@@ -90,7 +93,8 @@ def draw_masks(
 
     The network sees pixels beyond 0 to 1, which the picture cuts.
     """
-    classes = data.classes[:MAX_CLASSES]
+    names = legible(data.classes)
+    classes = names[:MAX_CLASSES]
     figure, axes = image_grid(4, len(classes))
     shape = data.images.shape[1:]
     for c in range(len(classes)):
@@ -99,7 +103,7 @@ def draw_masks(
         for row, mask in enumerate((torch.zeros_like(masks[c]), masks[c], permuted[c]), start=1):
             masked = image + mask.view(shape)
             show_image(axes[row, c], masked.cpu().numpy())
-            axes[row, c].set_title(data.classes[model(masked[None]).argmax().item()], fontsize=7, pad=1)
+            axes[row, c].set_title(names[model(masked[None]).argmax().item()], fontsize=7, pad=1)
     for ax, label in zip(axes[:, 0], ("mask", "image", "with mask", "permuted"), strict=True):
         ax.set_ylabel(label, rotation=0, ha="right", va="center")
     save_figure(path, figure)
@@ -112,10 +116,11 @@ def draw_attributions(path: Path, model: BilinearImageClassifier, data: ImageSet
     predicted = model(x).argmax(1)
     attributions = pixel_attributions(model, x, predicted)[0].view_as(x)
     figure, axes = image_grid(2, len(first))
+    names = legible(data.classes)
     for i, c in enumerate(predicted.tolist()):
         show_image(axes[0, i], x[i].cpu().numpy())
         show_signed(axes[1, i], attributions[i].cpu().numpy())
-        axes[1, i].set_title(data.classes[c], fontsize=7, pad=1)
+        axes[1, i].set_title(names[c], fontsize=7, pad=1)
     for ax, label in zip(axes[:, 0], ("image", "adds to\nits logit"), strict=True):
         ax.set_ylabel(label, rotation=0, ha="right", va="center")
     save_figure(path, figure)

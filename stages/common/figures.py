@@ -11,11 +11,20 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from stages.common.files import atomic_path
 
+SHARPNESS = 2  # pixels of a file for each that a page shows it with
 plt.rcParams.update(
-    {"figure.dpi": 110, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    {
+        "figure.dpi": 110,
+        "savefig.dpi": 110 * SHARPNESS,
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
 )
 
 
@@ -24,6 +33,12 @@ def save_figure(path: Path, figure: Figure) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+
+
+def legible(names: list[str]) -> list[str]:
+    """Return names of classes as they can be drawn: one with a character that the font lacks becomes its number."""
+    font = get_font(findfont("DejaVu Sans"))
+    return [name if all(map(font.get_char_index, map(ord, name))) else f"class {i}" for i, name in enumerate(names)]
 
 
 def image_grid(rows: int, columns: int, size: float = 0.9) -> tuple[Figure, np.ndarray]:

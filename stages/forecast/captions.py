@@ -6,7 +6,7 @@ FORECASTERS = {
     "mlp": "multilayer perceptron",
     "ridge": "ridge regression",
     "diffusion": "diffusion model",
-    "jump": "jump: tuned through the networks proposed",
+    "jump": "jump, tuned through losses",
     "pca_transformer": "transformer over principal components",
     "persistence": "the last weights kept",
     "average_3": "mean of the last 3",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.common.figures import save_figure
 from stages.common.vectors import principal_components
+from stages.forecast.captions import FORECASTERS, METHODS, REGIMES
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 LIMITS = (0.2, 2.0)  # of ratios; what is worse lies above the picture
@@ -34,8 +35,8 @@ COLOURS = {
 
 
 def draw_curve(ax: Axes, name: str, curve: pd.DataFrame, value: str, low: str, high: str) -> None:
-    """Draw one forecaster's values against the horizon, with their intervals where three runs or more give a useful one."""
-    bars = [curve[value] - curve[low], curve[high] - curve[value]] if curve["n"].min() >= 3 else None
+    """Draw one forecaster's values against the horizon; of learnt ones with their intervals, where three runs or more give one."""
+    bars = [curve[value] - curve[low], curve[high] - curve[value]] if curve["n"].min() >= 3 and name in LEARNT else None
     shift = 0.08 * (list(COLOURS).index(name) - len(COLOURS) / 2)  # so that intervals do not hide each other
     ax.errorbar(
         curve["h"] + shift,
@@ -43,7 +44,7 @@ def draw_curve(ax: Axes, name: str, curve: pd.DataFrame, value: str, low: str, h
         bars,
         fmt="o-" if name in LEARNT else "--",
         color=COLOURS[name],
-        label=name,
+        label=FORECASTERS[name],
         markersize=3,
         linewidth=1,
         elinewidth=0.5,
@@ -72,7 +73,8 @@ def draw_horizons(path: Path, ratios: pd.DataFrame, value: str = "mean", ylabel:
                 if name not in COLOURS:  # the plain design lies far above the picture
                     continue
                 draw_curve(ax, name, curve, value, low, high)
-            ax.set(ylim=LIMITS, title=f"{regime}, {phase} half")
+            n = table[table.regime == regime]["n"].iloc[0]
+            ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}\n{phase} half, n = {n}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.supxlabel("horizon, snapshots")
     figure.supylabel(f"{ylabel} / that of keeping the last weights")
@@ -99,10 +101,10 @@ def draw_times(path: Path, errors: pd.DataFrame, regime: str, horizons: tuple[in
                     ratios.loc[h, name],
                     "o-" if name in LEARNT else "--",
                     color=colour,
-                    label=name,
+                    label=FORECASTERS[name],
                     markersize=3,
                 )
-        ax.set(ylim=LIMITS, title=f"{regime}, h = {h}", xlabel="origin, snapshots")
+        ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}, {h} ahead", xlabel="forecast from snapshot")
     axes[0, 0].set_ylabel("squared error / that of\nkeeping the last weights")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     save_figure(path, figure)
@@ -115,7 +117,7 @@ def draw_accumulation(path: Path, accumulation: pd.DataFrame) -> None:
     for i, regime in enumerate(table["regime"].unique()):
         for name, style in (("rolled_out", "-"), ("direct", "o")):
             curve = table[(table.regime == regime) & (table.forecaster == name)]
-            label = f"{regime}, {name.replace('_', ' ')}"
+            label = f"{REGIMES.get(regime, regime)}, {name.replace('_', ' ')}"
             ax.plot(curve["h"], curve["mean"], style, color=f"C{i}", markersize=4, label=label)
     ax.axhline(1, color="black", linestyle="--", linewidth=0.8)
     ax.set(
@@ -134,10 +136,13 @@ def draw_accuracies(path: Path, losses: pd.DataFrame, regime: str) -> None:
     for ax, phase in zip(axes, phases, strict=True):
         for name, curve in table[table.phase == phase].groupby("forecaster", sort=False):
             draw_curve(ax, name, curve, "acc_points", "acc_points_low", "acc_points_high")
-        shown = table[(table.phase == phase) & table.forecaster.isin((*LEARNT, "average_3"))]["acc_points"]
+        shown = table[(table.phase == phase) & table.forecaster.isin((*LEARNT, "average_3"))]
+        lowest, highest = (  # a single run has no interval
+            shown[end].fillna(shown["acc_points"]) for end in ("acc_points_low", "acc_points_high")
+        )
         ax.set(
-            ylim=(shown.min() - 1, max(shown.max(), 0) + 1),
-            title=f"{regime}, {phase} half",
+            ylim=(lowest.min() - 1, max(highest.max(), 0) + 1),
+            title=f"{REGIMES.get(regime, regime)}, {phase} half (n = {table['n'].iloc[0]})",
             xlabel="horizon, snapshots",
         )
     axes[0].set_ylabel("test accuracy minus that of\nthe last weights, points")
@@ -183,7 +188,7 @@ def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, A
     for span, colour in (("runs", "tab:blue"), ("past", "tab:red")):
         for h, style in zip(spans[span], ("-", "--", "-.", ":"), strict=False):
             cells = spans[span][h]
-            label = f"of {'training runs' if span == 'runs' else 'its own past'}, h = {h}"
+            label = f"of {'training runs' if span == 'runs' else 'its own past'}, {h} ahead"
             right.plot([int(k) for k in cells], [c["mean"] for c in cells.values()], style, color=colour, label=label)
     right.plot([int(k) for k in random], list(random.values()), color="grey", label="random subspace")
     right.set(xscale="log", title="share of an unseen run's movement in the span", xlabel="components")
@@ -199,9 +204,11 @@ def draw_nowcasts(path: Path, history: pd.DataFrame) -> None:
         base, _, proposals = name.partition("_")
         colour = {"adam": "tab:blue", "tuned": "tab:orange", "cosine": "tab:green"}[base]
         style = {"": "-", "average": ":", "nowcast": "--"}[proposals]
-        ax.plot(mean["cost"], mean["loss"], style, color=colour, linewidth=1, label=name.replace("_", ", "))
+        ax.plot(mean["cost"], mean["loss"], style, color=colour, linewidth=1, label=METHODS.get(name, name))
     ax.set(
         yscale="log", xlabel="steps, with the cost of forecasts and their choice", ylabel="test loss, mean over seeds"
     )
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:.1g}")
     ax.legend(fontsize=7)
     save_figure(path, figure)

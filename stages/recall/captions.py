@@ -2,6 +2,14 @@
 
 CAPTIONS = {
     "fine_tuned": "fine-tuned",
+    "present": "classes present",
+    "table": "truth table",
+    "log2_size": "number of images (log2)",
+    "label_noise": "random labels",
+    "bits": "bits right",
+    "whole": "whole sets right",
+    "r2": "R²",
+    "retrieved": "found among all",
     "components_16": "16 components",
     "components_32": "32 components",
     "class_mean": "mean of the class answered",

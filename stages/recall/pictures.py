@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
 
-from stages.common.figures import image_grid, save_figure, show_image, show_signed
+from stages.common.figures import image_grid, legible, save_figure, show_image, show_signed
 from stages.recall.captions import caption
 
 SHOWN = 10
@@ -31,7 +31,7 @@ def draw_fleet(
         below.tick_params(labelsize=5, length=0)
     axes[0, 0].set_ylabel("mean image", fontsize=7)
     axes[1, 0].set_ylabel("rule" if has_rules else "proportions", fontsize=7)
-    legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(classes))
+    legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(legible(classes)))
     figure.supxlabel(legend if has_rules else "class", fontsize=6)
     save_figure(path, figure)
 
@@ -46,7 +46,7 @@ def draw_masked_accuracy(path: Path, acc: dict[str, dict[str, dict[str, float]]]
         ax.errorbar(ratios, means, stds, marker="o", markersize=3, capsize=2, label=caption(method))
     ax.axhline(majority, color="0.6", linestyle=":", label="most frequent class")
     ax.set(xlabel="share of patches hidden", ylabel="test accuracy", ylim=(0, 1))
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=7)
     save_figure(path, figure)
 
 
@@ -59,12 +59,12 @@ def draw_explained_variance(path: Path, ratios: dict[str, dict[str, dict[str, fl
             values = [by_kind[kind] for by_kind in by_count.values()]
             ax.plot(counts, values, style, color=f"C{color}", label=name if kind == "unseen" else None)
     ax.set(xscale="log", xlabel="principal components", ylabel="share of the change (dotted: training)", ylim=(0, 1))
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=7)
     save_figure(path, figure)
 
 
 def draw_rows(
-    path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h v"]], signed: bool = False, fontsize: int | None = 6
+    path: Path, rows: Mapping[str, Float[np.ndarray, "n 3 h v"]], signed: bool = False, fontsize: int | None = 8
 ) -> None:
     """Draw images that belong together below each other, a row of each kind; signed: differences, red above and blue below 0."""
     figure, axes = image_grid(len(rows), SHOWN)
@@ -83,9 +83,9 @@ def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[
         for key, by in by_key.items()
         for measure in by["baseline"]
     ]
-    columns = 5
+    columns = 3
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 2 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(12, 2.4 * rows), squeeze=False)
     for ax, (fleet, key, measure) in zip(axes.flat, panels, strict=False):
         by = decoded[fleet][key]
         names = [name for name in by if name != "baseline"]
@@ -94,9 +94,9 @@ def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[
         spread = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
         ax.barh(places, values[:, 0], xerr=spread, color="C0", error_kw={"elinewidth": 0.7})
         ax.axvline(by["baseline"][measure], color="k", linestyle=":", linewidth=0.8)
-        ax.set_yticks(places, [caption(name) for name in names], fontsize=5)
+        ax.set_yticks(places, [caption(name) for name in names], fontsize=8)
         ax.set_xlim(min(0, values[:, 0].min()), 1)
-        ax.set_title(f"{fleet}: {key.replace('_', ' ')}, {measure}", fontsize=6)
+        ax.set_title(f"{fleet}: {caption(key)}, {caption(measure)}")
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     figure.tight_layout()
@@ -116,9 +116,11 @@ def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
         for reads in dict.fromkeys(row["reads"] for row in of_fleet):
             means = [np.mean(scores[reads, count]) for count in counts]
             ax.plot(counts, means, marker="o", markersize=3, label=caption(reads))
-        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {of_fleet[0]['characteristic']}")
+        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {caption(of_fleet[0]['characteristic'])}")
+        ax.set_xticks(counts, map(str, counts), minor=False)
+        ax.minorticks_off()
     axes[0, 0].set_ylabel("bits right, or R²")
-    axes[0, 0].legend(fontsize=6)
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     save_figure(path, figure)
 
@@ -152,7 +154,7 @@ def draw_space(
         for which, marker in ((train, "o"), (test, "^")):
             ax.scatter(x[which], y[which], c=effect[which], cmap="coolwarm", s=10, marker=marker, vmin=-1, vmax=1)
         ax.set(xlabel="axis 1", ylabel="axis 2", xticks=[], yticks=[])
-        ax.set_title(f"red: yes if {name}; triangles: rules never trained", fontsize=6)
+        ax.set_title(f"red: yes if {name};\ntriangles: rules never trained", fontsize=8)
     levels = np.unique(pairs["agreement"])
     cosines = [pairs["cosine"][pairs["agreement"] == level] for level in levels]
     axes[-1].violinplot(cosines, levels, widths=0.2, showmeans=True)

@@ -18,7 +18,6 @@ READS = {
     "all": "all of these",
 }
 DIFFERENCES = ("written_minus_nearest", "written_minus_nearest_averaged")
-MEASURES = {"bits": "bits right", "whole": "whole sets right", "r2": "R²", "retrieved": "found among the test sets"}
 ROWS = {  # of the headline: fleet, characteristic, measure, and what people read
     ("classes", "present", "bits"): "which of ten classes: bits right",
     ("classes", "present", "whole"): "which of ten classes: all ten bits right",
@@ -171,7 +170,7 @@ def decoded_table(decoded: dict[str, Any], sizes: dict[str, Any]) -> Table:
     """Return every characteristic from every representation."""
     rows = [
         row(
-            f"{fleet}: {key.replace('_', ' ')}, {MEASURES[measure]}",
+            f"{fleet}: {caption(key)}, {caption(measure)}",
             *(decimal(by[name][measure]) for name in SHOWN),
             decimal(baseline),
         )
@@ -271,7 +270,7 @@ def calibration_table(calibration: dict[str, Any], sizes: dict[str, Any]) -> Tab
     places = {"coverage": percent, "coverage_present": percent, "half_width": decimal}
     rows = [
         row(
-            key.replace("_", " "),
+            caption(key),
             *(write(measured[place]) if place in measured else "" for place, write in places.items()),
             decimal(measured["calibration_error"], 3) if "calibration_error" in measured else "",
         )

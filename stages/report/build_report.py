@@ -22,6 +22,7 @@ from stages.vit_memory.report import vit_memory_section
 from stages.weightnet.report import weightnet_section
 
 MARKDOWN = Path("reports/build_report/report.md")
+DPI = 110  # of a page: files of pictures are sharper
 PAGE = Path(__file__).with_name("page.html")
 ANSWERS = "| question, and of what | answer | against |"
 SAID = "Five questions about the weights of trained networks, each answered beside its trivial baseline."
@@ -90,10 +91,18 @@ def data_url(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(require(path).read_bytes()).decode()}"
 
 
+def shown_width(path: Path) -> int:
+    """Return how many pixels wide a page shows a PNG: its inches, which pixels and resolution in its header give, at DPI."""
+    head = require(path).read_bytes()[:4096]
+    pixels, resolution = int.from_bytes(head[16:20], "big"), head.partition(b"pHYs")[2][:4]  # of IHDR; pixels a metre
+    inches = pixels / (int.from_bytes(resolution, "big") * 0.0254) if resolution else pixels / DPI
+    return round(inches * DPI)
+
+
 def render_html(sections: list[Section], facts: dict[str, str]) -> str:
     """Return the report as one HTML page with the pictures inside."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data_url"] = data_url
+    environment.filters |= {"data_url": data_url, "shown_width": shown_width}
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
     return page.render(sections=sections, facts=facts, said=SAID, note=NOTE.format(grey="grey"))
 

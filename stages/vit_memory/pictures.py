@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.common.figures import image_grid, save_figure, show_image
+from stages.common.figures import image_grid, legible, save_figure, show_image
+from stages.vit_memory.captions import caption
 
 Rows = list[dict[str, Any]]
 RECONSTRUCTIONS = 10  # images in a row
@@ -40,25 +41,31 @@ def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
         for i, method in enumerate(sorted(table, key=lambda m, kind=kind: -table[m][kind]["final"]["mean"])):
             matrix = _mean_matrix(rows, method, kind)
             so_far = [matrix[t, : t + 1].mean() for t in range(len(matrix))]
-            label = f"{method.replace('_', ' ')} {table[method][kind]['final']['mean']:.1%}"
+            label = f"{caption(method)} {table[method][kind]['final']['mean']:.1%}"
             style = {"linestyle": "-" if i < 5 else "--", "color": colours[method], "label": label}
             ax.plot(range(1, len(matrix) + 1), so_far, marker="o", markersize=3, **style)
         ax.set(title=title, xlabel="tasks learnt", ylim=(0, 1.02), xticks=range(1, len(matrix) + 1))
-        ax.legend(fontsize=6)
+        ax.legend(fontsize=7, loc="lower left")
     axes[0].set_ylabel("test accuracy over those tasks")
     save_figure(path, figure)
 
 
 def draw_matrices(path: Path, rows: Rows) -> None:
-    """Draw R of every method: rows are tasks learnt, columns the task that is tested; above class-, below task-incremental."""
+    """Draw R of every method: rows are tasks learnt, columns the task that is tested, blank before it is learnt.
+
+    Above class-, below task-incremental.
+    """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = image_grid(2, len(methods), size=1.1)
     for i, kind in enumerate(KINDS):
         for ax, method in zip(axes[i], methods, strict=True):
-            ax.imshow(_mean_matrix(rows, method, kind), vmin=0, vmax=1, cmap="viridis")
-            ax.set_title(method.replace("_", " ") if i == 0 else "", fontsize=7, pad=2)
+            matrix = _mean_matrix(rows, method, kind)
+            learnt = np.tril(np.ones_like(matrix, dtype=bool))
+            image = ax.imshow(np.where(learnt, matrix, np.nan), vmin=0, vmax=1, cmap="viridis")
+            ax.set_title(caption(method).partition(":")[0] if i == 0 else "", fontsize=8, pad=2)
         axes[i, 0].set_ylabel(f"{kind}-incremental\nafter task", fontsize=7)
         axes[i, 0].set_xlabel("on task", fontsize=7)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="test accuracy")
     save_figure(path, figure)
 
 
@@ -71,9 +78,9 @@ def draw_methods(path: Path, table: dict[str, Any], reference: str, title: str) 
         ax.plot([100 * d["low"], 100 * d["high"]], [i, i], color="C0")
         ax.plot(100 * d["mean"], i, "o", color="C0", markersize=4)
     ax.axvline(0, color="grey", linewidth=0.8)
-    names = [f"{m.replace('_', ' ')}, {table[m]['acc']['mean']:.1%}" for m in methods]
+    names = [f"{caption(m)}, {table[m]['acc']['mean']:.1%}" for m in methods]
     ax.set(yticks=range(len(methods)), yticklabels=names, title=title)
-    of_reference = f"{reference.replace('_', ' ')}, {table[reference]['acc']['mean']:.1%}"
+    of_reference = f"{caption(reference)}, {table[reference]['acc']['mean']:.1%}"
     ax.set_xlabel(f"accuracy minus that of the {of_reference}, points")
     save_figure(path, figure)
 
@@ -92,7 +99,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
         ylabel="distance to the stored pattern (length 1)",
         title="retrieval from a noisy key",
     )
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=7)
     for kind, style in (("modern", "o-"), ("classical", "s--")):
         axes[1].plot([r["patterns"] for r in capacity], [r[kind] for r in capacity], style, markersize=3, label=kind)
     axes[1].axvline(CLASSICAL_CAPACITY * capacity[0]["dim"], color="grey", linewidth=0.8)
@@ -100,7 +107,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
         xscale="log", xlabel=f"bipolar patterns of {capacity[0]['dim']} bits", ylabel="share retrieved without error"
     )
     axes[1].set_title("capacity; line: the theory of the classical network")
-    axes[1].legend(fontsize=6)
+    axes[1].legend(fontsize=7)
     save_figure(path, figure)
 
 
@@ -115,7 +122,7 @@ def draw_energy(path: Path, rows: Rows) -> None:
     axes[0].set(xlabel="updates", ylabel="energy")
     axes[1].set(xlabel="updates", ylabel="distance to the state before", yscale="symlog")
     axes[1].set_yscale("symlog", linthresh=1e-4)
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=7)
     save_figure(path, figure)
 
 
@@ -127,7 +134,7 @@ def draw_attention(
     names: list[str],
 ) -> None:
     """Draw each image and the stored images that it attends to most, for each memory; attention above."""
-    width = RETRIEVED + 1  # of a memory's block
+    width, names = RETRIEVED + 1, legible(names)  # of a memory's block
     figure, axes = image_grid(len(images), len(attention) * width)
     for i, image in enumerate(images):
         for block, (name, weights) in enumerate(attention.items()):
@@ -139,8 +146,7 @@ def draw_attention(
                 show_image(ax, stored[slot].cpu().numpy())
                 ax.set_title(f"{value:.0%}", fontsize=6, pad=1)
             if i == 0:
-                caption = f"{name}: image, and what it retrieves"
-                first.annotate(caption, (0, 1.3), xycoords="axes fraction", fontsize=8)
+                first.annotate(f"{name}: image, and what it retrieves", (0, 1.3), xycoords="axes fraction", fontsize=8)
     save_figure(path, figure)
 
 

@@ -7,17 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from stages.common.figures import image_grid, save_figure
-from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES
-
-LABELS = {
-    "train_acc": "training accuracy",
-    "test_acc": "test accuracy",
-    "gap": "generalisation gap",
-    "noise_acc": "accuracy under noise",
-    "fgsm_acc": "accuracy under FGSM",
-    "test_loss": "test loss",
-    "calibration_error": "calibration error",
-}
+from stages.weightnet.captions import BASELINES, PROPERTY_LABELS, predictor
+from stages.weightnet.zoo.properties import PROPERTIES
 
 
 def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:
@@ -26,10 +17,14 @@ def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(10, 4.6), layout="constrained")
     axes = axes.flat
     axes[0].hist(final["test_acc"], bins=30, color="C0")
-    axes[0].set(xlabel=LABELS["test_acc"], ylabel="networks")
+    axes[0].set(xlabel=PROPERTY_LABELS["test_acc"], ylabel="networks")
     for ax, name in zip(axes[1:], names, strict=False):
         ax.scatter(final["test_acc"], final[name], s=4, alpha=0.4, linewidths=0)
-        ax.set(xlabel=LABELS["test_acc"], ylabel=LABELS[name], yscale="log" if name == "test_loss" else "linear")
+        ax.set(
+            xlabel=PROPERTY_LABELS["test_acc"],
+            ylabel=PROPERTY_LABELS[name],
+            yscale="log" if name == "test_loss" else "linear",
+        )
     for ax in axes[1 + len(names) :]:
         ax.set_visible(False)
     save_figure(path, figure)
@@ -48,35 +43,36 @@ def draw_predictions(path: Path, predictions: dict[str, tuple[np.ndarray, np.nda
             if kind == "test_loss":
                 ax.set(xscale="log", yscale="log")
                 ax.minorticks_off()
-            ax.set(title=LABELS[kind] if ax in axes[0] else "", xlabel="measured" if ax in axes[-1] else "")
-        row[0].set_ylabel(f"{name}:\npredicted")
+            ax.set(title=PROPERTY_LABELS[kind] if ax in axes[0] else "", xlabel="measured" if ax in axes[-1] else "")
+        row[0].set_ylabel(f"{predictor(name).partition(':')[0]}:\npredicted")
     save_figure(path, figure)
 
 
 def draw_scores(path: Path, scores: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Draw Kendall's tau of all predictors, best above, with its spread over splits; references that see images in grey."""
+    """Draw Kendall's tau of all predictors, best above, with its spread over splits; baselines and what sees more in grey."""
     order = sorted(scores, key=lambda name: scores[name]["tau"]["mean"])
     means = [scores[name]["tau"]["mean"] for name in order]
     spread = [scores[name]["tau"].get("std", 0.0) for name in order]
-    colors = ["lightgrey" if name in REFERENCES or name.startswith("hyper") else "C0" for name in order]
-    figure, ax = plt.subplots(figsize=(5.5, 0.24 * len(order) + 0.8), layout="constrained")
-    ax.barh(order, means, xerr=spread, color=colors)
+    colors = ["lightgrey" if name in BASELINES else "C0" for name in order]
+    figure, ax = plt.subplots(figsize=(7, 0.24 * len(order) + 0.8), layout="constrained")
+    ax.barh([predictor(name) for name in order], means, xerr=spread, color=colors, error_kw={"linewidth": 1})
     ax.set(xlabel="Kendall's tau of test accuracy, runs not seen")
     save_figure(path, figure)
 
 
 def draw_learning_curve(path: Path, curve: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Draw Kendall's tau over the number of networks learnt from: predictor, number, mean and spread over splits."""
-    figure, ax = plt.subplots(figsize=(4, 2.8), layout="constrained")
+    """Draw Kendall's tau over the number of networks learnt from: predictor, number, mean and, if there is one, spread over splits."""
+    figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     for name, points in curve.items():
-        spread = [point.get("std", 0.0) for point in points.values()]
-        ax.errorbar([int(n) for n in points], [p["mean"] for p in points.values()], spread, marker="o", label=name)
+        spread = [point["std"] for point in points.values()] if all("std" in p for p in points.values()) else None
+        means = [p["mean"] for p in points.values()]
+        ax.errorbar([int(n) for n in points], means, spread, marker="o", label=predictor(name).partition(":")[0])
     ticks = sorted({int(n) for points in curve.values() for n in points})
     ax.set_xscale("log")
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     ax.minorticks_off()
     ax.set(xlabel="networks learnt from", ylabel="Kendall's tau of test accuracy")
-    ax.legend()
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(path, figure)
 
 

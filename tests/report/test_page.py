@@ -31,7 +31,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     details = [Detail("All else", [table, table], [picture])]
     sections = [
-        Section(key, f"Question {key}?", "data", "One sentence, 0.5 beside 0.4.", table, picture, details)
+        Section(key, f"Question {key}?", "data", "One number, 0.5", "guessing has 0.4", table, picture, details)
         for key in ("forecast", "bilinear", "weightnet", "recall", "vit_memory")
     ]
     (folder / "index.html").write_text(render_html(sections, FACTS))
