@@ -5,11 +5,13 @@ python tests/tools/dependencies.py update    # write it there; what is written b
 
 Of each stage: the files that its script imports, directly or not; the keys of params.yaml that it reads, which are the fields of
 its `Params`; inputs and outputs of which there is one for each member of a list in params.yaml (MEMBERS); and a matrix's
-variants. Inputs that are data are written by hand, but for members. Nothing of the project is imported here.
+variants. Inputs that are data are written by hand, but for members. Nothing of the project is imported here. The graph that
+follows is drawn at the end of stages/README.md.
 """
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-DVC_YAML, PARAMS = ROOT / "dvc.yaml", ROOT / "params.yaml"
+DVC_YAML, PARAMS, PAGE = ROOT / "dvc.yaml", ROOT / "params.yaml", ROOT / "stages/README.md"
 COMMAND = "python tests/tools/dependencies.py update"
 WIDTH = 140
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
@@ -191,11 +193,23 @@ def updated(text: str, params: dict[str, Any]) -> str:
     return text
 
 
+def page_with_graph() -> str:
+    """Return stages/README.md with the graph of the pipeline as dvc.yaml has it now."""
+    words = ["dvc", "dag", "--md", "--collapse-foreach-matrix"]
+    graph = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return PAGE.read_text().partition("```mermaid")[0] + graph.strip() + "\n"
+
+
 def main(action: str) -> None:
     text, params = DVC_YAML.read_text(), yaml.load(PARAMS.read_text(), Loader)
     notes = [edit.note for edit in edits(text, params)]
     if action == "update":
         DVC_YAML.write_text(updated(text, params))
+    page = page_with_graph()
+    if page != PAGE.read_text():
+        notes.append(f"{PAGE.relative_to(ROOT)}: the graph is another one")
+    if action == "update":
+        PAGE.write_text(page)
         print("\n".join(notes) or "dvc.yaml is as it should be")
     elif notes:
         sys.exit("\n".join([*notes, f"run '{COMMAND}'"]))
