@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from stages.common.figures import save_figure
+from stages.common.figures import plain_ticks, save_figure
 from stages.common.vectors import principal_components
 from stages.forecast.captions import FORECASTERS, METHODS, REGIMES
 from stages.forecast.trajectory import WINDOW, Trajectory
@@ -193,6 +193,7 @@ def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, A
     right.plot([int(k) for k in random], list(random.values()), color="grey", label="random subspace")
     right.set(xscale="log", title="share of an unseen run's movement in the span", xlabel="components")
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    plain_ticks(left.xaxis, right.xaxis)
     save_figure(path, figure)
 
 
