@@ -47,7 +47,7 @@ PIPELINE = [
     *(("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant}) for variant in ARCHITECTURES),
     *(
         ("stages.weightnet.train_weightnet", {"dataset": "digits", "variant": variant})
-        for variant in ("weightnet", "probe", "hybrid", "baselines", "ablations")
+        for variant in ("exam", "weightnet", "probe", "baselines", "ablations")
     ),
     ("stages.weightnet.evaluate_weightnet", {"dataset": "digits"}),
     *(("stages.recall.train_mae", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
@@ -186,9 +186,9 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert all("±" in value or "alike" in measure for measure, value, _ in rows)  # two seeds are one pair: no spread
     assert {len(row) for row in two_rows} == {len(two_header)}
     (_, *scores), (_, *held_out), _, (_, *curve), (_, *held), (_, *moved) = sections["WeightNet"]
-    assert {"weightnet", "stats_gbm", "nearest", "hyperparameters_gbm"} <= {row[0] for row in scores}
-    assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in curve}
-    assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in held_out if len(row) == len(ARCHITECTURES) + 2}
+    assert {"weightnet", "stats_gbm", "nearest", "hyperparameters", "exam"} <= {row[0] for row in scores}
+    assert {"weightnet", "exam", "stats_gbm"} <= {row[0] for row in curve}
+    assert {"weightnet", "exam", "stats_gbm"} <= {row[0] for row in held_out if len(row) == len(ARCHITECTURES) + 2}
     assert all(0 <= float(share) <= 1 for row in held for share in row[1:])
     assert all(float(row[2]) < 1e-6 for row in moved)  # relabelled neurons change nothing
     (header, *recalled), (_, *controls), (_, *written), _, (_, *masked), (_, *images), _ = sections["Recall"]

@@ -38,8 +38,12 @@ def weightnet_section(dataset: str) -> Section:
     ]
     caption = "Kendall's tau of test accuracy over the number of networks learnt from."
     tables.append(Table(["predictor", *map(str, numbers)], cells, caption))
-    rows = [[who, *(f"{share:.2f}" for share in shares.values())] for who, shares in summary["coverage"].items()]
-    caption = "Share of runs not seen, of all architectures, in intervals for 90 %."
+    rows = [
+        [f"{who}, {of}", *(f"{share:.2f}" for share in shares.values())]
+        for key, of in (("coverage", "unseen runs"), ("coverage_held_out", "unseen architectures"))
+        for who, shares in summary[key].items()
+    ]
+    caption = "Share of networks not seen whose properties lie in intervals for 90 %."
     tables.append(Table(["predictor", *next(iter(summary["coverage"].values()))], rows, caption))
     rows = [
         [name, what, f"{moved['relabelled']:.0e}", f"{moved['one_sided']:.2g}"]
@@ -55,6 +59,7 @@ def weightnet_section(dataset: str) -> Section:
         "scores": "Kendall's tau of test accuracy. Grey: what sees hyper-parameters or real images.",
         "predictions": "Predicted against measured properties of runs not seen.",
         "learning_curve": "More networks to learn from help: Kendall's tau of test accuracy.",
+        "exam": "Inputs of the exam that tell most and least: what better networks take them for, and how agreeing goes with accuracy.",
         "attention": "Where WeightNet's neurons look, in the most and in the least accurate network.",
     }
     return Section(
