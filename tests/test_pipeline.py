@@ -38,7 +38,9 @@ from stages.recall import (
     condense_changes,
     map_weight_space,
     recover_memory,
+    train_auditor,
     train_mae,
+    vary_recipes,
 )
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
 from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
@@ -296,7 +298,7 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for variant, fleet in changed["build_fleet"]["variants"].items():
         assert fleet["dataset"] in changed[fleet["base"]]["datasets"]
         build_fleet.Params.load("build_fleet", variant=variant)
-    for stage in (condense_changes, recover_memory, map_weight_space):
+    for stage in (vary_recipes, train_auditor, condense_changes, recover_memory, map_weight_space):
         name = stage.__name__.rpartition(".")[2]
         stage.Params.load(name)
     assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]

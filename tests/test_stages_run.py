@@ -51,7 +51,10 @@ PIPELINE = [
         ("stages.recall.build_fleet", {"variant": variant})
         for variant in ("classes", "unlabelled", "rules", "independent")
     ),
-    *((f"stages.recall.{stage}", {}) for stage in ("condense_changes", "recover_memory", "map_weight_space")),
+    *(
+        (f"stages.recall.{stage}", {})
+        for stage in ("vary_recipes", "train_auditor", "condense_changes", "recover_memory", "map_weight_space")
+    ),
     ("stages.report.build_report", {}),
 ]
 
