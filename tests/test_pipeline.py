@@ -50,6 +50,7 @@ DVC_YAML = yaml.safe_load(TEXT)["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 COMMANDS = {
     "audit",
+    "decompose",
     "forecast_snapshots",
     "predict",
     "publish",

@@ -1,17 +1,19 @@
 """ViTs with a frozen backbone and something small to train: a linear head, prompts, or a gate to an associative memory.
 
-`backbone_name` is a timm model, a Hugging Face repository of a ViT-MAE, a file of pretrain_backbone, or a ViT of timm's class
-VisionTransformer (taken over, not copied). Inputs are float images [n, 3, h, w] as the backbone's `prepare` makes them; outputs
-are logits [n, num_classes].
+`backbone_name` is a timm model, a Hugging Face repository of a ViT-MAE, a file of pretrain_backbone, a BackboneConfig (random
+weights), or a ViT of timm's class VisionTransformer (taken over, not copied). Inputs are float images [n, 3, h, w] as the backbone's
+`prepare` makes them; outputs are logits [n, num_classes].
 
 Axes: n images, h and w pixels, t tokens, p patches, d features, c classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -25,13 +27,17 @@ Position = Literal["after_attn", "after_ffn"]
 OTHER_FILES = {".pt", ".pth", ".bin", ".ckpt"}  # of weights, which do not say of what model
 
 
-def as_vit(backbone_name: str | VisionTransformer, pretrained: bool, image_size: int = 224) -> VisionTransformer:
+def as_vit(
+    backbone_name: str | VisionTransformer | BackboneConfig, pretrained: bool, image_size: int = 224
+) -> VisionTransformer:
     """Return the ViT that `backbone_name` means; `pretrained` and `image_size` count for timm's and Hugging Face's names alone.
 
     ValueError if it means none.
     """
     if isinstance(backbone_name, VisionTransformer):
         return backbone_name
+    if isinstance(backbone_name, BackboneConfig):
+        return build_vit(backbone_name)
     expected = "a model's name, a .safetensors file of pretrain_backbone, or a VisionTransformer of timm"
     if not isinstance(backbone_name, str | Path):
         raise ValueError(f"backbone_name: expected {expected}, got an object of {type(backbone_name).__name__}")
@@ -41,6 +47,17 @@ def as_vit(backbone_name: str | VisionTransformer, pretrained: bool, image_size:
     if isinstance(backbone_name, Path) or path.suffix in OTHER_FILES or path.exists():
         raise ValueError(f"backbone_name: expected {expected}, got {str(path)!r}")
     return build_vit(BackboneConfig(backbone_name, pretrained, image_size, None))
+
+
+def recipe(backbone_name: str | VisionTransformer | BackboneConfig, image_size: int = 224) -> BackboneConfig | None:
+    """Return what rebuilds the ViT that `backbone_name` means, its weights apart; None of a ViT that came as an object."""
+    if isinstance(backbone_name, BackboneConfig):
+        return backbone_name
+    if isinstance(backbone_name, VisionTransformer):
+        return None
+    if Path(backbone_name).suffix == ".safetensors":
+        return replace(load_backbone(Path(backbone_name)).config, pretrained=False)
+    return BackboneConfig(backbone_name, False, image_size, None)
 
 
 class HeadedViT(nn.Module):
@@ -187,15 +204,18 @@ class MemoryBlock(nn.Module):
         return self._ffn(x) if self.position == "after_attn" else x
 
 
-class MemoryAugmentedViT(HeadedViT):
+class MemoryAugmentedViT(HeadedViT, PyTorchModelHubMixin, library_name="weightlens", license="apache-2.0"):
     """A ViT with an associative memory in some blocks. Trains their gates and output maps, and the head; `memorise` writes.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are Hugging Face's: what is saved holds the ViT and what was memorised,
+    and is loaded without the file or the name that the backbone came from.
 
     beta of 0.125, which is common, retrieves nothing from keys of length 1: all patterns at once (see diagnose_memory).
     """
 
     def __init__(
         self,
-        backbone_name: str | VisionTransformer = "vit_base_patch16_224",
+        backbone_name: str | VisionTransformer | BackboneConfig = "vit_base_patch16_224",
         pretrained: bool = True,
         num_classes: int = 10,
         mem_size: int = 1000,
@@ -219,7 +239,26 @@ class MemoryAugmentedViT(HeadedViT):
             else:
                 memory = ClassMemory(d, num_classes, memory_mode, beta)
             self.vit.blocks[i] = MemoryBlock(self.vit.blocks[i], memory, d, hopfield_position)
+        self.recipe = recipe(backbone_name)
         self.train()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.recipe is None:
+            raise ValueError(
+                "backbone_name: expected a name or a file, which can be written down, got a ViT: pass a BackboneConfig"
+            )
+        config: Any = self._hub_mixin_config
+        self._hub_mixin_config = config | {"backbone_name": asdict(self.recipe)}
+        super()._save_pretrained(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, **options: Any) -> Self:  # type: ignore[override]  # of what it is called with one is another here
+        found = options.pop("backbone_name", None)
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{options['model_id']}: expected what save_pretrained wrote, got a config.json without a backbone"
+            )
+        return super()._from_pretrained(backbone_name=BackboneConfig(**found), strict=True, **options)
 
     @property
     def memory_blocks(self) -> list[MemoryBlock]:
