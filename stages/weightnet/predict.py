@@ -204,9 +204,11 @@ def read_network(path: Path, arch: str, program: Program, tanh: bool, run: bool 
     symmetry = derive_symmetry(program)
     if not (symmetry.hidden or run):
         raise InputError(f"{path}: {arch} has no hidden layer, and every network that was learned from has some")
-    found, notes = load_weights(path, program.layout.shapes, program.unused, torch.float32, f"--arch {arch}")
+    beside = (*program.unused, *program.whole)
+    found, notes = load_weights(path, program.layout.shapes, beside, torch.float32, f"--arch {arch}")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
+    check_places(path, arch, program)
     weights = {name: found[name][None] for name in program.layout.shapes}
     if not run:
         error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
@@ -216,6 +218,17 @@ def read_network(path: Path, arch: str, program: Program, tanh: bool, run: bool 
             )
     only_tanh = "tanh" in program.activations and "relu" not in program.activations
     return Networks(program, symmetry, weights, torch.tensor([tanh or only_tanh]))
+
+
+def check_places(path: Path, arch: str, program: Program) -> None:
+    """Compare the tables of places that a program was read with with those of a file, if it has them; InputError if they differ."""
+    state = load_weights(path)[0] if program.whole else {}
+    for name, expected in program.whole.items():
+        for key, value in state.items():
+            if (key == name or key.endswith(f".{name}")) and not torch.equal(value.long(), expected.long()):
+                raise InputError(
+                    f"{path}: {key} holds other places than --arch {arch} has by itself: its steps are unknown"
+                )
 
 
 def list_notes(program: Program) -> list[str]:
