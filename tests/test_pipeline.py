@@ -26,9 +26,11 @@ from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,
+    learn_world,
     nowcast_training,
     train_forecaster,
     train_lenet,
+    train_world,
     tune_jump,
 )
 from stages.recall import (
@@ -275,6 +277,12 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
             stage.Params.load(stage.__name__.rpartition(".")[2], dataset)
         for variant in changed["train_forecaster"]["variants"]:
             train_forecaster.Params.load("train_forecaster", dataset, variant)
+    for dataset in changed["train_world"]["datasets"]:
+        assert dataset in fetched
+        train_world.Params.load("train_world", dataset)
+    for variant in changed["learn_world"]["variants"]:
+        learn_world.Params.load("learn_world", variant=variant)
+    assert set(changed["learn_world"]["learned"]) <= set(changed["learn_world"]["variants"])
     assert changed["build_report"]["vit_memory"] in changed["extract_features"]["datasets"]
     for variant in changed["pretrain_backbone"]["variants"]:
         pretrain_backbone.Params.load("pretrain_backbone", variant=variant)
