@@ -28,6 +28,7 @@ from stages.forecast import (
     evaluate_forecaster,
     learn_world,
     nowcast_training,
+    race_to_target,
     train_forecaster,
     train_lenet,
     train_world,
@@ -283,6 +284,8 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for variant in changed["learn_world"]["variants"]:
         learn_world.Params.load("learn_world", variant=variant)
     assert set(changed["learn_world"]["learned"]) <= set(changed["learn_world"]["variants"])
+    for variant in changed["race_to_target"]["raced"]:
+        assert race_to_target.Params.load("race_to_target", variant=variant).variant.dataset in fetched
     assert changed["build_report"]["vit_memory"] in changed["extract_features"]["datasets"]
     for variant in changed["pretrain_backbone"]["variants"]:
         pretrain_backbone.Params.load("pretrain_backbone", variant=variant)
