@@ -27,9 +27,12 @@ from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,
+    learn_world,
     nowcast_training,
+    race_to_target,
     train_forecaster,
     train_lenet,
+    train_world,
     tune_jump,
 )
 from stages.recall import (
@@ -283,6 +286,14 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
         train_lenet.Params.load("train_lenet", dataset)
         for stage in (train_forecaster, compress_trajectory, tune_jump, evaluate_forecaster, nowcast_training):
             stage.Params.load(stage.__name__.rpartition(".")[2], dataset)
+    for dataset in changed["train_world"]["datasets"]:
+        assert dataset in fetched
+        train_world.Params.load("train_world", dataset)
+    for variant in changed["learn_world"]["variants"]:
+        learn_world.Params.load("learn_world", variant=variant)
+    assert set(changed["learn_world"]["learned"]) <= set(changed["learn_world"]["variants"])
+    for variant in changed["race_to_target"]["raced"]:
+        assert race_to_target.Params.load("race_to_target", variant=variant).variant.dataset in fetched
     assert changed["build_report"]["vit_memory"] in changed["extract_features"]["datasets"]
     for variant in changed["pretrain_backbone"]["variants"]:
         pretrain_backbone.Params.load("pretrain_backbone", variant=variant)
