@@ -15,7 +15,7 @@ from reproduction import EXPECTED, TIMES, clone, command, counts, differences, m
 HEADLINES = (
     "train_bilinear/digits/summary.json/regularised/test_acc/mean",
     "evaluate_forecaster/digits/summary.json/weight_error/transformer/late/1",
-    "evaluate_weightnet/digits/summary.json/scores/cnn3/test_acc/hybrid/tau/mean",
+    "evaluate_weightnet/digits/summary.json/scores/cnn3/test_acc/exam/tau/mean",
     "recover_memory/summary.json/decoded/classes/present/change/bits/mean",
     "train_few_shot/digits/summary.json/methods/memory_head/acc/mean",
 )

@@ -27,9 +27,12 @@ from stages.bilinear import decompose_bilinear, train_bilinear
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,
+    learn_world,
     nowcast_training,
+    race_to_target,
     train_forecaster,
     train_lenet,
+    train_world,
     tune_jump,
 )
 from stages.recall import (
@@ -38,7 +41,9 @@ from stages.recall import (
     condense_changes,
     map_weight_space,
     recover_memory,
+    train_auditor,
     train_mae,
+    vary_recipes,
 )
 from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbone, train_continual, train_few_shot
 from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
@@ -281,6 +286,14 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
         train_lenet.Params.load("train_lenet", dataset)
         for stage in (train_forecaster, compress_trajectory, tune_jump, evaluate_forecaster, nowcast_training):
             stage.Params.load(stage.__name__.rpartition(".")[2], dataset)
+    for dataset in changed["train_world"]["datasets"]:
+        assert dataset in fetched
+        train_world.Params.load("train_world", dataset)
+    for variant in changed["learn_world"]["variants"]:
+        learn_world.Params.load("learn_world", variant=variant)
+    assert set(changed["learn_world"]["learned"]) <= set(changed["learn_world"]["variants"])
+    for variant in changed["race_to_target"]["raced"]:
+        assert race_to_target.Params.load("race_to_target", variant=variant).variant.dataset in fetched
     assert changed["build_report"]["vit_memory"] in changed["extract_features"]["datasets"]
     for variant in changed["pretrain_backbone"]["variants"]:
         pretrain_backbone.Params.load("pretrain_backbone", variant=variant)
@@ -297,7 +310,7 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for variant, fleet in changed["build_fleet"]["variants"].items():
         assert fleet["dataset"] in changed[fleet["base"]]["datasets"]
         build_fleet.Params.load("build_fleet", variant=variant)
-    for stage in (condense_changes, recover_memory, map_weight_space):
+    for stage in (vary_recipes, train_auditor, condense_changes, recover_memory, map_weight_space):
         name = stage.__name__.rpartition(".")[2]
         stage.Params.load(name)
     assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]
@@ -318,7 +331,7 @@ def test_variants_are_the_same_everywhere():
     assert set(PARAMS["train_bilinear"]["variants"]) == set(decompose_bilinear.DEPTHS)
     assert set(PARAMS["train_forecaster"]["variants"]) == set(evaluate_forecaster.VARIANTS)
     assert set(PARAMS["train_weightnet"]["tasks"]["architectures"]) <= set(PARAMS["build_zoo"]["variants"])
-    assert set(PARAMS["train_weightnet"]["variants"]) == set(evaluate_weightnet.FAMILIES)
+    assert set(evaluate_weightnet.KEPT) <= set(PARAMS["train_weightnet"]["variants"])
     fleets = PARAMS["build_fleet"]["variants"]
     assert set(fleets) == set(condense_changes.FLEETS) == set(recover_memory.CHARACTERISTICS)
     depths = {name: variant["n_layer"] for name, variant in PARAMS["train_bilinear"]["variants"].items()}

@@ -43,7 +43,7 @@ PIPELINE = [
     *(("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant}) for variant in ARCHITECTURES),
     *(
         ("stages.weightnet.train_weightnet", {"dataset": "digits", "variant": variant})
-        for variant in ("weightnet", "probe", "hybrid", "baselines", "ablations")
+        for variant in ("exam", "weightnet", "probe", "baselines", "ablations")
     ),
     ("stages.weightnet.evaluate_weightnet", {"dataset": "digits"}),
     *(("stages.recall.train_mae", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
@@ -52,7 +52,10 @@ PIPELINE = [
         ("stages.recall.build_fleet", {"variant": variant})
         for variant in ("classes", "unlabelled", "rules", "independent")
     ),
-    *((f"stages.recall.{stage}", {}) for stage in ("condense_changes", "recover_memory", "map_weight_space")),
+    *(
+        (f"stages.recall.{stage}", {})
+        for stage in ("vary_recipes", "train_auditor", "condense_changes", "recover_memory", "map_weight_space")
+    ),
     ("stages.report.build_report", {}),
 ]
 
@@ -195,7 +198,7 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
         assert not any(re.search(r"\de[+-]\d|\w_\w|nan", cell) for row in headline for cell in row), key
     baselines = report.baselines
     assert {"the last weights kept", "linear extrapolation", "any subspace", "Adam"} <= set(baselines["forecast"])
-    assert {"nearest neighbour in weights", "boosting on hyper-parameters"} <= set(baselines["weightnet"])
+    assert {"nearest neighbour in weights", "kernel ridge on hyper-parameters"} <= set(baselines["weightnet"])
     assert {"most frequent class", "constant answer", "mean of the class answered"} <= set(baselines["recall"])
     assert {"linear probe", "linear probe of pixels", "fine-tuning", "chance"} <= set(baselines["vit_memory"])
     (header, *rows), *_ = report.sections["bilinear"]

@@ -4,8 +4,11 @@ Axes: h horizons, p weights, t snapshots.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from stages.forecast.trajectory import Forecast, Trajectory
 
@@ -22,6 +25,17 @@ def linear(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:
     """w(t) + h d(t), with the last delta d."""
     h = torch.tensor(horizons)[:, None]
     return run.weights[t] + h * (run.weights[t] - run.weights[t - 1])
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Linear extrapolation of some weights, as forecasters give it: h d(t)."""
+
+    horizons: tuple[int, ...]
+
+    def movements(self, run: Trajectory, t: int, index: Int[Tensor, " n"]) -> Float[Tensor, "h n"]:
+        """Return how far the weights at `index` move until t + h for every horizon."""
+        return torch.tensor(self.horizons)[:, None] * (run.weights[t, index] - run.weights[t - 1, index])
 
 
 def quadratic(run: Trajectory, t: int, horizons: Sequence[int]) -> Forecast:

@@ -1,9 +1,11 @@
 """Forecast the weights of any network from a folder of its snapshots, and say how well that would have worked so far.
 
 Reads   PATH/*, files of weights (.pt, .pth, .ckpt, .safetensors, ...) or folders checkpoint-<n>/ with one each, of one run
-        models/train_forecaster/<dataset>/weights_only/forecaster.pt, which reads no optimiser's state
-Writes  OUTPUT/forecast-<h>.safetensors   the state_dict h snapshots after the last one
-        OUTPUT/errors.csv                 squared error over persistence's and linear extrapolation's, where the future is known
+        models/released/forecaster.safetensors, or models/train_forecaster/<dataset>/weights_only/forecaster.pt, which read no
+        optimiser's state
+Writes  OUTPUT/forecast-<h>.safetensors   the state_dict h snapshots after the last one, moved no further than the past trusts it
+        OUTPUT/errors.csv                 squared error over persistence's, where the future is known: of forecasts as they are,
+                                          shrunk by what was known at the time, and of linear extrapolation
 
 Snapshots are ordered by what their names count (epoch, step, ...), and taken to lie at even intervals; what is ambiguous or
 uneven is refused. Floating-point tensors are forecast, but for running statistics. These and all others are those of the last
@@ -27,11 +29,14 @@ from stages.common.files import atomic_path, save_csv
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
-from stages.forecast.baselines import linear
+from stages.forecast.baselines import Extrapolation
 from stages.forecast.forecasters import load_forecaster
+from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.released import RELEASED, load_released
 from stages.forecast.shared import SharedForecaster
+from stages.forecast.shrinkage import Agreement, Prior, causal_shrinkage, compare_with_past, shrinkage, trust
 from stages.forecast.snapshots import find_snapshots
-from stages.forecast.trajectory import WINDOW, Forecast, Trajectory
+from stages.forecast.trajectory import WINDOW, Forecast, Trajectory, moved_lately
 
 RUNNING = ("running_mean", "running_var")
 
@@ -58,8 +63,8 @@ def weights_of(state: State) -> State:
 
 def read_trajectory(paths: list[Path]) -> Recorded:
     """Return the run; InputError if shapes differ, a weight is not finite, or none moves."""
-    layout, rows, last, said = None, [], {}, set()
-    for path in tqdm(paths, "read snapshots", disable=None):
+    layout, rows, last, said = None, torch.empty(0), {}, set()
+    for t, path in enumerate(tqdm(paths, "read snapshots", disable=None)):
         last, notes = load_weights(path)
         for note in notes if not said.issuperset(notes) else ():
             print(f"{path}: {note}", file=sys.stderr)
@@ -77,8 +82,10 @@ def read_trajectory(paths: list[Path]) -> Recorded:
                 )
         if broken := [name for name, x in weights.items() if not x.isfinite().all()]:
             raise InputError(f"{path}: {broken[0]} has weights too large for float32: leave out what diverged")
-        rows.append(layout.flatten(weights))
-    run = Trajectory(layout, torch.stack(rows), None)
+        rows = rows if t else torch.empty(len(paths), layout.size)  # at once: a list beside it would double the memory
+        for name, where in layout.slices.items():
+            rows[t, where] = weights[name].flatten()
+    run = Trajectory(layout, rows, None)
     if not moved_lately(run, len(run) - 1).any():
         raise InputError(
             f"{paths[-1]}: no weight differs from those of the {WINDOW} snapshots before: copy each state_dict when it is taken"
@@ -111,14 +118,21 @@ def without(run: Trajectory, names: dict[str, str]) -> Trajectory:
     return Trajectory(Layout(kept), weights, None)
 
 
-def moved_lately(run: Trajectory, t: int) -> Tensor:
-    """Return for each weight whether it moved in the window of deltas before t that a forecaster reads."""
-    return (run.weights[t - WINDOW : t] != run.weights[t]).any(0)
-
-
-def forecast(model: SharedForecaster, run: Trajectory, t: int) -> Forecast:
+def forecast(model: SharedForecaster | LayerForecaster, run: Trajectory, t: int) -> Forecast:
     """Return the weights at t + h for every horizon; those that stand still, as frozen and pruned ones do, stay."""
-    return torch.where(moved_lately(run, t), model.predict(run, t), run.weights[t])
+    ahead, moved = model.predict(run, t), moved_lately(run, t)
+    for row in ahead:
+        torch.where(moved, row, run.weights[t], out=row)
+    return ahead
+
+
+def shrink(ahead: Forecast, run: Trajectory, factors: Float[Tensor, "h l"]) -> Forecast:
+    """Return forecasts from the last snapshot on, moved only as far as their layers' factors say; `ahead` itself is changed."""
+    last = run.weights[-1]
+    for row, trusted in zip(ahead, factors.float(), strict=True):
+        for factor, where in zip(trusted, run.layout.slices.values(), strict=True):
+            torch.lerp(last[where], row[where], factor, out=row[where])
+    return ahead
 
 
 def state_ahead(recorded: Recorded, ahead: Float[Tensor, " p"]) -> State:
@@ -131,25 +145,27 @@ def state_ahead(recorded: Recorded, ahead: Float[Tensor, " p"]) -> State:
     return {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
 
 
-def errors_so_far(model: SharedForecaster, run: Trajectory) -> list[dict[str, Any]]:
-    """Return a row for each horizon of which the future is known from some snapshot: errors over persistence's.
+def errors_so_far(agreement: Agreement, run: Trajectory, prior: Prior) -> list[dict[str, Any]]:
+    """Return a row for each horizon of which the future is known from some snapshot: errors over persistence's, of forecasts as
+    they are and as they would have been shrunk at the time, and of linear extrapolation.
 
     They are summed over all origins from which the horizon is known.
     """
-    sums: dict[int, list[float]] = {}
-    for t in tqdm(range(WINDOW, len(run) - 1), "check on the past", disable=None):
-        known = [h for h in model.horizons if t + h < len(run)]
-        if not known:
-            break
-        truth = run.weights[[t + h for h in known]]
-        forecasts = forecast(model, run, t)[: len(known)], linear(run, t, known), run.weights[t]
-        errors = torch.stack([(predicted - truth).square().sum(1) for predicted in forecasts], 1)
-        for h, row in zip(known, errors.tolist(), strict=True):
-            sums[h] = [a + b for a, b in zip(sums.get(h, [0.0, 0.0, 0.0]), row, strict=True)]
-    return [
-        {"h": h, "forecast": f / max(keep, 1e-30), "linear": line / max(keep, 1e-30), "origins": len(run) - WINDOW - h}
-        for h, (f, line, keep) in sums.items()
-    ]
+    ones, line = torch.ones(1), compare_with_past(Extrapolation(agreement.horizons), run)
+    errors = {
+        "forecast": agreement.errors(ones),
+        "shrunk": agreement.errors(causal_shrinkage(agreement, prior)),
+        "linear": line.errors(ones),
+        "keep": agreement.energy,
+    }
+    sums = {name: x.nansum((0, 2)).tolist() for name, x in errors.items()}
+    rows = []
+    for i, h in enumerate(agreement.horizons):
+        if (origins := len(run) - WINDOW - h) > 0:
+            keep = max(sums["keep"][i], 1e-30)
+            rows.append({"h": h, **{name: sums[name][i] / keep for name in ("forecast", "shrunk", "linear")}})
+            rows[-1]["origins"] = origins
+    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -158,8 +174,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("forecasts"), help="folder to write to (default: forecasts)"
     )
-    default = Path("models/train_forecaster/digits/weights_only/forecaster.pt")
-    parser.add_argument("--forecaster", type=Path, default=default, help=f"default: {default}")
+    of_yours = "or one that train_forecaster made, of weights alone"
+    parser.add_argument("--forecaster", type=Path, default=RELEASED, help=f"default: {RELEASED}; {of_yours}")
+    parser.add_argument(
+        "--raw", action="store_true", help="write forecasts as they are, however little the past trusts them"
+    )
     parser.add_argument("--horizons", type=int, nargs="+", help="snapshots ahead; default: all that it is trained for")
     order = (
         "a regular expression whose groups order the names that it finds, as in 'step_(\\d+)', or mtime: by file time"
@@ -169,22 +188,31 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_weights_forecaster(path: Path, horizons: list[int] | None) -> tuple[SharedForecaster, list[int]]:
-    """Return a forecaster that reads weights alone, of any network, and the horizons asked for; InputError if it is another."""
-    model, config = load_forecaster(path)
-    if not isinstance(model, SharedForecaster) or config["kind"] == "ridge" or config["with_state"]:
-        raise InputError(f"{path}: expected a forecaster that reads weights alone, of any network")
+def load_weights_forecaster(
+    path: Path, horizons: list[int] | None
+) -> tuple[SharedForecaster | LayerForecaster, Prior, list[int]]:
+    """Return a forecaster that reads weights alone, of any network, its prior, and the horizons asked for; InputError if it is another."""
+    if path.suffix == ".safetensors":
+        model, prior, _ = load_released(path)
+    else:
+        model, config = load_forecaster(path)
+        if not isinstance(model, SharedForecaster) or config["kind"] == "ridge" or config["with_state"]:
+            raise InputError(f"{path}: expected a forecaster that reads weights alone, of any network")
+        prior = Prior.sceptical(len(model.horizons))
     if unknown := sorted(set(horizons or []) - set(model.horizons)):
         raise InputError(f"--horizons: {unknown[0]} is not among those trained: {', '.join(map(str, model.horizons))}")
-    return model, horizons or list(model.horizons)
+    return model, prior, horizons or list(model.horizons)
 
 
-def print_errors(rows: list[dict[str, Any]]) -> None:
-    """Print the errors beside those of linear extrapolation."""
-    print("squared error over that of keeping the last weights, where the future is known:")
-    print(f"{'snapshots ahead':>16} {'forecast':>9} {'linear':>9} {'origins':>8}")
+def print_errors(rows: list[dict[str, Any]], snapshots: int) -> None:
+    """Print the errors beside those of linear extrapolation, and in words how far forecasts can be trusted."""
+    if rows:
+        print("squared error over that of keeping the last weights, where the future is known:")
+        print(f"{'snapshots ahead':>16} {'forecast':>9} {'shrunk':>9} {'linear':>9} {'origins':>8}")
     for row in rows:
-        print(f"{row['h']:>16} {row['forecast']:>9.3f} {row['linear']:>9.3f} {row['origins']:>8}")
+        print(f"{row['h']:>16} {row['forecast']:>9.3f} {row['shrunk']:>9.3f} {row['linear']:>9.3f} {row['origins']:>8}")
+    ratios, origins = ({row["h"]: row[key] for row in rows} for key in ("shrunk", "origins"))
+    print(trust(ratios, origins, snapshots))
 
 
 def main() -> None:
@@ -192,21 +220,26 @@ def main() -> None:
     pin_threads()
     snapshots = find_snapshots(arguments.path, WINDOW + 1, arguments.order, arguments.even)
     print(snapshots)
-    model, horizons = load_weights_forecaster(arguments.forecaster, arguments.horizons)
+    model, prior, horizons = load_weights_forecaster(arguments.forecaster, arguments.horizons)
     recorded = read_trajectory(snapshots.paths)
     run = recorded.trajectory
 
-    rows = errors_so_far(model, run)
+    agreement = compare_with_past(model, run)
+    rows = errors_so_far(agreement, run, prior)
     ahead = forecast(model, run, len(run) - 1)
+    if not arguments.raw:
+        ahead = shrink(ahead, run, shrinkage(agreement, prior))
     for h in horizons:
         with atomic_path(arguments.output / f"forecast-{h}.safetensors") as temporary:
             save_file(state_ahead(recorded, ahead[model.horizons.index(h)]), temporary)
     standing = run.layout.size - int(moved_lately(run, len(run) - 1).sum())
-    print(f"{run.layout.size:,} weights to forecast, of which {standing:,} stand still and are kept")
+    print(
+        f"{run.layout.size:,} weights to forecast by {arguments.forecaster}, of which {standing:,} stand still and are kept"
+    )
     if rows:
         save_csv(arguments.output / "errors.csv", rows)
-        print_errors(rows)
-    print(f"forecasts are in {arguments.output}")
+    print_errors(rows, len(run))
+    print(f"forecasts{'' if arguments.raw else ', shrunk as far as the past says,'} are in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.common.vectors import Layout
 from stages.forecast.jump import JumpForecaster
+from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.regimes import direction, knows_direction
 from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory
 
@@ -30,7 +31,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
     """A drop-in around any torch.optim optimiser, for any model: `step()` steps, and proposes other weights now and then.
 
     Every `every` steps it takes a snapshot. After every WINDOW + 1 of them it proposes to stay, to move to their mean (latest
-    weight averaging), or to jump where the forecaster says, and takes what `validation_loss` likes best. A move starts the
+    weight averaging), or to go where the forecaster says, and takes what `validation_loss` likes best. A move starts the
     snapshots anew. A proposal is not worth its cost if the loss falls by less than training would have made it fall for as many steps,
     going by the loss since the proposal before; after `patience` such proposals in a row it switches itself off, and is then the bare
     optimiser.
@@ -40,15 +41,16 @@ class NowcastOptimizer(torch.optim.Optimizer):
     If parameters are added, frozen or unfrozen, the snapshots start anew. Where a model lies on several machines, each
     must get the same validation loss, since each chooses for itself.
 
-    forecaster: of tune_jump, on the processor; None proposes the mean alone. validation_loss: returns the model's loss, as it
-    is now, on images that it is not trained on, the same at every call of a proposal. evaluation_cost, forecast_cost: in
-    optimiser steps; `charged_steps` counts what was spent on them.
+    forecaster: `default_forecaster()`, which serves any run, or that of tune_jump, on the processor; None proposes the mean alone.
+    The default proposes weights at each of its horizons, and knows strides of 5 to 400 steps. validation_loss: returns the model's
+    loss, as it is now, on images that it is not trained on, the same at every call of a proposal. evaluation_cost, forecast_cost:
+    in optimiser steps; `charged_steps` counts what was spent on them.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        forecaster: JumpForecaster | None,
+        forecaster: JumpForecaster | LayerForecaster | None,
         validation_loss: Callable[[], float | Tensor],
         every: int,
         patience: int = 3,
@@ -76,7 +78,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.recent: deque[Snapshot] = deque(maxlen=HISTORY)
         self.steps, self.strikes, self.charged_steps = 0, 0, 0.0
         self.last: tuple[int, float] | None = None  # step and loss after the proposal before
-        self.chosen: list[str] = []  # of PROPOSALS, one for each time that it proposed
+        self.chosen: list[str] = []  # of PROPOSALS, or "ahead <h>": one for each time that it proposed
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -95,6 +97,13 @@ class NowcastOptimizer(torch.optim.Optimizer):
     @state.setter
     def state(self, state: dict[Tensor, Any]) -> None:
         self.optimizer.state = state
+
+    @property
+    def record(self) -> str:
+        """How often what it proposed was better than to stay, going by the validation loss."""
+        moved = sum(choice != "stay" for choice in self.chosen)
+        forecasts = moved - self.chosen.count("average")
+        return f"{len(self.chosen)} times it proposed; {moved} times it moved, {forecasts} of them to a forecast"
 
     @property
     def on(self) -> bool:
@@ -164,9 +173,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         movable = self._movable(weights[-WINDOW - 1 :])
         if not movable:
             return
-        candidates = {"stay": weights[-1], "average": weights[-WINDOW - 1 :].mean(0)}
-        if self.forecaster is not None:
-            candidates["jump"] = self._jump(weights)
+        candidates = {"stay": weights[-1], "average": weights[-WINDOW - 1 :].mean(0), **self._forecasts(weights)}
         try:
             losses = {}
             for name, candidate in candidates.items():
@@ -179,7 +186,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         best = min(losses, key=losses.__getitem__)
         self._move(movable, candidates[best])
         self.chosen.append(best)
-        spent = self.evaluation_cost * len(candidates) + self.forecast_cost * ("jump" in candidates)
+        spent = self.evaluation_cost * len(candidates) + self.forecast_cost * (self.forecaster is not None)
         worth = losses["stay"] - losses[best] > spent * self._progress(losses["stay"])
         self.strikes = 0 if worth else self.strikes + 1
         self.charged_steps += spent
@@ -194,14 +201,22 @@ class NowcastOptimizer(torch.optim.Optimizer):
             (p, where) for p, where in places if p.grad is not None and (window[:, where] != window[-1, where]).any()
         ]
 
-    def _jump(self, weights: Float[Tensor, "t p"]) -> Float[Tensor, " p"]:
-        """Return where the forecaster, which is in float32 and on the processor, says to go."""
+    def _forecasts(self, weights: Float[Tensor, "t p"]) -> dict[str, Float[Tensor, " p"]]:
+        """Return where the forecaster, which is in float32 and on the processor, says to go: by a jump, or so many snapshots ahead."""
+        if self.forecaster is None:
+            return {}
         states = torch.stack([s for _, s in (self.start, *self.recent)]).cpu() if self.reads_state else None
         run = Trajectory(self.layout, weights.float().cpu(), states)
-        proposal = self.forecaster.propose(run, len(run) - 1)
+        t = len(run) - 1
+        if isinstance(self.forecaster, JumpForecaster):
+            proposals = {"jump": self.forecaster.propose(run, t)}
+        else:
+            ahead = self.forecaster.predict(run, t)
+            proposals = {f"ahead {h}": row for h, row in zip(self.forecaster.horizons, ahead, strict=True)}
         if weights.dtype == torch.float32:
-            return proposal.to(weights.device)
-        return weights[-1] + (proposal - run.weights[-1]).to(weights)
+            return {name: proposal.to(weights.device) for name, proposal in proposals.items()}
+        last = run.weights[-1]
+        return {name: weights[-1] + (proposal - last).to(weights) for name, proposal in proposals.items()}
 
     def _move(self, movable: list[tuple[Tensor, slice]], weights: Float[Tensor, " p"]) -> None:
         for parameter, where in movable:
@@ -270,9 +285,9 @@ def check_parts(optimizer: Any, forecaster: Any) -> None:
         )
     if forecaster is None:
         return
-    if not isinstance(forecaster, JumpForecaster):
+    if not isinstance(forecaster, (JumpForecaster, LayerForecaster)):
         raise ValueError(
-            "expected the forecaster of load_forecaster('models/tune_jump/.../forecaster.pt')[0], or None, "
+            "expected default_forecaster(), the forecaster of load_forecaster('models/tune_jump/.../forecaster.pt')[0], or None, "
             f"got {type(forecaster).__name__}"
         )
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in forecaster.parameters()):

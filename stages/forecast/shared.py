@@ -38,11 +38,24 @@ class SharedForecaster(nn.Module):
         """Return the weights of a run at t + h for every horizon, from its snapshots up to t."""
         return run.weights[t] + move(run, t, self.reads, self).T
 
+    @torch.no_grad()
+    def movements(self, run: Trajectory, t: int, index: Int[Tensor, " n"]) -> Float[Tensor, "h n"]:
+        """Return how far the weights at `index` move until t + h for every horizon, from the snapshots up to t."""
+        chunks = (read_features(run, t, part, **self.reads) for part in index.split(CHUNK))
+        return torch.cat([features.scale[:, None] * self(features) for features in chunks]).T
+
 
 def move(run: Trajectory, t: int, reads: dict[str, bool], predictor: nn.Module) -> Float[Tensor, "p h"]:
     """Return `predictor`'s movements of all weights of a run from t on, in units of weights."""
-    chunks = [read_features(run, t, index, **reads) for index in torch.arange(run.layout.size).split(CHUNK)]
-    return torch.cat([features.scale[:, None] * predictor(features) for features in chunks])
+    p = run.layout.size
+    chunks = (slice(start, min(start + CHUNK, p)) for start in range(0, p, CHUNK))
+    moved: Tensor | None = None  # filled chunk by chunk: a list of chunks beside it would double the memory
+    for chunk in chunks:
+        features = read_features(run, t, chunk, **reads)
+        movements = features.scale[:, None] * predictor(features)
+        moved = movements.new_empty(p, movements.shape[1]) if moved is None else moved
+        moved[chunk] = movements
+    return moved
 
 
 class TransformerForecaster(SharedForecaster):

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 from beartype import beartype
-from jaxtyping import Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from stages.common.vectors import Layout
@@ -128,8 +128,9 @@ class Trajectory:
     @cached_property
     def scales(self) -> Float[Tensor, "t layers"]:
         """Root mean square movement of each parameter tensor over the last SCALE_WINDOW snapshots, the unit at t; t >= 1."""
-        squares = self.weights.diff(dim=0).square()
-        by_layer = torch.stack([squares[:, where].mean(1) for where in self.layout.slices.values()], 1)
+        # layer by layer: the movements of all weights at once would double the memory
+        layers = (self.weights[:, where].diff(dim=0) for where in self.layout.slices.values())
+        by_layer = torch.stack([deltas.square().mean(1) for deltas in layers], 1)
         recent = [by_layer[max(0, t - SCALE_WINDOW) : t].mean(0) for t in range(1, len(self))]
         return torch.cat([torch.full_like(by_layer[:1], torch.nan), torch.stack(recent).sqrt() + SMALLEST_SCALE])
 
@@ -155,7 +156,9 @@ class Features:
 
 
 @typed
-def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state: bool, with_context: bool) -> Features:
+def read_features(
+    run: Trajectory, t: int, index: Int[Tensor, " n"] | slice, with_state: bool, with_context: bool
+) -> Features:
     """Return the features of the weights at `index` at snapshot t >= WINDOW, from snapshots up to t alone.
 
     with_state: the optimiser's direction. with_context: means over the two neurons that a weight connects.
@@ -187,6 +190,15 @@ def read_features(run: Trajectory, t: int, index: Int[Tensor, " n"], with_state:
     static += [ORIGIN_GAIN * latest / scale, ORIGIN_GAIN * (latest - run.weights[0, index]) / scale]
     static += run.descriptors[layer].T
     return Features(torch.stack(tokens, 2).transpose(0, 1), torch.stack(static, 1), layer, scale)
+
+
+def moved_lately(run: Trajectory, t: int, index: Int[Tensor, " n"] | slice = slice(None)) -> Bool[Tensor, " n"]:
+    """Return of the weights at `index` whether they moved in the window of deltas before t that a forecaster reads."""
+    last = run.weights[t, index]
+    moved = torch.zeros(len(last), dtype=torch.bool)
+    for earlier in range(t - WINDOW, t):  # one by one: a comparison of all of them at once is as large as the run
+        moved |= run.weights[earlier, index] != last
+    return moved
 
 
 def origins(length: int, furthest: int, every: int) -> dict[int, str]:

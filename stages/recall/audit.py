@@ -1,11 +1,12 @@
-"""Tell from a fine-tuned network what it was trained on: which classes, in which proportions, how many images, how noisy labels.
+"""Tell from a fine-tune what it was trained on: which classes, in which proportions, how many images, how noisy labels.
 
-Needs what 'dvc repro recover_memory' makes: decoders that learned from fine-tunes of the same base. Intervals held for 90 % of fine-tunes
-left out of training, and probabilities are calibrated on them. Refused is a checkpoint that does not descend from the base, or whose
-change is none that tuning the whole network makes: too small or large, turned round (negated), of low rank (LoRA), sparse or noisy.
-Where a change or a value is unlike what was learned from, intervals are wider and the table says so: do not trust it then.
-Not told apart: a change scaled by less than other learning rates do, and the average of two fine-tunes (it is told their average).
+Needs an auditor of its base: the one that 'dvc repro train_auditor' makes here, else the published one (models/released/auditor). A whole
+network is given by --checkpoint, a LoRA adapter by --adapter, a folder that peft's save_pretrained wrote. Intervals held for 90 % of
+fine-tunes left out of training, and probabilities are calibrated on them. Refused is what training does not make of the base: other
+networks, changes that were negated, merged, quantised or pruned, and recipes unlike those that were learned from. Where a value is unlike
+what was learned from, intervals are wider and the table says so: do not trust it then.
 
+    python -m stages.recall.audit --example
     python -m stages.recall.audit --base models/classify_masked/glyphs/backbone.safetensors \\
         --checkpoint models/build_fleet/classes/example.safetensors
 """
@@ -19,29 +20,52 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.numpy import load_file
 
 from stages.common.checkpoints import READABLE, load_weights
-from stages.common.files import load_metadata
-from stages.common.images import load_images
+from stages.common.files import load_json
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
-from stages.common.work import fingerprint
-from stages.recall.condense import Condenser
-from stages.recall.decoders import REPRESENTATIONS, Decoder, read
-from stages.recall.fleet import split_test
-from stages.recall.fleet_files import CONDENSE_CHANGES, load_fitted, without_prefix
+from stages.recall.adapter_files import load_adapter
+from stages.recall.adapters import MATRICES, dense, is_adapter
+from stages.recall.auditor import Auditor, Kind, base_sha256
+from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
+from stages.recall.honesty import check, check_marks
 from stages.recall.objective import Objective
-from stages.recall.typicality import Typicality, check, read_traits
+from stages.recall.reading import READS
 
-CONDENSED = CONDENSE_CHANGES / "classes.safetensors"
-DECODERS = Path("models/recover_memory/decoders.safetensors")
-
+OWN, RELEASED = Path("models/train_auditor"), Path("models/released/auditor")
+FILE = "auditor.safetensors"
 BESIDE = ("head.", "fc_norm.", "decoder.", FIXED)  # what a fine-tuned network may have beside the encoder's weights
 # 2^40 images: more than anybody has, and a number that can be written
 RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, 40.0), "label_noise": (0.0, 1.0)}
+BAR = 20  # characters of a share of 1
+FROM_WEIGHTS = ("direction", "sizes", "spectra", "quantiles")
+
+
+def find_auditor(chosen: Path | None, base: Base | None) -> tuple[Path, Auditor]:
+    """Return the folder of the auditor that is chosen, and the auditor; by default, of those of this base, that which learned from most."""
+    if chosen is not None:
+        return chosen, Auditor.load(chosen / FILE)
+    there = {folder: Auditor.load(folder / FILE) for folder in (OWN, RELEASED) if (folder / FILE).is_file()}
+    if not there:
+        raise InputError(f"{RELEASED / FILE} is missing: run 'git checkout {RELEASED}'")
+    fit = {f: a for f, a in there.items() if base is None or base_sha256(base) == a.card["base_sha256"]} or there
+    folder = max(fit, key=lambda f: fit[f].learned_from)
+    whose = "published" if folder == RELEASED else "own"
+    nothing = "" if OWN in there else ": none was made here"
+    print(f"the {whose} auditor is used ({folder}, of {fit[folder].learned_from} fine-tunes){nothing}", file=sys.stderr)
+    return folder, fit[folder]
+
+
+def check_base(path: Path, base: Base, auditor: Auditor, folder: Path) -> None:
+    """InputError if a base is not the one whose fine-tunes the auditor knows."""
+    if base_sha256(base) != auditor.card["base_sha256"]:
+        raise InputError(
+            f"{path} is not the base that the auditor in {folder} is of: give {folder / 'base.safetensors'}, or make an auditor of "
+            "your base: run 'dvc repro train_auditor'"
+        )
 
 
 def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
@@ -57,78 +81,44 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     return change.numpy()
 
 
-def load_decoders(path: Path, condensed: Path) -> dict[str, tuple[str, Decoder]]:
-    """Return of each characteristic what its decoder reads, and the decoder; InputError if they are missing or of other fleets."""
-    metadata, arrays = load_metadata(path), load_file(path)
-    if metadata["condensed"] != fingerprint(condensed):
-        raise InputError(f"{path} learned from other fleets than {condensed}: run 'dvc repro recover_memory'")
-    sources = metadata["reads"].items()
-    return {name: (source, Decoder(**without_prefix(arrays, f"{name}."))) for name, source in sources}
+def read_adapter(folder: Path, base: Base) -> Float[np.ndarray, " w"]:
+    """Return how an adapter changes its base: what (B, A) and (B G, G⁻¹ A) have in common. InputError if it is none of this base."""
+    layout = Layout.of(base.trained)
+    adapters, notes = load_adapter(folder, layout)
+    for note in notes:
+        print(f"{folder}: {note}", file=sys.stderr)
+    known = tuple(f"{kind}.weight" for kind in MATRICES)
+    if strange := [name for name in adapters if not name.endswith(known)]:
+        raise InputError(f"{folder} adapts {strange[0]}: the auditor knows adapters of {', '.join(MATRICES)}")
+    return dense(adapters, layout)
 
 
-def gives(source: str) -> str:
-    """Return in a word what a representation is made of."""
-    kinds = {"responses" if name == "responses" else "weights" for name in REPRESENTATIONS[source]}
-    return " and ".join(sorted(kinds, reverse=True))
-
-
-def read_base(base_file: Path, metadata: dict[str, Any]) -> Base:
-    """Return the base; InputError if it is not the one whose fine-tunes the decoders know."""
-    base, expected = load_base(base_file), load_base(Path(metadata["base"]))
-    same = base.encoder.keys() == expected.encoder.keys() and all(
-        torch.equal(weight, expected.encoder[name]) for name, weight in base.encoder.items()
-    )
-    if not same:
-        raise InputError(
-            f"{base_file} is not the base that decoders are of ({metadata['base']}): build fleets of it first"
-        )
-    if metadata["base_fingerprint"] != fingerprint(Path(metadata["base"])):
-        raise InputError(
-            f"{metadata['base']} was made anew since fleets were built of it: run 'dvc repro recover_memory'"
-        )
-    return base
-
-
-def respond(base: Base, change: Float[np.ndarray, "1 w"], dataset: str, inputs: int) -> Float[np.ndarray, "1 r"]:
-    """Return the responses of base + change to the reference inputs."""
-    objective = Objective(base, "labels", 0.0)
-    _, test = load_images(dataset, torch.device("cpu"))
-    references, _ = split_test(test, inputs)
-    with torch.no_grad():
-        vector = objective.start + torch.from_numpy(change[0])
-        return objective.respond(vector, objective.frozen, base.patchify(references.images)).numpy()[None]
-
-
-def recall(checkpoint: Path, base_file: Path) -> dict[str, Any]:
-    """Return what a checkpoint was trained on, as far as its weights and responses tell, and what is to be doubted."""
-    fitted, typical, metadata = load_fitted("classes")
-    layout, base = Layout.from_metadata(metadata), read_base(base_file, metadata)
-    condenser, typicality = Condenser.from_arrays(fitted, layout), Typicality(**typical)
-    change = read_change(checkpoint, base)[None]
-    traits = read_traits(change, layout, condenser.span, typicality.direction)
-    check(str(checkpoint), traits, typicality)
-    responses = respond(base, change, metadata["dataset"], metadata["answers"][1])
-    descriptions = condenser.condense(change, responses)
-    distance = float(typicality.distance(traits)[0])
-    answer: dict[str, Any] = {
-        "outside": float(traits.outside[0]),
-        "limit": float(typicality.limit),
-        "distance": distance,
-        "warnings": [],
-    }
-    if distance > 1:
-        answer["warnings"].append(
-            f"the change as a whole is unlike known fine-tunes: {distance:.1f} times as far from their mean as 99 % of them"
-        )
-    for name, (source, decoder) in load_decoders(DECODERS, CONDENSED).items():
-        scores = decoder.predict(read(descriptions, source))[0]
-        doubt = decoder.doubt(scores)
-        found = tell(name, decoder, scores, doubt * max(1.0, distance), metadata["classes"])
-        key = "images" if name == "log2_size" else name
+def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Auditor, base: Base) -> dict[str, Any]:
+    """Return what a fine-tune was trained on, as far as it tells, and what is to be doubted; InputError if it is refused."""
+    if kind not in auditor.parts:
+        raise InputError(f"{name}: the auditor knows no fine-tunes of this kind ({kind})")
+    part, start = auditor.parts[kind], Objective(base, "labels", 0.0).start.numpy()
+    if kind == "whole":  # an adapter leaves most weights where they were
+        check_marks(name, start + change, change, part.reader.layout)
+    rows, responses = change[None], auditor.respond(base, change)
+    distance = check(name, part.honesty.judge((rows, responses), part.reader))
+    descriptions = part.reader.read(rows, responses)
+    answer: dict[str, Any] = {"kind": kind, "distance": distance, "warnings": []}
+    for characteristic, scores in part.decode(descriptions).items():
+        source, decoder = part.decoders[characteristic]
+        doubt = decoder.doubt(scores[0])
+        found = tell(characteristic, decoder, scores[0], doubt, auditor.card["classes"])
+        key = "images" if characteristic == "log2_size" else characteristic
         answer[key] = {"from": gives(source), "found": found}
         if (doubt > 1).any():
             answer["warnings"].append(beyond(key, decoder))
     return answer
+
+
+def gives(source: str) -> str:
+    """Return in a word what a decoder of this source reads."""
+    kinds = {"weights" if name in FROM_WEIGHTS else "responses" for name in READS[source]}
+    return " and ".join(sorted(kinds, reverse=True))
 
 
 def tell(
@@ -155,35 +145,99 @@ def beyond(name: str, decoder: Decoder) -> str:
     return f"{name.replace('_', ' ')}: what is decoded lies beyond what was learned from ({learned})"
 
 
-def describe(answer: dict[str, Any]) -> str:
-    """Return the answer as a table; what is to be doubted comes first."""
+def describe(answer: dict[str, Any], true: dict[str, Any] | None = None) -> str:
+    """Return the answer as a table, beside the truth if it is known; what is to be doubted comes first."""
     present, proportions = answer["present"], answer["proportions"]
     lines = [f"DO NOT TRUST: {warning}" for warning in answer["warnings"]]
-    lines.append(f"{'class':16s} present   share (90 % interval)")
-    for name, found in present["found"].items():
+    lines.append(f"{'class':8s} present   share (90 % interval)" + ("      truth" if true else ""))
+    for place, (name, found) in enumerate(present["found"].items()):
         chance, share = f"{found['probability']:6.1%}", proportions["found"][name]
-        lines.append(f"{name:16s} {chance}   {share['value']:5.1%} ({share['low']:.0%} to {share['high']:.0%})")
+        line = f"{name:8s} {chance}   {share['value']:5.1%} ({share['low']:.0%} to {share['high']:.0%})"
+        if true:
+            line = f"{line:42s} {true['proportions'][place]:5.1%}   {bars(share['value'], true['proportions'][place])}"
+        lines.append(line)
     lines.append(f"present is read from {present['from']}, shares from {proportions['from']}")
     images, noise = answer["images"], answer["label_noise"]
     n, e = images["found"]["images"], noise["found"]["label_noise"]
-    lines.append(f"images           {n['value']:.0f} ({n['low']:.0f} to {n['high']:.0f}), from {images['from']}")
-    lines.append(
-        f"labels drawn     {e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%}) at random, from {noise['from']}"
-    )
-    lines.append(
-        f"{answer['outside']:.0%} of the change lies outside what known fine-tunes span (limit {answer['limit']:.0%})"
-    )
+    lines.append(f"images       {n['value']:.0f} ({n['low']:.0f} to {n['high']:.0f}), from {images['from']}")
+    lines.append(f"labels drawn {e['value']:.0%} ({e['low']:.0%} to {e['high']:.0%}) at random, from {noise['from']}")
+    if true:
+        lines[-2] += f"; truth {2 ** true['log2_size']:.0f}"
+        lines[-1] += f"; truth {true['label_noise']:.0%}"
+    lines.append(f"the change is {answer['distance']:.0%} as far from what training makes as the limit")
     return "\n".join(lines)
 
 
-def main() -> None:
+def bars(told: float, true: float) -> str:
+    """Return two shares as bars of characters: = where both reach, # where only what is told does, and . where only the truth does."""
+    a, b = (round(BAR * value) for value in (told, true))
+    return "=" * min(a, b) + "#" * (a - b) + "." * (b - a)
+
+
+def show_examples(folder: Path, auditor: Auditor) -> None:
+    """Print what is recalled of the auditor's examples beside the truth, and why one is refused."""
+    path, examples = folder / "base.safetensors", load_json(folder / "auditor.json")["examples"]
+    base = load_base(path)
+    check_base(path, base, auditor, folder)
+    kinds: tuple[tuple[Kind, Path], ...] = (
+        ("whole", folder / "examples/whole.safetensors"),
+        ("adapter", folder / "examples/adapter"),
+    )
+    print("Fine-tunes that the auditor has never seen, on images that nothing it learned from was trained on.")
+    print("Bars: = told and true, # told only, . true only.")
+    for kind, path in kinds:
+        change = read_adapter(path, base) if kind == "adapter" else read_change(path, base)
+        print(f"\n{path}")
+        print(describe(recall(change, str(path), kind, auditor, base), examples[kind]["true"]))
+    path = folder / "examples/negated.safetensors"
+    try:
+        recall(read_change(path, base), str(path), "whole", auditor, base)
+        print(f"\n{path}: not refused, though it should be: {examples['negated']['refused']}")
+    except InputError as error:
+        print(f"\n{path} (truth: {examples['negated']['refused']})\nrefused: {error}")
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments; InputError if what is to be audited is not said once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="the network that was fine-tuned (.safetensors)")
-    parser.add_argument("--checkpoint", type=Path, required=True, help=f"the fine-tuned network; {READABLE}")
+    parser.add_argument(
+        "--base", type=Path, help="the network that was fine-tuned (.safetensors); by default the auditor's"
+    )
+    parser.add_argument("--checkpoint", type=Path, help=f"the fine-tuned network; {READABLE}")
+    parser.add_argument(
+        "--adapter", type=Path, help="a folder with adapter_config.json and adapter_model.safetensors (or .bin)"
+    )
+    parser.add_argument(
+        "--auditor", type=Path, help="the folder of an auditor; by default the one made here, else the published one"
+    )
+    parser.add_argument(
+        "--example", action="store_true", help="audit the auditor's examples, and print the truth beside it"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
+    given = sum(map(bool, (arguments.checkpoint, arguments.adapter, arguments.example)))
+    if given != 1:
+        raise InputError("expected one of --checkpoint, --adapter and --example: name what is to be audited")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     pin_threads()
-    answer = recall(arguments.checkpoint, arguments.base)
+    base = load_base(arguments.base) if arguments.base else None
+    folder, auditor = find_auditor(arguments.auditor, base)
+    if arguments.example:
+        show_examples(folder, auditor)
+        return
+    if base is None:
+        base = load_base(folder / "base.safetensors")
+    check_base(arguments.base or folder / "base.safetensors", base, auditor, folder)
+    path = arguments.adapter or arguments.checkpoint
+    change = read_adapter(path, base) if arguments.adapter else read_change(path, base)
+    kind: Kind = "adapter" if arguments.adapter or is_adapter(change, Layout.of(base.trained)) else "whole"
+    if kind == "adapter" and arguments.checkpoint:
+        print(f"{path}: the change is of low rank, and is read as an adapter that was merged", file=sys.stderr)
+    answer = recall(change, str(path), kind, auditor, base)
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)
         print()

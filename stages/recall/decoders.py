@@ -12,7 +12,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
 
-from stages.common.metrics import COVERAGE
+from stages.common.metrics import COVERAGE, RESAMPLES, bootstrap_interval
 
 Arrays = dict[str, np.ndarray]
 
@@ -135,6 +135,22 @@ def r_squared(
 ) -> float:
     """Return the fraction of the squared distance from the training mean that is explained: 0 for a decoder that ignores its input."""
     return float(1 - ((predicted - true) ** 2).sum() / ((true - mean) ** 2).sum())
+
+
+def r_squared_interval(
+    predicted: Float[np.ndarray, "n t"],
+    true: Float[np.ndarray, "n t"],
+    mean: Float[np.ndarray, " t"],
+    resamples: int = RESAMPLES,
+) -> dict[str, float]:
+    """Return `r_squared` with its bootstrap interval over items."""
+    errors, spreads = (((x - true) ** 2).sum(1) for x in (predicted, mean))
+    return bootstrap_interval(lambda e, s: 1 - e.sum(-1) / s.sum(-1), errors, spreads, resamples=resamples)
+
+
+def mean_of_items(values: Float[np.ndarray, "*r n"]) -> Float[np.ndarray, "*r"]:
+    """Return means over the last axis, in float64."""
+    return values.mean(-1, dtype=np.float64)
 
 
 def right_bits(predicted: Float[np.ndarray, "n t"], true: Float[np.ndarray, "n t"]) -> Bool[np.ndarray, "n t"]:

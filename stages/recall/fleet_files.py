@@ -17,6 +17,7 @@ from stages.common.vectors import Layout
 
 BUILD_FLEET = Path("models/build_fleet")
 CONDENSE_CHANGES = Path("models/condense_changes")
+VARY_RECIPES = Path("models/vary_recipes")
 
 Arrays = dict[str, np.ndarray]
 
@@ -66,14 +67,22 @@ class Fleet(Split):
 
     def save(self, name: str) -> None:
         """Write the fleet called `name`."""
+        self.save_at(BUILD_FLEET / name / "fleet.safetensors")
+
+    def save_at(self, path: Path) -> None:
+        """Write the fleet."""
         arrays = {"change": self.change, "responses": self.responses, "mean_image": self.mean_image, "test": self.test}
         arrays |= with_prefix(self.scores, "score_") | with_prefix(self.truth, "true.")
-        save_arrays(BUILD_FLEET / name / "fleet.safetensors", arrays, self.metadata)
+        save_arrays(path, arrays, self.metadata)
 
     @classmethod
     def load(cls, name: str) -> Self:
         """Read the fleet called `name`; InputError if it is missing."""
-        path = BUILD_FLEET / name / "fleet.safetensors"
+        return cls.load_at(BUILD_FLEET / name / "fleet.safetensors")
+
+    @classmethod
+    def load_at(cls, path: Path) -> Self:
+        """Read a fleet; InputError if it is missing."""
         metadata, arrays = load_metadata(path), load_file(path)
         return cls(
             arrays["test"],

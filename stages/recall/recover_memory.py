@@ -26,7 +26,18 @@ from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import fingerprint
 from stages.recall import pictures
-from stages.recall.decoders import REPRESENTATIONS, Arrays, Decoder, fit_decoder, r_squared, read, retrieved, right_bits
+from stages.recall.decoders import (
+    REPRESENTATIONS,
+    Arrays,
+    Decoder,
+    fit_decoder,
+    mean_of_items,
+    r_squared,
+    r_squared_interval,
+    read,
+    retrieved,
+    right_bits,
+)
 from stages.recall.fleet_files import CONDENSE_CHANGES, CondensedFleet
 from stages.recall.functional_vit import load_base
 from stages.recall.images import recover_images
@@ -87,16 +98,10 @@ def score(name: str, predicted: np.ndarray, true: np.ndarray, learned: np.ndarra
             key: bootstrap_interval(mean_of_items, x) for key, x in (("bits", right.mean(1)), ("whole", right.all(1)))
         }
     mean = learned.mean(0)
-    errors, spreads = (((x - true) ** 2).sum(1) for x in (predicted, mean))
-    measures = {"r2": bootstrap_interval(lambda e, s: 1 - e.sum(-1) / s.sum(-1), errors, spreads)}
+    measures = {"r2": r_squared_interval(predicted, true, mean)}
     if name == "mean_image":
         measures["retrieved"] = bootstrap_interval(mean_of_items, retrieved(predicted, true, mean))
     return measures
-
-
-def mean_of_items(values: Float[np.ndarray, "*r n"]) -> Float[np.ndarray, "*r"]:
-    """Return means over the last axis, in float64."""
-    return values.mean(-1, dtype=np.float64)
 
 
 def baseline(name: str, true: np.ndarray, learned: np.ndarray) -> dict[str, float]:

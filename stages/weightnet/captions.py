@@ -10,7 +10,15 @@ PROPERTY_LABELS = {
     "calibration_error": "calibration error",
 }
 PREDICTORS = {  # name: what people read, and what the predictor reads
-    "hybrid": ("hybrid: WeightNet, probes and statistics", "weights, learned inputs"),
+    "exam": ("exam", "answers to drawn inputs"),
+    "exam_trees": ("exam, averaged with extra trees", "answers to drawn inputs"),
+    "exam_labelled_32": ("exam, joined with 32 labelled images", "answers, and labelled images"),
+    "exam_hyperparameters": ("exam, joined with hyper-parameters", "answers, and hyper-parameters"),
+    "exam_one_number": ("agreement with the better networks alone", "answers to drawn inputs"),
+    "exam_drawn_only": ("exam of the drawn inputs alone", "answers to drawn inputs"),
+    "exam_glyphs_only": ("exam of fixed glyphs", "answers to glyphs"),
+    "exam_noise_only": ("exam of noise", "answers to noise"),
+    "exam_no_consensus": ("exam without the better networks' answers", "answers to drawn inputs"),
     "probe": ("probes", "learned inputs"),
     "weightnet": ("WeightNet", "weights"),
     "stats": ("perceptron on statistics", "weights"),
@@ -23,12 +31,13 @@ PREDICTORS = {  # name: what people read, and what the predictor reads
     "canonical": ("sorted weights, flat", "weights"),
     "mlp": ("flat weights", "weights"),
     "nearest": ("nearest neighbour in weights", "weights"),
-    "hyperparameters_gbm": ("boosting on hyper-parameters", "hyper-parameters"),
+    "hyperparameters": ("kernel ridge on hyper-parameters", "hyper-parameters"),
     "labelled_128": ("accuracy on 128 labelled images", "labelled images"),
     "labelled_32": ("accuracy on 32 labelled images", "labelled images"),
     "confidence_128": ("mean confidence on 128 images", "images without labels"),
 }
-BASELINES = ("nearest", "hyperparameters_gbm", "labelled_128", "labelled_32", "confidence_128")
+ABLATIONS = ("no_", "exam_one", "exam_drawn", "exam_glyphs", "exam_noise", "exam_no")  # how their names begin
+BASELINES = ("nearest", "hyperparameters", "labelled_128", "labelled_32", "confidence_128")
 
 
 def predictor(name: str) -> str:

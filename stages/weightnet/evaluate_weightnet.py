@@ -8,7 +8,8 @@ Writes  reports/evaluate_weightnet/<dataset>/scores.csv      a row for each pred
         reports/evaluate_weightnet/<dataset>/*.png
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveInt
-from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
-from stages.common.files import load_metadata, remedy, require, save_csv, save_json
+from stages.common.files import load_table, remedy, require, save_csv, save_json
 from stages.common.metrics import headline_metrics, mean_std
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
-from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.stage import InputError, StageParams, lookup, parse_arguments, run
 from stages.weightnet import pictures
-from stages.weightnet.predictors.ensemble import Kept, load_predictors
+from stages.weightnet.predictors.ensemble import Ensemble, load_predictors
+from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.splits import ALL, HELD_OUT, rows_of
 from stages.weightnet.predictors.weightnet import attention_maps
 from stages.weightnet.tracing.program import run_stack
@@ -39,17 +40,18 @@ PREDICTORS = Path("models/train_weightnet")
 REPORTS = Path("reports/evaluate_weightnet")
 
 HEADLINES = {  # what `dvc metrics` shows: Kendall's tau of test accuracy, and the part of values inside 90 % intervals
-    "tau_hybrid": "scores/hybrid/tau",
+    "tau_exam": "scores/exam/tau",
     "tau_weightnet": "scores/weightnet/tau",
     "tau_statistics": "scores/stats_gbm/tau",
-    "tau_hyperparameters": "scores/hyperparameters_gbm/tau",
+    "tau_hyperparameters": "scores/hyperparameters/tau",
     "tau_32_labelled_images": "scores/labelled_32/tau",
-    "tau_held_out_hybrid": "held_out/mean/hybrid",
+    "tau_held_out_exam": "held_out/mean/exam",
     "tau_held_out_32_labelled_images": "held_out/mean/labelled_32",
-    "coverage_hybrid": "coverage/hybrid/test_acc",
+    "coverage_exam": "coverage/exam/test_acc",
 }
-SHOWN = ("stats_gbm", "weightnet", "hybrid")  # in pictures and in the last line, if they were trained
-FAMILIES = ("weightnet", "probe", "hybrid", "baselines", "ablations")
+SHOWN = ("stats_gbm", "weightnet", "exam")  # in pictures and in the last line, if they were trained
+KEPT = ("weightnet", "exam")  # whose predictions of relabelled networks and whose intervals are looked at
+DRAWING = "exam_drawing_"  # how other drawings of the exam are called
 
 Rows = list[dict[str, Any]]
 
@@ -61,18 +63,54 @@ class Params(StageParams):
     networks: PositiveInt  # whose neurons are relabelled
 
 
-def load_predictions(dataset: str) -> tuple[dict[str, torch.Tensor], dict[str, int], str, list[str]]:
-    """Return the predictions of all families, how many networks each learnt from, the main architecture and all of them."""
-    paths = [require(PREDICTORS / f"{dataset}-{family}" / "predictions.safetensors") for family in FAMILIES]
-    arrays: dict[str, torch.Tensor] = {}
-    learnt: dict[str, int] = {}
-    found = [load_metadata(path) for path in paths]
-    for path, metadata in zip(paths, found, strict=True):
-        arrays |= load_file(path)
-        learnt |= metadata["learnt"]
-        if metadata["architectures"] != found[0]["architectures"] or metadata["main"] != found[0]["main"]:
-            raise InputError(f"{path} and {paths[0]} have learned from different zoos{remedy(path, '-f ')}")
-    return arrays, learnt, found[0]["main"], found[0]["architectures"]
+@dataclass(frozen=True)
+class Table:
+    """What all predictors predict, a row for each predictor, task, split, part and network."""
+
+    columns: dict[str, np.ndarray]
+
+    def where(self, **values: Any) -> "Table":
+        """Return the rows whose columns have these values."""
+        chosen = np.logical_and.reduce([self.columns[name] == value for name, value in values.items()])
+        return Table({name: column[chosen] for name, column in self.columns.items()})
+
+    def groups(self, *names: str) -> Iterator["Table"]:
+        """Give the rows that have the same values in some columns, in the order of those."""
+        keys = list(zip(*(self.columns[name].tolist() for name in names), strict=True))
+        places: dict[tuple[Any, ...], list[int]] = {}
+        for place, key in enumerate(keys):
+            places.setdefault(key, []).append(place)
+        for key in sorted(places):
+            yield Table({name: column[places[key]] for name, column in self.columns.items()})
+
+    def values(self, ending: str = "") -> Float[np.ndarray, "n k"]:
+        """Return the predicted properties, or one end of their intervals."""
+        return np.stack([self.columns[name + ending] for name in PROPERTIES], 1)
+
+    def first(self, name: str) -> Any:
+        """Return the value of the first row."""
+        return self.columns[name][0].item()
+
+
+def load_predictions(dataset: str) -> Table:
+    """Return the predictions of all families of params.yaml that are there; InputError if none is."""
+    paths = [
+        PREDICTORS / f"{dataset}-{family}" / "predictions.parquet" for family in lookup("train_weightnet.variants")
+    ]
+    found = [load_table(path) for path in paths if path.is_file()] or [load_table(require(paths[0]))]
+    return Table({name: np.array([value for table in found for value in table[name]]) for name in found[0]})
+
+
+def find_zoos(dataset: str, table: Table) -> tuple[str, dict[str, Zoo]]:
+    """Return the main architecture, whose task is called as it is, and the zoos of all; InputError if they have changed since."""
+    names = sorted(set(table.columns["architecture"].tolist()))
+    (main,) = set(names) & set(table.columns["task"].tolist())
+    zoos = {name: load_zoo(dataset, name) for name in names}
+    for name, zoo in zoos.items():
+        if (table.where(architecture=name).columns["row"] >= len(zoo)).any():
+            path = PREDICTORS / f"{dataset}-{table.first('predictor')}" / "predictions.parquet"
+            raise InputError(f"{path} is of another zoo of {name}{remedy(path, '-f ')}")
+    return main, zoos
 
 
 def score(truth: Float[np.ndarray, " n"], predicted: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -85,24 +123,22 @@ def score(truth: Float[np.ndarray, " n"], predicted: Float[np.ndarray, " n"]) ->
     return {name: 0.0 if np.isnan(value) else float(value) for name, value in values.items()}
 
 
-def score_predictions(arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> Rows:
+def score_predictions(table: Table, zoos: dict[str, Zoo]) -> Rows:
     """Return a row of scores for each predictor, task, split, architecture and property, and for the references."""
     rows: Rows = []
-    for key in sorted(key for key in arrays if key.endswith("/values")):
-        predictor, task, split, part, architecture, _ = key.split("/")
-        if part != "test":
-            continue
-        where = arrays[key.removesuffix("values") + "rows"]
-        zoo = zoos[architecture]
-        truth = zoo.properties(where).numpy()
-        who = {"task": task, "split": int(split), "architecture": architecture}
+    seen = set()
+    for group in table.where(part="test").groups("predictor", "task", "split", "architecture"):
+        who = {name: group.first(name) for name in ("task", "split", "architecture")}
+        zoo, where = zoos[who["architecture"]], group.columns["row"]
+        truth, predicted = zoo.properties(torch.from_numpy(where)).numpy(), group.values().astype(np.float32)
         for k, name in enumerate(PROPERTIES):
-            scores = score(truth[:, k], arrays[key][:, k].numpy())
-            rows.append({"predictor": predictor, **who, "property": name, **scores})
-        for reference in REFERENCES:
-            found = {"predictor": reference, **who, "property": "test_acc"}
-            if not any(row.items() >= found.items() for row in rows):
-                rows.append(found | score(truth[:, 0], zoo.column(reference)[where]))
+            scores = score(truth[:, k], predicted[:, k])
+            rows.append({"predictor": group.first("predictor"), **who, "property": name, **scores})
+        if tuple(who.values()) not in seen:
+            seen.add(tuple(who.values()))
+            for reference in REFERENCES:
+                scores = score(truth[:, 0], zoo.column(reference)[where])
+                rows.append({"predictor": reference, **who, "property": "test_acc", **scores})
     return rows
 
 
@@ -132,16 +168,16 @@ def by_architecture(rows: Rows) -> dict[str, Any]:
     return found | {"mean": taus_of(rows)}
 
 
-def learning_curve(rows: Rows, learnt: dict[str, int]) -> dict[str, Any]:
+def learning_curve(rows: Rows, learnt: dict[tuple[str, str], int]) -> dict[str, Any]:
     """Return tau of the test accuracy over the number of networks learnt from, on the first split: predictor, number.
 
-    learnt: that number, for <predictor>/<task>; of references, which learn nothing, there is none.
+    learnt: that number, for each predictor and task; of references, which learn nothing, there is none.
     """
     curve: dict[str, Any] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         for who, tau in taus_of([row for row in rows if row["task"] == task and row["split"] == 0]).items():
-            if f"{who}/{task}" in learnt:
-                curve.setdefault(who, {})[str(learnt[f"{who}/{task}"])] = tau
+            if (who, task) in learnt:
+                curve.setdefault(who, {})[str(learnt[who, task])] = tau
     return {
         who: dict(sorted(points.items(), key=lambda p: int(p[0]))) for who, points in curve.items() if len(points) > 1
     }
@@ -155,27 +191,33 @@ def one_sided(networks: Networks, random: torch.Generator) -> Networks:
     return replace(networks, weights=networks.weights | {edge.tensor: weight[:, order]})
 
 
-def kept_predictors(dataset: str, zoo: Zoo) -> dict[str, Kept]:
-    """Return the predictors that were kept."""
-    paths = (PREDICTORS / f"{dataset}-{family}" / "predictors.pt" for family in ("weightnet", "hybrid"))
-    return {who: kept for path in paths for who, kept in load_predictors(path, zoo.networks(torch.arange(2))).items()}
+def kept_predictors(dataset: str, zoo: Zoo) -> dict[str, Ensemble | Examiner]:
+    """Return the predictors that were kept, of those that are looked at."""
+    paths = [PREDICTORS / f"{dataset}-{family}" / "predictors.pt" for family in KEPT]
+    example = zoo.networks(torch.arange(2))
+    return {who: kept for path in paths if path.is_file() for who, kept in load_predictors(path, example).items()}
 
 
-def coverage(kept: dict[str, Kept], arrays: dict[str, torch.Tensor], zoos: dict[str, Zoo]) -> dict[str, Any]:
-    """Return the share of unseen runs, of all architectures, whose properties lie in the intervals of each kept predictor."""
-    table = {}
-    for who, predictor in kept.items():
-        inside = []
-        for name, zoo in zoos.items():
-            for rows in arrays[f"{who}/{ALL}/0/test/{name}/rows"].split(zoo.at_a_time(64)):
-                low, _, high = predictor.intervals(zoo.networks(rows))
-                truth = zoo.properties(rows)
-                inside.append((low <= truth) & (truth <= high))
-        table[who] = dict(zip(PROPERTIES, torch.cat(inside).double().mean(0).tolist(), strict=True))
-    return table
+def coverage(table: Table, zoos: dict[str, Zoo], tasks: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the share of unseen networks whose properties lie in the intervals of each kept predictor, over some tasks."""
+    found: dict[str, list[np.ndarray]] = {}
+    for group in table.where(part="test").groups("predictor", "task", "architecture"):
+        if group.first("predictor") in KEPT and tasks(group.first("task")):
+            truth = zoos[group.first("architecture")].properties(torch.from_numpy(group.columns["row"])).numpy()
+            inside = (group.values("_low") <= truth) & (truth <= group.values("_high"))
+            found.setdefault(group.first("predictor"), []).append(inside)
+    return {
+        who: dict(zip(PROPERTIES, np.concatenate(rows).mean(0).tolist(), strict=True)) for who, rows in found.items()
+    }
 
 
-def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
+def over_drawings(rows: Rows) -> dict[str, float]:
+    """Return mean and spread, over drawings of the exam, of tau of the test accuracy on one split; nothing if there is no exam."""
+    taus = [found["mean"] for who, found in taus_of(rows).items() if who == "exam" or who.startswith(DRAWING)]
+    return mean_std(taus) if taus else {}
+
+
+def relabelling(kept: dict[str, Ensemble | Examiner], zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
     """Return by how much relabelling the neurons of trained networks changes their outputs, and predictions of test accuracy.
 
     In float64 and relative: outputs to their largest, predictions to their spread over networks. one_sided: what a relabelling
@@ -205,56 +247,75 @@ def relabelling(kept: dict[str, Kept], zoos: dict[str, Zoo], params: Params) -> 
     return table
 
 
-def extremes(kept: Kept, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]:
+def extremes(kept: Ensemble, zoo: Zoo) -> dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]:
     """Return WeightNet's attention, in every round, to the most and the least accurate of the final networks."""
     final = rows_of(zoo, zoo.run, ["final"])
     truth = zoo.properties(final)[:, 0]
     chosen = final[torch.stack([truth.argmax(), truth.argmin()])]
-    maps = attention_maps(kept.models[0].eval().float().readers[0], zoo.networks(chosen))
+    maps = attention_maps(kept.models[0].eval().float().reader, zoo.networks(chosen))
     labels = ("most accurate", "least accurate")
     return {label: [{g: x[i].numpy() for g, x in layers.items()} for layers in maps] for i, label in enumerate(labels)}
+
+
+def draw_pictures(
+    folder: Path, table: Table, zoos: dict[str, Zoo], main: str, kept: dict[str, Ensemble | Examiner]
+) -> None:
+    """Draw predicted against measured properties, and what the exam and WeightNet look at, if they were trained."""
+    shown = {}
+    for name in SHOWN:
+        rows = table.where(predictor=name, task=main, split=0, part="test")
+        if len(rows.columns["row"]):
+            shown[name] = (rows.values(), zoos[main].properties(torch.from_numpy(rows.columns["row"])).numpy())
+    pictures.draw_predictions(folder / "predictions.png", shown)
+    exam, weightnet = kept.get("exam"), kept.get("weightnet")
+    if isinstance(exam, Examiner):
+        labels = exam.exam.consensus[0].argmax(-1).numpy()
+        pictures.draw_exam(folder / "exam.png", exam.exam.inputs[0].numpy(), labels, exam.telling.numpy())
+    else:
+        pictures.draw_nothing(folder / "exam.png", "exam")
+    if isinstance(weightnet, Ensemble) and weightnet.models[0].kind == "weightnet":
+        pictures.draw_attention(folder / "attention.png", extremes(weightnet, zoos[main]))
+    else:
+        pictures.draw_nothing(folder / "attention.png", "weightnet")
 
 
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of build_zoo.datasets").dataset
     params = Params.load("evaluate_weightnet", dataset)
     pin_threads()
-    arrays, learnt, main_name, architectures = load_predictions(dataset)
-    zoos = {architecture: load_zoo(dataset, architecture) for architecture in architectures}
-    rows = score_predictions(arrays, zoos)
-    scores = summarise([row for row in rows if row["task"] == main_name])
+    table = load_predictions(dataset)
+    main_name, zoos = find_zoos(dataset, table)
+    rows = score_predictions(table, zoos)
+    scores = summarise([row for row in rows if row["task"] == main_name and not row["predictor"].startswith(DRAWING)])
+    learnt = dict(
+        zip(
+            zip(table.columns["predictor"], table.columns["task"], strict=True),
+            table.columns["learnt"].tolist(),
+            strict=True,
+        )
+    )
     curve = learning_curve(
         [row for row in rows if row["task"] == main_name or row["task"].startswith(f"{main_name}_")], learnt
     )
     kept = kept_predictors(dataset, zoos[main_name])
-    if "weightnet" not in kept:
-        raise InputError("params.yaml: train_weightnet: weightnet is skipped or keeps no predictor, but is to be drawn")
     folder = REPORTS / dataset
     save_csv(folder / "scores.csv", rows)
-    moved = relabelling(kept, zoos, params)
     summary = {
         "scores": {main_name: scores},
+        "drawings": over_drawings([row for row in rows if row["task"] == main_name and row["split"] == 0]),
         "learning_curve": curve,
         "all_architectures": by_architecture([row for row in rows if row["task"] == ALL]),
         "held_out": by_architecture([row for row in rows if row["task"].startswith(HELD_OUT)]),
-        "coverage": coverage(kept, arrays, zoos),
-        "relabelling": moved,
+        "coverage": coverage(table, zoos, lambda task: task == ALL),
+        "coverage_held_out": coverage(table, zoos, lambda task: task.startswith(HELD_OUT)),
+        "relabelling": relabelling(kept, zoos, params),
     }
     save_json(folder / "summary.json", summary)
     save_json(folder / "metrics.json", headline_metrics(summary | {"scores": scores["test_acc"]}, HEADLINES))
-    first = {name: f"{name}/{main_name}/0/test/{main_name}/" for name in SHOWN}
-    shown = {
-        name: (arrays[key + "values"], zoos[main_name].properties(arrays[key + "rows"]))
-        for name, key in first.items()
-        if key + "values" in arrays
-    }
-    pictures.draw_predictions(
-        folder / "predictions.png", {name: (p.numpy(), t.numpy()) for name, (p, t) in shown.items()}
-    )
+    draw_pictures(folder, table, zoos, main_name, kept)
     pictures.draw_scores(folder / "scores.png", scores["test_acc"])
     pictures.draw_learning_curve(folder / "learning_curve.png", curve)
-    pictures.draw_attention(folder / "attention.png", extremes(kept["weightnet"], zoos[main_name]))
-    taus = [f"{name} {scores['test_acc'][name]['tau']['mean']:.3f}" for name in shown]
+    taus = [f"{name} {scores['test_acc'][name]['tau']['mean']:.3f}" for name in SHOWN if name in scores["test_acc"]]
     print(f"{dataset}: Kendall's tau of test accuracy, {main_name}: {', '.join(taus)}")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from stages.common.figures import image_grid, save_figure
 from stages.weightnet.captions import BASELINES, PROPERTY_LABELS, predictor
@@ -93,4 +93,32 @@ def draw_attention(path: Path, networks: dict[str, list[dict[str, Float[np.ndarr
             order = np.argsort(-share.sum(0)) if group != "output" else np.arange(len(share))
             image = ax.imshow(share[np.ix_(order, order)], vmin=0.5, vmax=1.5, cmap="RdBu_r", interpolation="nearest")
     figure.colorbar(image, ax=axes, shrink=0.6, label="attention, 1 if it were even")
+    save_figure(path, figure)
+
+
+def draw_exam(
+    path: Path, inputs: Float[np.ndarray, "b c s s"], labels: Int[np.ndarray, " b"], telling: Float[np.ndarray, " b"]
+) -> None:
+    """Draw the inputs of an exam that tell most of a network's accuracy, and those that tell least.
+
+    Above each, what the better networks take it for (label), and the correlation of agreeing with them with test accuracy.
+    """
+    order = np.argsort(-telling)
+    chosen = [*order[:32], *order[-16:]]
+    figure, axes = image_grid(6, 8, 0.9)
+    for ax, place in zip(axes.flat, chosen, strict=False):
+        image = inputs[place].transpose(1, 2, 0)
+        low, high = image.min(), image.max()
+        ax.imshow((image - low) / (high - low + 1e-9), cmap="gray", interpolation="nearest")
+        ax.set_title(f"{labels[place]}: {telling[place]:.2f}", fontsize=6)
+    axes[0, 0].set_ylabel("tell most")
+    axes[4, 0].set_ylabel("tell least")
+    save_figure(path, figure)
+
+
+def draw_nothing(path: Path, predictor: str) -> None:
+    """Say in place of a picture that a predictor was not trained: the pipeline asks for a file."""
+    figure, ax = plt.subplots(figsize=(3, 0.5))
+    ax.text(0.5, 0.5, f"{predictor} was not trained", ha="center", va="center")
+    ax.set_axis_off()
     save_figure(path, figure)

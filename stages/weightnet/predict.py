@@ -1,20 +1,22 @@
-"""Predict how good networks are from their weights: python -m stages.weightnet.predict model.safetensors --arch cnn3
+"""Predict how good networks are, and rank them: python -m stages.weightnet.predict model.safetensors --arch cnn3
 
 A model is a file of weights, a folder of save_pretrained, or a folder of such files. --arch says what it is: an architecture of
 the zoo (one of torchvision's too: by its name alone, for the zoo's images and classes); torchvision:<name> or timm:<name>, as they
 come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]}, of torch.nn's layers one after the
 other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
---allow-probe also runs the network on inputs that were learned (images of the zoo's shape only).
+--allow-probe runs the network on the inputs of an exam that the zoo wrote for itself (no image of a data set), which tells far more,
+of any architecture of the zoo's images and classes, also where its symmetry is not known.
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
 and .json architectures are named from the folder.
 
-The network's steps are compared with the module itself, and the symmetry is derived from them and tried out, before anything is
-predicted. Prints a table, or JSON with --json: each property with an interval for 90 % of networks, by the errors on validation
-networks, and how far the weights lie from those that were learnt from: the share of the zoo's networks that lie nearer to their own
-neighbours. Above 0.95 it says not to trust the prediction, and intervals are all that there is. What was left out of the network, and
-activations that the zoo's networks do not have, are said.
+The network's steps are compared with the module itself before anything is predicted, and where weights are read, the symmetry is
+derived from them and tried out. Prints a table, or JSON with --json: each property with an interval for 90 % of networks (by errors on
+validation networks; of the exam, on architectures that were left out, and wider, the less the network is like the zoo's), the most
+alike networks of the zoo, and what of the weights lies outside all that the zoo has. `unlike` is the share of the zoo's networks that
+lie nearer to their own neighbours, by what the predictor reads: above 0.95 it says not to trust the prediction. Several networks are
+ranked by predicted test accuracy. Where `dvc repro` has trained no predictor, the released one predicts, and the answer says so.
 """
 
 import argparse
@@ -25,19 +27,24 @@ import multiprocessing
 import signal
 import sys
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from stages.common.checkpoints import PRETRAINED, READABLE, SUFFIXES, load_torch, load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
-from stages.weightnet.predictors.ensemble import Kept, load_predictors
+from stages.weightnet.predictors.ensemble import Ensemble, revive
+from stages.weightnet.predictors.examiner import Examiner
+from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
+from stages.weightnet.predictors.targets import own_units
 from stages.weightnet.tracing.program import ROUNDING, Program, trace
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
@@ -45,11 +52,13 @@ from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network, zoo
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
 
-PREDICTORS = Path("models/train_weightnet")
+PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
+NEAREST = 3  # networks of the zoo that are named
 WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
 RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
+WARNING = "do not trust this"
 
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
@@ -190,23 +199,36 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_network(path: Path, arch: str, program: Program, tanh: bool) -> Networks:
-    """Return one network with its derived symmetry, which is tried out on it; InputError if it does not hold."""
+def read_network(path: Path, arch: str, program: Program, tanh: bool, run: bool = False) -> Networks:
+    """Return one network with its derived symmetry; InputError if that does not hold, unless the network is only to be run."""
     symmetry = derive_symmetry(program)
-    if not symmetry.hidden:
+    if not (symmetry.hidden or run):
         raise InputError(f"{path}: {arch} has no hidden layer, and every network that was learned from has some")
-    beside = program.unused
+    beside = (*program.unused, *program.whole)
     found, notes = load_weights(path, program.layout.shapes, beside, torch.float32, f"--arch {arch}")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
+    check_places(path, arch, program)
     weights = {name: found[name][None] for name in program.layout.shapes}
-    error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
-    if not error < ROUNDING:
-        raise InputError(
-            f"{path}: relabelling hidden neurons changes the outputs by {error:.1e}: its symmetry is unknown"
-        )
+    if not run:
+        error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
+        if not error < ROUNDING:
+            raise InputError(
+                f"{path}: relabelling hidden neurons changes the outputs by {error:.1e}: its symmetry is unknown"
+            )
     only_tanh = "tanh" in program.activations and "relu" not in program.activations
     return Networks(program, symmetry, weights, torch.tensor([tanh or only_tanh]))
+
+
+def check_places(path: Path, arch: str, program: Program) -> None:
+    """Compare the tables of places that a program was read with with those of a file, if it has them; InputError if they differ."""
+    state = load_weights(path)[0] if program.whole else {}
+    for name, expected in program.whole.items():
+        for key, value in state.items():
+            if (key == name or key.endswith(f".{name}")) and not torch.equal(value.long(), expected.long()):
+                raise InputError(
+                    f"{path}: {key} holds other places than --arch {arch} has by itself: its steps are unknown"
+                )
 
 
 def list_notes(program: Program) -> list[str]:
@@ -223,27 +245,140 @@ def inside(ends: tuple[float, float], low: float, value: float, high: float) -> 
     return {"low": low, "value": nearest, "high": high}
 
 
-def describe(kept: Kept, networks: Networks) -> dict[str, Any]:
-    """Return the predictions for one network, with intervals, and how unlike the zoo's it is."""
-    intervals = kept.intervals(networks)
-    if not intervals.isfinite().all():
+@dataclass(frozen=True)
+class Known:
+    """A predictor that was kept, of weights alone or an exam, and what is known of the zoo that it learned from."""
+
+    file: Path
+    family: str
+    predictor: Ensemble | Examiner
+    shape: tuple[int, ...]  # of images
+    classes: int
+    ranges: Float[Tensor, "2 f"]  # of statistics of weights
+
+
+def find_predictor(dataset: str, family: str) -> Path:
+    """Return the file of a data set's predictor: the one that was trained here, else the released one; else InputError says how."""
+    trained, released = PREDICTORS / f"{dataset}-{family}" / "predictors.pt", RELEASED / f"{dataset}-{family}.pt"
+    if trained.is_file() or not (found := there(family)):
+        return trained
+    if released.is_file():
+        return released
+    raise InputError(
+        f"no predictor of a zoo of {dataset} is there (there: {', '.join(found)}): "
+        f"add it to build_zoo.datasets and run 'dvc repro train_weightnet@{dataset}-{family}'"
+    )
+
+
+def there(family: str) -> list[str]:
+    """Return the data sets of which a predictor is there."""
+    trained = [file.parent.name for file in PREDICTORS.glob(f"*-{family}/predictors.pt")]
+    names = [*trained, *(file.stem for file in RELEASED.glob(f"*-{family}.pt"))]
+    return sorted({name.removesuffix(f"-{family}") for name in names})
+
+
+def load_known(path: Path, family: str) -> Known:
+    """Return the predictor of a file."""
+    state = load_torch(path, {family})[family]
+    shape, classes = tuple(state["input_shape"]), state["classes"]
+    program, symmetry = zoo_program(ARCHITECTURES[0], shape[0], classes, shape[1])
+    zeros = {key: torch.zeros(1, *size) for key, size in program.layout.shapes.items()}
+    example = Networks(program, symmetry, zeros, torch.tensor([False]))
+    return Known(path, family, revive(state, example), shape, classes, state["ranges"])
+
+
+def nearest_networks(known: Known, distances: Float[Tensor, " n"]) -> list[dict[str, Any]]:
+    """Return the zoo's most alike networks: their names, how far they are, and their test accuracy."""
+    predictor = known.predictor
+    measured = own_units(predictor.targets, predictor.scale)[:, PROPERTIES.index("test_acc")]
+    return [
+        {"name": predictor.names[i], "distance": distances[i].item(), "test_acc": measured[i].item()}
+        for i in distances.argsort()[:NEAREST].tolist()
+    ]
+
+
+def describe(known: Known, networks: Networks) -> dict[str, Any]:
+    """Return the predictions for one network, with intervals, and what of it the zoo's networks are like and unlike."""
+    predictor = known.predictor
+    intervals, read = predictor.intervals(networks), predictor.read(networks)
+    if not (intervals.isfinite().all() and read.isfinite().all()):
         raise InputError("its weights are so large that the predictions are no finite numbers")
     properties = {
         name: inside(range_of(name), *ends) for name, *ends in zip(PROPERTIES, *intervals[:, 0].tolist(), strict=True)
     }
-    own = torch.cdist(kept.inputs, kept.inputs).fill_diagonal_(torch.inf).amin(1)
-    distance = torch.cdist(kept.statistics(networks), kept.inputs).amin()
-    unlike = (own < distance).double().mean().item()
-    notes = list_notes(networks.program)
+    own = torch.cdist(predictor.inputs, predictor.inputs).fill_diagonal_(torch.inf).amin(1)
+    distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
+    unlike = (own < distances.amin()).double().mean().item()
     if unlike > TRUSTED:  # errors on networks like the zoo's say nothing of this one's
         for name, found in properties.items():
             least, most = range_of(name)
             found["low"], found["high"] = least, most if math.isfinite(most) else max(found["high"], WORST_LOSS)
-        notes = [
-            f"do not trust this: the weights are more unlike the zoo's than {unlike:.0%} of its own networks",
-            *notes,
-        ]
-    return {"properties": properties, "unlike": unlike, "notes": notes}
+    shape, zoo = networks.program.input_shape, known.shape
+    said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
+    return {
+        "properties": properties,
+        "unlike": unlike,
+        "trusted": unlike <= TRUSTED,
+        "nearest": nearest_networks(known, distances),
+        "outside": [
+            *what_is_outside(pooled_statistics(networks)[0], known.ranges),
+            *([f"images of {'x'.join(map(str, shape))}, the zoo's {'x'.join(map(str, zoo))}"] if shape != zoo else []),
+        ],
+        "notes": [*([said] if unlike > TRUSTED else []), *list_notes(networks.program)],
+    }
+
+
+def predict_all(
+    known: Known, models: dict[Path, dict[str, Any]], arguments: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Return what is predicted of each model, with what was measured of it."""
+    shape, run_it = tuple(arguments.input_shape or known.shape), isinstance(known.predictor, Examiner)
+    if run_it and shape != known.shape:
+        raise InputError(f"the exam's inputs have the zoo's shape {known.shape}, not {shape}: leave --allow-probe out")
+    results: dict[str, dict[str, Any]] = {}
+    programs: dict[str, Program] = {}
+    for file, said in models.items():
+        arch, tanh = said.get("arch", arguments.arch), arguments.tanh or said.get("activation") == "tanh"
+        if arch is None:
+            raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
+        if arch not in programs:
+            programs[arch] = user_program(arch, shape, known.classes, arguments.allow_code)
+        outputs = programs[arch].steps[-1].shape
+        if run_it and outputs != (known.classes,):
+            got = ", ".join(map(str, outputs))
+            raise InputError(
+                f"{file}: the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out"
+            )
+        networks = read_network(file, arch, programs[arch], tanh, run_it)
+        try:
+            results[str(file)] = describe(known, networks)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+        results[str(file)]["measured"] = {name: float(said[name]) for name in PROPERTIES if name in said}
+    return results
+
+
+def print_answer(answer: dict[str, Any]) -> None:
+    """Print a table for each network, then their ranking and how predictions agree with measurements."""
+    print(f"{answer['predictor']} of {answer['file']}, learned from {answer['learned_from']} networks")
+    for file, result in answer["networks"].items():
+        warning = "" if result["trusted"] else f"   {WARNING}"
+        print(f"{file} (more unlike the zoo than {result['unlike']:.0%} of its own networks)")
+        for name, found in result["properties"].items():
+            said = f"   measured {result['measured'][name]:.3f}" if name in result["measured"] else ""
+            print(f"  {name:18s} {found['value']:7.3f}   {found['low']:.3f} to {found['high']:.3f}{said}{warning}")
+        alike = ", ".join(f"{near['name']} (test_acc {near['test_acc']:.2f})" for near in result["nearest"])
+        print(f"  most alike: {alike}")
+        for outside in result["outside"]:
+            print(f"  outside the zoo: {outside}")
+        for note in result["notes"]:
+            print(f"  {note}")
+    if len(answer["networks"]) > 1:
+        print("by predicted test accuracy:")
+        for place, file in enumerate(answer["ranking"], 1):
+            print(f"{place:4d}  {answer['networks'][file]['properties']['test_acc']['value']:.3f}  {file}")
+    for name, found in answer["agreement"].items():
+        print(f"Kendall's tau of predicted and measured {name}: {found['tau']:.2f} ({found['n']} networks)")
 
 
 def main() -> None:
@@ -256,64 +391,28 @@ def main() -> None:
         "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image, if not the zoo's"
     )
     parser.add_argument("--tanh", action="store_true", help="a zoo architecture with tanh in place of ReLU")
-    parser.add_argument("--allow-probe", action="store_true", help="run the network on learned inputs")
+    parser.add_argument("--allow-probe", action="store_true", help="run the network on the inputs of the zoo's exam")
     parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     pin_threads()
-    family = "hybrid" if arguments.allow_probe else "weightnet"
-    path = PREDICTORS / f"{arguments.dataset}-{family}" / "predictors.pt"
-    zoos = sorted(file.parent.name.removesuffix(f"-{family}") for file in PREDICTORS.glob(f"*-{family}/predictors.pt"))
-    if zoos and arguments.dataset not in zoos:
-        target = f"train_weightnet@{arguments.dataset}-{family}"
-        raise InputError(
-            f"no predictor of a zoo of {arguments.dataset} is there (there: {', '.join(zoos)}): "
-            f"add it to build_zoo.datasets and run 'dvc repro {target}'"
-        )
-    kept, zoo_shape, classes = load_kept(path, family)
-    shape = tuple(arguments.input_shape or zoo_shape)
-    if arguments.allow_probe and shape != zoo_shape:
-        raise InputError(f"probes have the zoo's shape {zoo_shape}, not {shape}: leave --allow-probe out")
-    models = {file: known for path in arguments.models for file, known in list_models(path).items()}
-    results: dict[str, dict[str, Any]] = {}
-    programs: dict[str, Program] = {}
-    for file, known in models.items():
-        arch, tanh = known.get("arch", arguments.arch), arguments.tanh or known.get("activation") == "tanh"
-        if arch is None:
-            raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
-        if arch not in programs:
-            programs[arch] = user_program(arch, shape, classes, arguments.allow_code)
-            if arguments.allow_probe and programs[arch].steps[-1].shape != (classes,):
-                raise InputError(f"probes are read through the zoo's {classes} classes: leave --allow-probe out")
-        networks = read_network(file, arch, programs[arch], tanh)
-        measured = {name: float(known[name]) for name in PROPERTIES if name in known}
-        try:
-            results[str(file)] = describe(kept, networks) | {"measured": measured}
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from None
-    answer = {"predictor": family, "networks": results, "agreement": agreement(results)}
+    family = "exam" if arguments.allow_probe else "weightnet"
+    known = load_known(find_predictor(arguments.dataset, family), family)
+    models = {file: said for path in arguments.models for file, said in list_models(path).items()}
+    results = predict_all(known, models, arguments)
+    answer = {
+        "predictor": family,
+        "file": str(known.file),
+        "learned_from": len(known.predictor.names),
+        "networks": results,
+        "ranking": sorted(results, key=lambda file: -results[file]["properties"]["test_acc"]["value"]),
+        "agreement": agreement(results),
+    }
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)
         print()
-        return
-    for file, result in results.items():
-        print(f"{file} ({family}; more unlike the zoo than {result['unlike']:.0%} of its own networks)")
-        for name, found in result["properties"].items():
-            known = f"   measured {result['measured'][name]:.3f}" if name in result["measured"] else ""
-            print(f"  {name:18s} {found['value']:7.3f}   {found['low']:.3f} to {found['high']:.3f}{known}")
-        for note in result["notes"]:
-            print(f"  {note}")
-    for name, found in answer["agreement"].items():
-        print(f"Kendall's tau of predicted and measured {name}: {found['tau']:.2f} ({found['n']} networks)")
-
-
-def load_kept(path: Path, name: str) -> tuple[Kept, tuple[int, ...], int]:
-    """Return a kept predictor, and the shape of images and the number of classes of the zoo that it learned from."""
-    stored = load_torch(path, {name})[name]
-    shape, classes = tuple(stored["input_shape"]), stored["classes"]
-    program, symmetry = zoo_program(ARCHITECTURES[0], shape[0], classes, shape[1])
-    zeros = {key: torch.zeros(1, *size) for key, size in program.layout.shapes.items()}
-    return load_predictors(path, Networks(program, symmetry, zeros, torch.tensor([False])))[name], shape, classes
+    else:
+        print_answer(answer)
 
 
 if __name__ == "__main__":

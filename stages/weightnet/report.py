@@ -4,7 +4,7 @@ from typing import Any
 
 from stages.common.files import load_json
 from stages.common.report import REPORTS, Cell, Detail, Row, Section, Table, decimal, pictures, row, short
-from stages.weightnet.captions import BASELINES, PREDICTORS, PROPERTY_LABELS, predictor
+from stages.weightnet.captions import ABLATIONS, BASELINES, PREDICTORS, PROPERTY_LABELS, predictor
 
 EVALUATED = REPORTS / "evaluate_weightnet"
 ZOO_PICTURE = {
@@ -17,15 +17,20 @@ PICTURES = {
     "scores": (
         "Kendall's tau between predicted and measured test accuracy, unseen runs; bars: standard deviation over splits. Grey: what "
         "sees hyper-parameters or images, or only looks up the nearest network.",
-        "Horizontal bars, best above: labelled images, then probes and the hybrid, then what reads statistics, then flat weights.",
+        "Horizontal bars, best above: 128 labelled images and the exam, then 32 labelled images, probes, statistics, then flat weights.",
     ),
     "learning_curve": (
         "The same over the number of networks learnt from (the first split alone: no spread). Dashed: 32 labelled images.",
-        "Rising lines of four predictors: the hybrid and the probes above, boosting below, WeightNet rising most.",
+        "Rising lines of the predictors: the exam far above, then probes, boosting below, WeightNet rising most.",
     ),
     "predictions": (
         "Predicted against measured properties of unseen runs (first split); on the line they are equal.",
-        "Scatter plots, a row a predictor, a column a property: the hybrid's points lie closest to the diagonal.",
+        "Scatter plots, a row a predictor, a column a property: the exam's points lie closest to the diagonal.",
+    ),
+    "exam": (
+        "Inputs of the exam that tell most and least of a network's accuracy: what the better networks take each for, and how agreeing "
+        "with them goes with accuracy (correlation).",
+        "Rows of small grey pictures, some like blurred digits, some like noise, each with a class and a correlation.",
     ),
     "attention": (
         "Where WeightNet's neurons look, in the most and in the least accurate network; 1 if attention were even.",
@@ -41,7 +46,7 @@ def weightnet_section(dataset: str) -> Section:
     zoo = REPORTS / "build_zoo" / f"{dataset}-{main}"
     runs = load_json(zoo / "summary.json")["runs"]
     of = f"n = {scores['test_acc']['weightnet']['tau']['n']} splits of {runs} runs of {main}, means ± standard deviations"
-    shown, curve, predictions, attention = pictures(EVALUATED / dataset, PICTURES)
+    shown, curve, predictions, exam, attention = pictures(EVALUATED / dataset, PICTURES)
     answer, baseline = verdict(scores, runs)
     return Section(
         key="weightnet",
@@ -53,6 +58,7 @@ def weightnet_section(dataset: str) -> Section:
         picture=shown,
         details=[
             Detail("Every property", [property_table(scores, of)], [predictions]),
+            Detail("The exam", [property_table(of_exam(scores), of)], [exam]),
             Detail("More networks to learn from", [curve_table(summary["learning_curve"])], [curve]),
             Detail("Other architectures", architecture_tables(summary), pictures(zoo, ZOO_PICTURE)),
             Detail(
@@ -66,10 +72,10 @@ def verdict(scores: dict[str, Any], runs: int) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     taus = {name: short(found["tau"]["mean"]) for name, found in scores["test_acc"].items()}
     return (
-        f"Unseen networks are put in order of their accuracy from weights and learned inputs, no test data: Kendall's tau "
-        f"{taus['hybrid']} with the true order ({runs} runs)",
+        f"Unseen networks are put in order of their accuracy from an exam of drawn inputs, no test data: Kendall's tau {taus['exam']} "
+        f"with the true order ({runs} runs)",
         f"guessing has 0, boosting on statistics of the weights {taus['stats_gbm']}, on hyper-parameters alone "
-        f"{taus['hyperparameters_gbm']}, 32 labelled images {taus['labelled_32']}",
+        f"{taus['hyperparameters']}, 32 labelled images {taus['labelled_32']}",
     )
 
 
@@ -77,7 +83,7 @@ def headline(summary: dict[str, Any], scores: dict[str, Any], of: str) -> Table:
     """Kendall's tau of some properties, and of accuracy on unseen architectures, best first."""
     properties, unseen = ("test_acc", "fgsm_acc", "calibration_error"), summary["held_out"]["mean"]
     order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
-    names = [name for name in order if not name.startswith("no_")]
+    names = [name for name in order if not name.startswith(ABLATIONS)]
     return Table(
         f"Kendall's tau between predicted and measured values of runs that were not learnt from: 1 is the right order, 0 guessing. {of}; "
         "last column: one architecture is left out and predicted from the others, mean ± standard deviation over architectures.",
@@ -120,6 +126,14 @@ def property_table(scores: dict[str, Any], of: str) -> Table:
         rows,
         ["", *["high"] * (1 + len(scores))],
     )
+
+
+def of_exam(scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of the exam, of its ablations and of what it is joined with."""
+    return {
+        kind: {name: found for name, found in of_kind.items() if name.startswith("exam")}
+        for kind, of_kind in scores.items()
+    }
 
 
 def curve_table(curve: dict[str, Any]) -> Table:
@@ -166,11 +180,12 @@ def architecture_tables(summary: dict[str, Any]) -> list[Table]:
 def interval_table(summary: dict[str, Any]) -> Table:
     """How often intervals for 90 % of networks hold."""
     rows = [
-        row(predictor(who), *(f"{share:.0%}" for share in shares.values()))
-        for who, shares in summary["coverage"].items()
+        row(f"{predictor(who)}, {of}", *(f"{fraction:.0%}" for fraction in fractions.values()))
+        for key, of in (("coverage", "unseen runs"), ("coverage_held_out", "unseen architectures"))
+        for who, fractions in summary[key].items()
     ]
     header = ["predictor", *(PROPERTY_LABELS[kind] for kind in next(iter(summary["coverage"].values())))]
-    return Table("Share of unseen runs, of all architectures, inside intervals for 90 % (n = 1 split).", header, rows)
+    return Table("Fraction of unseen networks inside intervals for 90 % (n = 1 split).", header, rows)
 
 
 def relabelled_table(summary: dict[str, Any]) -> Table:

@@ -1,12 +1,11 @@
 """Train predictors of networks' properties, on several splits of the zoo's runs; validation runs choose their best epoch.
 
 Reads   models/build_zoo/<dataset>-<architecture>/
-Writes  models/train_weightnet/<dataset>-<variant>/predictions.safetensors   [n, k] for each predictor, task, split, part and
-                                                                             architecture, and the rows of the zoo they are of;
-                                                                             metadata: how many networks were learnt from, of
-                                                                             which architectures, the main one
-        models/train_weightnet/<dataset>-<variant>/predictors.pt             those that learned from all architectures
-        reports/train_weightnet/<dataset>-<variant>/history.csv              loss, and Kendall's tau on validation runs
+Writes  models/train_weightnet/<dataset>-<variant>/predictions.parquet   a row for each predictor, task, split, part and network:
+                                                                         architecture, row of its zoo, how many networks were
+                                                                         learned from, each property and its interval's ends
+        models/train_weightnet/<dataset>-<variant>/predictors.pt         those that learned from all architectures
+        reports/train_weightnet/<dataset>-<variant>/history.csv          loss, and Kendall's tau on validation runs
 A variant is a family of predictors. A task says which architectures are learnt from and which are tested: the main one, by
 itself and with less to learn from; all of them; and each of them, learnt from all others. Finished predictors wait in
 .work/train_weightnet/, so that a killed or a growing family trains only the rest.
@@ -15,6 +14,7 @@ itself and with less to learn from; all of them; and each of them, learnt from a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,16 +28,20 @@ from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
 
 from stages.common.checkpoints import load_torch, save_torch
-from stages.common.files import save_arrays, save_csv
+from stages.common.files import save_csv, save_table
 from stages.common.optim import set_learning_rate, warmup_times_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
-from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.stage import StageParams, lookup, parse_arguments, run
 from stages.common.work import fingerprint, work_folder
-from stages.weightnet.predictors.boosting import boost, nearest
 from stages.weightnet.predictors.data import Data, Member, Statistics, augmented, batches, prepare, statistics_of
 from stages.weightnet.predictors.ensemble import Predictor, mean_prediction
-from stages.weightnet.predictors.splits import ALL, Plan, Rows, Task, plan_tasks, split_zoos
+from stages.weightnet.predictors.exam import ExamParams
+from stages.weightnet.predictors.examiner import Pair, examine
+from stages.weightnet.predictors.intervals import conformal_quantile
+from stages.weightnet.predictors.simple import boost, nearest, ridge_on_inputs
+from stages.weightnet.predictors.splits import ALL, Rows, Task, TaskParams, plan_tasks, split_zoos
+from stages.weightnet.predictors.statistics import range_of_statistics
 from stages.weightnet.predictors.targets import own_units
 from stages.weightnet.zoo.properties import PROPERTIES
 from stages.weightnet.zoo.reading import Zoo, load_zoo
@@ -51,12 +55,6 @@ WARMUP_FRACTION = 0.15  # of the steps
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Family(StageParams):
-    """Predictors that are trained together."""
-
-    members: dict[str, dict[str, Any]]  # changes of `member`
-
-
 class Params(StageParams):
     """Parameters of one family."""
 
@@ -68,10 +66,12 @@ class Params(StageParams):
     weight_decay: NonNegativeFloat
     rescaling: PositiveFloat  # standard deviation of the logarithm of the factors of ReLU neurons
     boosting_rounds: PositiveInt
-    tasks: Plan
+    trees: PositiveInt  # extremely randomised, beside the exam's kernel ridge
+    exam: ExamParams
+    tasks: TaskParams
     skipped: list[str]  # members that this data set does without
     member: dict[str, Any]  # values of all members
-    variant: Family
+    variant: dict[Literal["members"], dict[str, dict[str, Any]]]  # predictors: changes of `member`
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,9 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
                 networks = data.zoos[name].networks(part)
                 if member.augment:
                     networks = augmented(networks, params.rescaling, random)
-                opinions = model.opinions(networks, data.inputs[name][part])
-                loss = sum(huber_loss(opinion, data.targets[name][part]) for opinion in opinions)
+                loss = huber_loss(model(networks, data.inputs[name][part]), data.targets[name][part])
                 (loss * (len(part) / len(rows))).backward()
-                total += loss.item() / len(opinions) * len(part)
+                total += loss.item() * len(part)
             clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
@@ -146,38 +145,75 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
 
 
 def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, params: Params) -> dict[str, Any]:
-    """Return what the predictors of a job predict on average, with the rows of the zoo it is of; their history; them, if kept.
+    """Return what the predictors of a job predict, their history, and what is kept of them if they learned from all architectures.
 
-    arrays: <predictor>/<task>/<split>/<part>/<architecture>/values [n, k] and /rows [n]. learnt: how many networks it learnt from.
+    tables: for each predictor, part and architecture, what it predicts of which rows of the zoo.
     """
     task, fractions = job.task, (params.validation_fraction, params.test_fraction)
     split = split_zoos(zoos, task.train, task.test, fractions, params.snapshots, task.share, params.seed + job.split)
-    data = prepare(zoos, split, job.member, statistics, task.pooled)
-    history, kept = [], None
+    data = prepare(zoos, split, job.member.kind, statistics, task.pooled)
+    history: list[dict[str, Any]] = []
+    kept, certainty = None, {}
     match job.member.kind:
-        case "gbm":
-            predictions = boost(data, params.boosting_rounds)
-        case "nearest":
-            predictions = nearest(data)
-        case "mean":
-            predictions = tuple(
-                torch.zeros(len(data.part(rows, data.targets)), len(PROPERTIES))
-                for rows in (split.validation, split.test)
+        case "exam":
+            found, deviation, examiner = examine(
+                data, params.exam, params.trees, job.task_name == params.tasks.main, first=job.split == 0
             )
+            predictions = {job.name + name.removeprefix("exam"): pair for name, pair in found.items()}
+            certainty[job.name] = (deviation, examiner.half_width(familiar=split.test.keys() <= split.train.keys()))
+            kept = examiner.state()
+        case "gbm":
+            predictions = {job.name: boost(data, params.boosting_rounds)}
+        case "hyperparameters":
+            predictions = {job.name: ridge_on_inputs(data)}
+        case "nearest":
+            predictions = {job.name: nearest(data)}
         case _:
             trained = [train_predictor(job, number, data, params) for number in range(task.seeds)]
             models, history = [model for model, _ in trained], [row for _, rows in trained for row in rows]
-            predictions = tuple(predict(models, data, rows) for rows in (split.validation, split.test))
-            if job.task_name == ALL:
-                kept = keep(job, models, data, predictions[0])
-    arrays = {}
-    for part, rows, values in zip(("validation", "test"), (split.validation, split.test), predictions, strict=True):
-        own = own_units(values, data.scale)
-        for arch, block in zip(rows, own.split([len(index) for index in rows.values()]), strict=True):
-            key = f"{job.name}/{job.task_name}/{job.split}/{part}/{arch}"
-            arrays |= {f"{key}/values": block.contiguous(), f"{key}/rows": rows[arch]}
+            validation, test = (predict(models, data, rows) for rows in (split.validation, split.test))
+            predictions = {job.name: (validation, test)}
+            kept = keep(job, models, data, validation)
+    for name, pair in predictions.items():
+        errors = pair[0] - data.part(split.validation, data.targets)
+        certainty.setdefault(name, ((torch.ones_like(pair[0]), torch.ones_like(pair[1])), conformal_quantile(errors)))
+    tables = [table for name, pair in predictions.items() for table in tabulate(name, pair, *certainty[name], data)]
+    if kept is not None and job.task_name == ALL:
+        kept |= describe_zoo(data, statistics)
     learnt = sum(len(rows) for rows in split.train.values())
-    return {"arrays": arrays, "history": history, "kept": kept, "learnt": learnt}
+    return {"tables": tables, "history": history, "kept": kept if job.task_name == ALL else None, "learnt": learnt}
+
+
+def tabulate(
+    name: str, predicted: Pair, deviation: Pair, half: Float[Tensor, " k"], data: Data
+) -> list[dict[str, Any]]:
+    """Return lower ends, predictions and upper ends [3, n, k] of a predictor for each part and architecture, in their own units.
+
+    half: of an interval's width where the deviation is 1.
+    """
+    tables = []
+    for part, center, own in zip(("validation", "test"), predicted, deviation, strict=True):
+        rows = getattr(data.split, part)
+        ends = torch.stack([own_units(end, data.scale) for end in (center - half * own, center, center + half * own)])
+        for architecture, block in zip(rows, ends.float().split([len(r) for r in rows.values()], 1), strict=True):
+            who = {"predictor": name, "part": part, "architecture": architecture}
+            tables.append(who | {"rows": rows[architecture], "values": block.contiguous()})
+    return tables
+
+
+def table_rows(job: Job, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each network that a job's predictors predict."""
+    found = []
+    for table in result["tables"]:
+        who = {"predictor": table["predictor"], "task": job.task_name, "split": job.split, "learnt": result["learnt"]}
+        for row, (low, value, high) in zip(
+            table["rows"].tolist(), table["values"].transpose(0, 1).tolist(), strict=True
+        ):
+            ends = {f"{name}_low": x for name, x in zip(PROPERTIES, low, strict=True)}
+            ends |= {f"{name}_high": x for name, x in zip(PROPERTIES, high, strict=True)}
+            where = {"part": table["part"], "architecture": table["architecture"], "row": row}
+            found.append(who | where | dict(zip(PROPERTIES, value, strict=True)) | ends)
+    return found
 
 
 def job_folder(job: Job, params: Params, data: str) -> Path:
@@ -188,20 +224,34 @@ def job_folder(job: Job, params: Params, data: str) -> Path:
     return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe)
 
 
+def parse_members(params: Params, dataset: str, family: str) -> dict[str, Member]:
+    """Return a family's members; InputError names the key of params.yaml at which the user made a mistake."""
+
+    def where(label: str, path: list[str]) -> str:
+        key = ["variants", family, "members", label, *path]
+        if not path or path[0] not in params.variant["members"][label]:
+            key = ["member", *path]
+        node: Any = lookup(f"train_weightnet.overrides.{dataset}")
+        for part in key:
+            node = node.get(part) if isinstance(node, dict) else None
+        return ".".join(["train_weightnet", *([] if node is None else ["overrides", dataset]), *key])
+
+    return {
+        label: Member.parse(params.member | changes, partial(where, label))
+        for label, changes in params.variant["members"].items()
+        if label not in params.skipped
+    }
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__, dataset="of build_zoo.datasets", variant="of train_weightnet.variants")
     dataset, name = arguments.dataset, f"{arguments.dataset}-{arguments.variant}"
     params = Params.load("train_weightnet", dataset, arguments.variant)
     pin_threads()
-    members = {
-        label: Member.parse(params.member | changes, lambda path: ".".join(["train_weightnet.member", *path]))
-        for label, changes in params.variant.members.items()
-        if label not in params.skipped
-    }
     tasks = plan_tasks(params.tasks)
     jobs = [
         Job(label, member, task_name, task, split)
-        for label, member in members.items()
+        for label, member in parse_members(params, dataset, arguments.variant).items()
         for task_name, task in tasks.items()
         if member.tasks == "all" or task_name == params.tasks.main
         for split in range(task.splits)
@@ -215,37 +265,36 @@ def main() -> None:
         path = job_folder(job, params, data) / "result.pt"
         if not path.is_file():
             save_torch(path, train_and_predict(job, zoos, statistics, params))
-        return load_torch(path, {"arrays", "history", "kept", "learnt"})
+        return load_torch(path, {"tables", "history", "kept", "learnt"})
 
     results = parallel_map(finish, jobs, torch.device("cpu"), f"train {name}")
-    arrays = {key: tensor.numpy() for result in results for key, tensor in result["arrays"].items()}
-    learnt = {f"{job.name}/{job.task_name}": result["learnt"] for job, result in zip(jobs, results, strict=True)}
-    metadata = {
-        "properties": list(PROPERTIES),
-        "learnt": learnt,
-        "architectures": params.tasks.architectures,
-        "main": params.tasks.main,
-    }
-    save_arrays(MODELS / name / "predictions.safetensors", arrays, metadata)
-    kept = {job.name: result["kept"] for job, result in zip(jobs, results, strict=True) if result["kept"] is not None}
+    both = list(zip(jobs, results, strict=True))
+    save_table(MODELS / name / "predictions.parquet", [row for job, result in both for row in table_rows(job, result)])
+    kept = {job.name: result["kept"] for job, result in both if result["kept"] is not None}
     save_torch(MODELS / name / "predictors.pt", kept)
     rows = [row for result in results for row in result["history"]]
     save_csv(REPORTS / name / "history.csv", rows or [{"predictor": "none", "run": "none", "epoch": 0, "val_tau": 0}])
-    print(f"{name}: {len(jobs)} predictors of {', '.join(members)}")
+    print(f"{name}: {len(jobs)} predictors of {', '.join(dict.fromkeys(job.name for job in jobs))}")
+
+
+def describe_zoo(data: Data, statistics: Statistics) -> dict[str, Any]:
+    """Return what is kept of the zoo that a predictor learned from: its images' shape, its classes, what its weights are like."""
+    program = data.zoos[next(iter(data.split.train))].program
+    read = torch.cat([statistics[name, True][rows] for name, rows in data.split.train.items()])
+    classes = program.steps[-1].shape[0]
+    return {"input_shape": list(program.input_shape), "classes": classes, "ranges": range_of_statistics(read)}
 
 
 def keep(job: Job, models: list[Predictor], data: Data, validation: Float[Tensor, "v k"]) -> dict[str, Any]:
     """Return what rebuilds predictors: their weights, their units, and errors on validation runs, for intervals."""
-    first = next(iter(data.split.train))
-    program = data.zoos[first].program
     return {
         "config": job.member.model_dump() | {"properties": len(PROPERTIES)},
-        "input_shape": list(program.input_shape),
-        "classes": program.steps[-1].shape[0],
         "state_dicts": [model.state_dict() for model in models],
         "scale": data.scale,
-        "errors": (validation - data.part(data.split.validation, data.targets)).abs().sort(0).values,
+        "errors": validation - data.part(data.split.validation, data.targets),
         "inputs": data.part(data.split.train, data.inputs),
+        "names": data.names,
+        "targets": data.part(data.split.train, data.targets),
     }
 
 

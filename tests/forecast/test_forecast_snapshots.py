@@ -11,6 +11,7 @@ from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
 from stages.forecast.forecast_snapshots import errors_so_far, forecast, main, read_trajectory, state_ahead
 from stages.forecast.forecasters import build_forecaster
+from stages.forecast.shrinkage import Prior, compare_with_past
 from stages.forecast.snapshots import find_snapshots
 from stages.forecast.trajectory import WINDOW
 
@@ -170,10 +171,31 @@ def test_linear_extrapolation_of_a_straight_path_is_exact(tmp_path):
     for t in range(12):
         save_file({"w": start_at + t * slope}, tmp_path / f"{t}.safetensors")
     run = read_trajectory(find_snapshots(tmp_path, WINDOW + 1).paths).trajectory
-    rows = errors_so_far(build_forecaster(CONFIG), run)
+    agreement = compare_with_past(build_forecaster(CONFIG), run)
+    rows = errors_so_far(agreement, run, Prior.sceptical(2))
     assert [row["h"] for row in rows] == [1, 2]
-    assert all(row["forecast"] == pytest.approx(1) and row["linear"] < 1e-6 for row in rows)
+    assert all(row["forecast"] == row["shrunk"] == pytest.approx(1) and row["linear"] < 1e-6 for row in rows)
     assert [row["origins"] for row in rows] == [5, 4]  # from snapshot 6 on
+
+
+def test_a_forecaster_that_knows_nothing_keeps_the_last_weights_and_says_so(monkeypatch, tmp_path, capsys):
+    """Snapshots that are noise about fixed weights are no news to a forecaster that walks at random."""
+    path, noise = tmp_path / "run", torch.Generator().manual_seed(0)
+    path.mkdir()
+    states = [{"w": torch.randn(20, 30, generator=noise).cumsum(0)} for _ in range(40)]
+    for t, state in enumerate(states):
+        torch.save(state, path / f"step{t}.pt")
+    model = moving_forecaster()
+    save_torch(tmp_path / "moving.pt", {"config": CONFIG | {"n_layers": 1}, "state_dict": model.state_dict()})
+    moved = []
+    for flags in ((), ("--raw",)):
+        words = [str(path), "--forecaster", str(tmp_path / "moving.pt"), "--output", str(tmp_path / "out"), *flags]
+        monkeypatch.setattr("sys.argv", ["forecast_snapshots", *words])
+        main()
+        ahead = load_file(tmp_path / "out/forecast-1.safetensors")
+        moved.append((ahead["w"] - states[-1]["w"]).norm().item())
+    assert moved[0] < moved[1]
+    assert "how far to trust it: " in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(folder, monkeypatch, tmp_path):

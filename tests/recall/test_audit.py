@@ -11,29 +11,48 @@ import torch
 import yaml
 from reproduction import ROOT
 from running import start
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from tiny_vit import CONFIG, TRAIN, autoencoder, base_of, save_inputs
 from torch import Tensor
 
 from stages.common.backbone import save_backbone
-from stages.common.files import load_metadata, save_arrays
+from stages.common.files import save_arrays
 from stages.common.images import load_images
 from stages.common.stage import InputError, Loader
-from stages.recall import audit, build_fleet, condense_changes
-from stages.recall.condense import Span
-from stages.recall.decoders import REPRESENTATIONS, read
-from stages.recall.fleet_files import CondensedFleet, Fleet, load_fitted
+from stages.recall import audit, build_fleet, train_auditor, vary_recipes
+from stages.recall.auditor import Auditor, base_sha256
+from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
 from stages.recall.objective import Objective
-from stages.recall.recover_memory import calibrate, save_decoders
-from stages.recall.typicality import Typicality
+from stages.recall.reading import READS, read_columns
+
+
+def shrink(params: dict) -> None:
+    """Make parameters of fleets that train in seconds."""
+    own = params["build_fleet"]["variants"]["classes"]
+    own |= {"dataset": "tiny", "train": 80, "test": 8, "batch_size": 8}
+    own["recipe"] |= {"steps": [10, 10], "n_images": [16, 32], "learning_rate": [3e-3, 3e-3]}
+    params["build_fleet"] |= {"references": 24, "evaluation_images": 8, "stack": 44}
+    varied = params["vary_recipes"]
+    varied |= {"dataset": "tiny", "references": 24, "evaluation_images": 8, "stack": 40}
+    for recipe in varied["recipes"].values():
+        recipe |= {
+            "steps": [8, 16],
+            "n_images": [16, 32],
+            "learning_rate": [2e-3, 5e-3],
+            "batch_sizes": [8],
+            "optimisers": ["adam"],
+        }
+    varied["recipes"]["whole"]["layers"] = ["all"]
+    varied["recipes"]["adapters"] |= {"learning_rate": [1e-2, 2e-2], "ranks": [1, 4], "test_ranks": [2]}
+    for name, fleet in varied["fleets"].items():
+        fleet |= {"train": 80, "test": 10} if name in ("whole", "adapters") else {"train": 0, "test": 3}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which a small fleet was built, condensed and learned from."""
+    """A folder in which small fleets were built and learned from."""
     folder = tmp_path_factory.mktemp("audit")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -41,23 +60,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         load_images.cache_clear()
         save_inputs("classify_masked")
         params = yaml.load((ROOT / "params.yaml").read_text(), Loader)
-        own = params["build_fleet"]["variants"]["classes"]
-        own |= {"dataset": "tiny", "train": 60, "test": 8, "batch_size": 8}
-        own["recipe"] |= {"steps": [10, 10], "n_images": [16, 32], "learning_rate": [3e-3, 3e-3]}
-        params["build_fleet"] |= {"references": 20, "evaluation_images": 8, "stack": 34}
+        shrink(params)
         Path("params.yaml").write_text(yaml.dump(params))
         patch.setattr(build_fleet.pictures, "draw_fleet", lambda *_: None)
-        patch.setattr(condense_changes, "FLEETS", ("classes",))
-        patch.setattr(condense_changes.pictures, "draw_explained_variance", lambda *_: None)
         start(patch, build_fleet, variant="classes")
-        start(patch, condense_changes)
-        decoders, sources, _ = calibrate(CondensedFleet.load("classes"))
-        save_decoders(decoders, sources)
+        start(patch, vary_recipes)
+        start(patch, train_auditor)
         yield folder
         load_images.cache_clear()
 
 
 BASE = Path("models/classify_masked/tiny/backbone.safetensors")
+OWN = Path("models/train_auditor")
 
 
 @pytest.fixture
@@ -71,8 +85,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, load_base(BASE)
-        self.fleet = Fleet.load("classes")
-        self.network = 61  # a test fine-tune
+        self.fleet = Fleet.load_at(VARY_RECIPES / "whole.safetensors")
+        self.auditor = Auditor.load(OWN / "auditor.safetensors")
+        part, rows = self.auditor.parts["whole"], self.fleet.held_out
+        judged = part.honesty.judge((self.fleet.change[rows], self.fleet.responses[rows]), part.reader)
+        self.network = int(rows[judged.distance.argmin()])  # a test fine-tune, the least odd
 
     def weights(self, factor=1.0) -> dict[str, Tensor]:
         change = torch.from_numpy(self.fleet.change[self.network])
@@ -87,36 +104,40 @@ class Checkpoint:
             torch.save(weights, path)
         return path
 
+    def recall(self, path: Path) -> dict:
+        return audit.recall(audit.read_change(path, self.base), str(path), "whole", self.auditor, self.base)
+
 
 def test_a_checkpoint_is_told_what_the_decoders_tell_of_its_row(checkpoint):
-    answer = audit.recall(checkpoint.save(checkpoint.weights()), BASE)
-    fleet, i = CondensedFleet.load("classes"), checkpoint.network
-    decoders, sources = load_file(audit.DECODERS), load_metadata(audit.DECODERS)["reads"]
-    assert set(sources) == {"present", "proportions", "log2_size", "label_noise"}
-    for name, source in sources.items():
-        x = read(fleet.descriptions, source)[i]
-        values = x @ decoders[f"{name}.weights"] + decoders[f"{name}.offset"]
-        found = list(answer["images" if name == "log2_size" else name]["found"].values())
+    answer = checkpoint.recall(checkpoint.save(checkpoint.weights()))
+    fleet, i, part = checkpoint.fleet, checkpoint.network, checkpoint.auditor.parts["whole"]
+    descriptions = part.reader.read(fleet.change[i][None], fleet.responses[i][None])
+    assert set(part.decoders) == {"present", "proportions", "log2_size", "label_noise"}
+    for name, (source, decoder) in part.decoders.items():
+        values = (read_columns(descriptions, source) @ decoder.weights + decoder.offset)[0]
+        told = answer["images" if name == "log2_size" else name]
+        found = list(told["found"].values())
+        doubt = decoder.doubt(values)
         if name == "present":
-            slope, offset = decoders["present.slope_and_offset"]
-            assert [f["probability"] for f in found] == pytest.approx(expit(slope * values + offset), abs=1e-3)
-            assert list(answer[name]["found"]) == TRAIN.classes
+            slope, offset = decoder.slope_and_offset
+            chances = expit((slope * decoder.known(values) + offset) / doubt)
+            assert [f["probability"] for f in found] == pytest.approx(chances, abs=1e-3)
+            assert list(told["found"]) == TRAIN.classes
             continue
-        half = decoders[f"{name}.half_widths"][np.digitize(values, decoders[f"{name}.edges"])]
+        half = decoder.half_widths[np.digitize(values, decoder.edges)] * doubt
         low, high = audit.RANGES[name]
-        for at, column in (("value", values), ("low", values - half), ("high", values + half)):
-            column = np.clip(column, low, high)
-            column = 2**column if name == "log2_size" else column
-            assert [f[at] for f in found] == pytest.approx(column, rel=2e-3, abs=2e-3), (name, at)
-        read_from = answer["images" if name == "log2_size" else name]["from"]
-        assert ("responses" in read_from) == ("responses" in REPRESENTATIONS[source])
-        assert ("weights" in read_from) == (REPRESENTATIONS[source].keys() != {"responses"})
+        for f, value, width in zip(found, decoder.known(values), half, strict=True):
+            back = np.log2 if name == "log2_size" else float
+            assert back(f["value"]) == pytest.approx(np.clip(value, low, high), abs=2e-3)
+            assert back(f["low"]) <= np.clip(value - width, low, high) + 2e-3
+            assert back(f["high"]) >= np.clip(value + width, low, high) - 2e-3 and f["low"] < f["high"]
+        assert told["from"] == audit.gives(source)
 
 
 @pytest.mark.parametrize("kind", ["flat", "nested", "half", "double", "parameters", "with more"])
 def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
     weights = checkpoint.weights()
-    expected = audit.recall(checkpoint.save(weights), BASE)
+    expected = checkpoint.recall(checkpoint.save(weights))
     path = checkpoint.folder / "tuned.pt"
     given = {
         "flat": weights,
@@ -131,17 +152,11 @@ def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
         },
     }[kind]
     torch.save(given, path)
-    found = audit.recall(path, BASE)
-    tolerance = {"abs": 0.02, "rel": 0.1} if kind == "half" else {"abs": 1e-6}
-    for name, part in expected.items():
-        if name == "warnings":
-            assert found[name] == part == []
-            continue
-        if isinstance(part, float):
-            assert found[name] == pytest.approx(part, **tolerance)
-            continue
-        assert found[name]["from"] == part["from"]
-        for key, values in part["found"].items():
+    found = checkpoint.recall(path)
+    tolerance = {"abs": 0.05, "rel": 0.2} if kind == "half" else {"abs": 1e-6}
+    assert found["distance"] == pytest.approx(expected["distance"], **tolerance)
+    for name in ("present", "proportions", "images", "label_noise"):
+        for key, values in expected[name]["found"].items():
             assert found[name]["found"][key] == pytest.approx(values, **tolerance)
 
 
@@ -202,38 +217,38 @@ def negated(w: dict[str, Tensor], base: Base) -> dict[str, Tensor]:
     return {k: 2 * base.encoder[k] - v for k, v in w.items()}
 
 
-def of_rank_one(w: dict[str, Tensor], base: Base) -> dict[str, Tensor]:
-    """Each matrix's change truncated."""
-
-    def truncated(change: Tensor) -> Tensor:
-        if change.dim() < 2 or len(change) == 1:
-            return change
-        u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
-        return (s[0] * u[:, :1] @ v[:1]).view(change.shape)
-
-    return {k: base.encoder[k] + truncated(v - base.encoder[k]) for k, v in w.items()}
+def quantised(w: dict[str, Tensor], _base: Base) -> dict[str, Tensor]:
+    return {k: (v * 7 / v.abs().max()).round() * v.abs().max() / 7 for k, v in w.items()}
 
 
-def partly_trained(w: dict[str, Tensor], base: Base) -> dict[str, Tensor]:
-    return w | {"blocks.0.mlp.fc1.weight": base.encoder["blocks.0.mlp.fc1.weight"]}
+def pruned(w: dict[str, Tensor], _base: Base) -> dict[str, Tensor]:
+    name = "blocks.0.mlp.fc1.weight"
+    return w | {name: w[name] * (w[name].abs() > w[name].abs().quantile(0.3))}
+
+
+def sparse(w: dict[str, Tensor], base: Base) -> dict[str, Tensor]:
+    """A tenth of the change, ten times as large, as DARE keeps it."""
+    keep = {k: torch.rand(v.shape) < 0.1 for k, v in w.items()}
+    return {k: base.encoder[k] + 10 * keep[k] * (v - base.encoder[k]) for k, v in w.items()}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (negated, "is turned round"),
-        (of_rank_one, "is of low rank"),
-        (partly_trained, "of its weights are the base's"),
         (without_one, r"has no norm.bias \(16,\) of the base, 1 of \d+ tensors are missing"),
         (of_another_shape, r"blocks.0.mlp.fc1.weight: expected \(32, 16\), got \(16, 32\)"),
         (not_finite, "norm.bias has values that are not finite"),
         (the_base, "is the base itself: nothing was trained"),
-        (shuffled, "does not descend from the base as known fine-tunes do"),
-        (renamed, "does not descend from the base as known fine-tunes do"),
-        (from_scratch, "does not descend from the base as known fine-tunes do"),
-        (ten_times, "was not tuned as known fine-tunes were"),
-        (beyond_numbers, "was not tuned as known fine-tunes were"),
-        (hardly_tuned, "was not tuned as known fine-tunes were"),
+        (shuffled, "its change "),
+        (renamed, "its change "),
+        (from_scratch, "its change "),
+        (ten_times, "its change "),
+        (beyond_numbers, "its change "),
+        (hardly_tuned, "its change "),
+        (quantised, r"has \d+ different values among \d+ \(quantised\)"),
+        (pruned, r"blocks.0.mlp.fc1.weight are zeros \(pruned\)"),
+        (sparse, r"of the weights in tensors that moved are the base's \(a sparse change"),
         (of_integers, r"norm.bias holds integers \(int64\)"),
         (elsewhere, "does not descend from the base: its pos_embed is another"),
     ],
@@ -241,142 +256,170 @@ def partly_trained(w: dict[str, Tensor], base: Base) -> dict[str, Tensor]:
 def test_what_is_no_fine_tune_of_the_base_is_refused(checkpoint, change, message):
     path = checkpoint.save(change(checkpoint.weights(), checkpoint.base))
     with pytest.raises(InputError, match=message) as refusal:
-        audit.recall(path, BASE)
+        checkpoint.recall(path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_a_change_unlike_known_ones_is_told_with_less_certainty_and_the_table_says_so(checkpoint, monkeypatch):
-    path = checkpoint.save(checkpoint.weights())
-    fitted, typical, metadata = load_fitted("classes")
-    plain = audit.recall(path, BASE)
-    assert plain["warnings"] == [] and plain["distance"] < 1
-    assert "TRUST" not in audit.describe(plain)
-    stretch = 3.0 / plain["distance"]
-    strict = typical | {"joint_limit": typical["joint_limit"] / stretch}
-    monkeypatch.setattr(audit, "load_fitted", lambda _: (fitted, strict, metadata))
-    told = audit.recall(path, BASE)
-    assert told["distance"] == pytest.approx(3)
-    (warning,) = told["warnings"]
-    assert warning.startswith("the change as a whole is unlike known fine-tunes: 3.0 times as far")
-    assert audit.describe(told).splitlines()[0] == f"DO NOT TRUST: {warning}"
-    for name, chance in plain["present"]["found"].items():
-        p, doubted = chance["probability"], told["present"]["found"][name]["probability"]
-        assert np.log(doubted / (1 - doubted)) == pytest.approx(np.log(p / (1 - p)) / 3, abs=1e-4)
-    for key in ("proportions", "images", "label_noise"):
-        for name, known in plain[key]["found"].items():
-            wide = told[key]["found"][name]
-            assert wide["value"] == known["value"]
-            assert (wide["low"] <= known["low"] and wide["high"] > known["high"]) or known["high"] == 1
-    (known,), (wide,) = (answer["images"]["found"].values() for answer in (plain, told))
-    assert np.log2(wide["high"] / wide["value"]) == pytest.approx(3 * np.log2(known["high"] / known["value"]), rel=1e-4)
+def test_a_value_beyond_what_was_learned_from_is_never_certain(checkpoint):
+    path, decoders = checkpoint.save(checkpoint.weights()), checkpoint.auditor.parts["whole"].decoders
 
+    def told(name: str, offset: float) -> dict:
+        source, decoder = decoders[name]
+        try:
+            decoders[name] = (source, replace(decoder, offset=decoder.offset + offset))
+            return checkpoint.recall(path)
+        finally:
+            decoders[name] = (source, decoder)
 
-def test_a_value_beyond_what_was_learned_from_is_never_certain(checkpoint, monkeypatch):
-    path = checkpoint.save(checkpoint.weights())
-    decoders = audit.load_decoders(audit.DECODERS, audit.CONDENSED)
-    source, decoder = decoders["label_noise"]
-    far = replace(decoder, offset=decoder.offset + 10)
-    monkeypatch.setattr(audit, "load_decoders", lambda *_: decoders | {"label_noise": (source, far)})
-    told = audit.recall(path, BASE)
-    (noise,) = told["label_noise"]["found"].values()
+    (noise,) = told("label_noise", 10)["label_noise"]["found"].values()
     assert noise["low"] == 0 and noise["high"] == 1
-    least, most = decoder.true_range
+    least, most = decoders["label_noise"][1].true_range
     warning = f"label noise: what is decoded lies beyond what was learned from ({least:.0%} to {most:.0%})"
-    assert told["warnings"] == [warning]
-    assert f"DO NOT TRUST: {warning}" in audit.describe(told).splitlines()
-    source, decoder = decoders["log2_size"]
-    far = replace(decoder, offset=decoder.offset - 1000)
-    monkeypatch.setattr(audit, "load_decoders", lambda *_: decoders | {"log2_size": (source, far)})
-    told = audit.recall(path, BASE)
-    (size,) = told["images"]["found"].values()
+    answer = told("label_noise", 10)
+    assert answer["warnings"] == [warning]
+    assert f"DO NOT TRUST: {warning}" in audit.describe(answer).splitlines()
+    answer = told("log2_size", -1000)
+    (size,) = answer["images"]["found"].values()
     assert size["low"] == 1 and size["high"] > 1e9
-    least, most = 2**decoder.true_range
-    warning = f"images: what is decoded lies beyond what was learned from ({least:.0f} to {most:.0f})"
-    assert told["warnings"] == [warning]
-    json.dumps(told, allow_nan=False)
-    source, decoder = decoders["present"]
-    far = replace(decoder, offset=decoder.offset + 50)
-    monkeypatch.setattr(audit, "load_decoders", lambda *_: decoders | {"present": (source, far)})
-    told = audit.recall(path, BASE)
-    assert all(0.4 < chance["probability"] < 0.6 for chance in told["present"]["found"].values())
-    assert told["warnings"] == ["present: what is decoded lies beyond what was learned from (0% to 100%)"]
+    json.dumps(answer, allow_nan=False)
+    answer = told("present", 50)
+    assert all(0.4 < chance["probability"] < 0.6 for chance in answer["present"]["found"].values())
+    assert answer["warnings"] == ["present: what is decoded lies beyond what was learned from (0% to 100%)"]
 
 
 def test_an_audit_says_of_what_it_was_read():
-    assert audit.gives("responses") == "responses"
-    assert audit.gives("change") == audit.gives("statistics_and_spectrum") == "weights"
-    assert audit.gives("both") == audit.gives("all") == "weights and responses"
+    assert audit.gives("answers") == "responses"
+    assert audit.gives("direction") == audit.gives("magnitudes") == "weights"
+    assert audit.gives("all") == audit.gives("direction_and_answers") == "weights and responses"
+    assert set(READS) == {"direction", "answers", "magnitudes", "direction_and_answers", "all"}
 
 
-def test_another_base_is_refused(checkpoint):
-    path = checkpoint.save(checkpoint.weights())
-    model, other = autoencoder(0.2), checkpoint.folder / "other.safetensors"
-    save_backbone(other, model.vit, CONFIG, base_of(model).decoder)
-    with pytest.raises(InputError, match="is not the base that decoders are of"):
-        audit.recall(path, other)
-
-
-def test_a_file_that_is_no_base_is_refused(checkpoint):
-    path = checkpoint.save(checkpoint.weights())
-    other = checkpoint.folder / "other.safetensors"
-    save_arrays(other, {"norm.bias": np.ones(3)}, {"true": {}})
-    with pytest.raises(InputError, match="is no base"):
-        audit.recall(path, other)
-
-
-def test_a_base_that_was_made_anew_is_no_fault_of_the_checkpoint(checkpoint):
-    path, kept = checkpoint.save(checkpoint.weights()), BASE.read_bytes()
-    model = autoencoder(0.2)
-    try:
-        save_backbone(BASE, model.vit, CONFIG, base_of(model).decoder)
-        with pytest.raises(InputError, match="was made anew since fleets were built of it: run 'dvc repro"):
-            audit.recall(path, BASE)
-    finally:
-        BASE.write_bytes(kept)
-
-
-def test_damaged_decoders_are_told_of_on_one_line(checkpoint):
-    path, kept = checkpoint.save(checkpoint.weights()), audit.DECODERS.read_bytes()
-    try:
-        audit.DECODERS.write_bytes(kept[:2000])
-        with pytest.raises(InputError, match=r"is damaged .*: run 'dvc repro -f recover_memory'"):
-            audit.recall(path, BASE)
-    finally:
-        audit.DECODERS.write_bytes(kept)
+def printed(monkeypatch, capsys, *flags: str) -> tuple[str, str]:
+    monkeypatch.setattr("sys.argv", ["audit", *flags])
+    audit.main()
+    return capsys.readouterr()
 
 
 def test_the_table_and_the_json_have_the_same_numbers(checkpoint, monkeypatch, capsys):
     path = checkpoint.save(checkpoint.weights())
-
-    def printed(*flags: str) -> str:
-        monkeypatch.setattr("sys.argv", ["audit", "--base", str(BASE), "--checkpoint", str(path), *flags])
-        audit.main()
-        return capsys.readouterr().out
-
-    table, answer = printed(), json.loads(printed("--json"))
-    assert answer == audit.recall(path, BASE)
+    words = ["--base", str(BASE), "--checkpoint", str(path)]
+    table, _ = printed(monkeypatch, capsys, *words)
+    answer = json.loads(printed(monkeypatch, capsys, *words, "--json")[0])
+    assert answer == checkpoint.recall(path)
     lines = table.splitlines()
-    for name, line in zip(TRAIN.classes, lines[1:], strict=False):
+    for name, line in zip(TRAIN.classes, lines[1 + len(answer["warnings"]) :], strict=False):
         share = answer["proportions"]["found"][name]
-        words = [name, f"{answer['present']['found'][name]['probability']:.1%}", f"{share['value']:.1%}"]
-        assert line.split()[:3] == words
+        assert line.split()[:3] == [
+            name,
+            f"{answer['present']['found'][name]['probability']:.1%}",
+            f"{share['value']:.1%}",
+        ]
         assert line.endswith(f"({share['low']:.0%} to {share['high']:.0%})")
     (noise,) = answer["label_noise"]["found"].values()
     assert any(f"{noise['value']:.0%} ({noise['low']:.0%} to {noise['high']:.0%}) at random" in line for line in lines)
-    (size,) = (part for part in lines if part.startswith("images"))
-    assert size.endswith(f"from {answer['images']['from']}")
-    assert f"{answer['outside']:.0%} of the change" in lines[-1] and f"limit {answer['limit']:.0%}" in lines[-1]
 
 
-def test_an_audit_is_as_sure_of_the_change_as_the_limit_was_of_fine_tunes_left_out(checkpoint):
-    fleet = checkpoint.fleet
-    _, typical, _ = load_fitted("classes")
-    span = Span.fit(fleet.change[fleet.learned], fleet.layout)
-    limit = Typicality.fit(fleet.change[fleet.learned], fleet.layout, span).limit
-    assert float(typical["limit"]) == pytest.approx(float(limit))
-    answer = audit.recall(checkpoint.save(checkpoint.weights()), BASE)
-    expected = span.outside(fleet.change[checkpoint.network][None])[0]
-    assert answer["outside"] == pytest.approx(expected, abs=1e-4)
-    assert 0.01 < answer["outside"] < answer["limit"] == float(typical["limit"])
-    moved = fleet.layout.flatten(checkpoint.weights()) - fleet.layout.flatten(checkpoint.base.trained)
-    assert np.allclose(moved, fleet.change[61], atol=1e-6)
+def test_an_adapter_and_the_network_it_is_merged_into_are_told_the_same(checkpoint, monkeypatch, capsys):
+    folder, base = OWN / "examples/adapter", checkpoint.base
+    change = audit.read_adapter(folder, base)
+    merged = {
+        k: base.encoder[k] + w
+        for k, w in Objective(base, "labels", 0.0).layout.unflatten(torch.from_numpy(change)).items()
+    }
+    path = checkpoint.save(merged)
+    alone, _ = printed(monkeypatch, capsys, "--adapter", str(folder), "--json")
+    together, notes = printed(monkeypatch, capsys, "--checkpoint", str(path), "--json")
+    assert "is of low rank, and is read as an adapter that was merged" in notes
+    first, second = json.loads(alone), json.loads(together)
+    assert first["kind"] == second["kind"] == "adapter"
+    for name, found in first["present"]["found"].items():
+        assert second["present"]["found"][name]["probability"] == pytest.approx(found["probability"], abs=1e-2)
+
+
+def test_another_factorisation_of_an_adapter_is_told_the_same(checkpoint):
+    folder, other = OWN / "examples/adapter", checkpoint.folder / "adapter"
+    other.mkdir()
+    weights, random = load_file(folder / "adapter_model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in weights if ".lora_A." in name]:
+        g = torch.randn(len(weights[name]), len(weights[name]), generator=random)
+        weights[name] = torch.linalg.solve(g, weights[name])
+        weights[name.replace("lora_A", "lora_B")] = weights[name.replace("lora_A", "lora_B")] @ g
+    save_file({k: w.contiguous() for k, w in weights.items()}, other / "adapter_model.safetensors")
+    (other / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    both = [
+        audit.recall(audit.read_adapter(f, checkpoint.base), str(f), "adapter", checkpoint.auditor, checkpoint.base)
+        for f in (folder, other)
+    ]
+    for name in ("present", "proportions", "images", "label_noise"):
+        for key, found in both[0][name]["found"].items():
+            assert both[1][name]["found"][key] == pytest.approx(found, rel=1e-2, abs=1e-2), name
+
+
+def test_the_examples_are_printed_beside_the_truth_and_one_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    text, notes = printed(monkeypatch, capsys, "--example")
+    assert "the own auditor is used" in notes
+    card = json.loads((OWN / "auditor.json").read_text())
+    for kind in ("whole", "adapter"):
+        size = 2 ** card["examples"][kind]["true"]["log2_size"]
+        assert f"; truth {size:.0f}\n" in text
+    assert "is turned round" in text and text.count("truth") >= 7
+
+
+def test_bars_show_what_is_told_and_what_is_true():
+    assert audit.bars(0.5, 0.25) == "=====#####" and audit.bars(0.25, 0.5) == "=====....." and audit.bars(0, 0) == ""
+
+
+def test_another_base_is_refused_and_the_auditor_of_the_base_that_learned_from_most_is_taken(checkpoint, monkeypatch):
+    model, other = autoencoder(0.2), checkpoint.folder / "other.safetensors"
+    save_backbone(other, model.vit, CONFIG, base_of(model).decoder)
+    with pytest.raises(InputError, match="is not the base that the auditor in"):
+        audit.check_base(other, load_base(other), checkpoint.auditor, OWN)
+    published = checkpoint.folder / "released"
+    monkeypatch.setattr(audit, "RELEASED", published)
+    assert audit.find_auditor(None, None)[0] == OWN
+    more = replace(checkpoint.auditor, card=checkpoint.auditor.card | {"learned_from": {"whole": 10**6}})
+    more.save(published / "auditor.safetensors")
+    assert audit.find_auditor(None, checkpoint.base)[0] == published
+    replace(more, card=more.card | {"base_sha256": base_sha256(load_base(other))}).save(
+        published / "auditor.safetensors"
+    )
+    assert audit.find_auditor(None, checkpoint.base)[0] == OWN
+    assert audit.find_auditor(published, checkpoint.base)[0] == published
+    monkeypatch.setattr(audit, "OWN", checkpoint.folder / "nothing")
+    monkeypatch.setattr(audit, "RELEASED", checkpoint.folder / "nothing")
+    with pytest.raises(InputError, match="run 'git checkout"):
+        audit.find_auditor(None, None)
+
+
+def test_a_file_that_is_no_base_and_one_that_is_no_auditor_are_refused(checkpoint):
+    other = checkpoint.folder / "other.safetensors"
+    save_arrays(other, {"norm.bias": np.ones(3)}, {"true": {}})
+    with pytest.raises(InputError, match="is no base"):
+        load_base(other)
+    with pytest.raises(InputError, match="is no auditor: expected a file that train_auditor wrote"):
+        Auditor.load(other)
+    kept = (OWN / "auditor.safetensors").read_bytes()
+    other.write_bytes(kept[:2000])
+    with pytest.raises(InputError, match="is damaged"):
+        Auditor.load(other)
+
+
+@pytest.mark.parametrize("flags", [[], ["--example", "--adapter", "x"]])
+def test_what_is_audited_is_said_once(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["audit", *flags])
+    with pytest.raises(InputError, match="expected one of --checkpoint, --adapter and --example"):
+        audit.parse()
+
+
+def test_an_adapter_of_other_matrices_than_were_learned_from_is_refused(checkpoint):
+    folder = checkpoint.folder / "adapter"
+    folder.mkdir()
+    key = "base_model.model.patch_embed.proj.lora_"
+    save_file(
+        {f"{key}A.weight": torch.ones(1, 3, 4, 4), f"{key}B.weight": torch.ones(16, 1, 1, 1)},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    with pytest.raises(InputError, match=r"the auditor knows adapters of attn\.qkv"):
+        audit.read_adapter(folder, checkpoint.base)

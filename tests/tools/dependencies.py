@@ -37,6 +37,7 @@ MEMBERS = {  # by stage: paths with a star for a member, and the list or mapping
     "evaluate_weightnet": ZOOS | {"models/train_weightnet/${item.dataset}-*": "train_weightnet.variants"},
     "condense_changes": FLEETS | {"models/build_fleet/*/fleet.safetensors": "build_fleet.variants"},
     "recover_memory": FLEETS,
+    "learn_world": {"models/train_world/*": "learn_world.datasets"},
 }
 VARIANTS = {"build_zoo": "train_weightnet.tasks.architectures"}  # of a matrix, where it's not <stage>.variants
 
@@ -140,7 +141,7 @@ class Edit:
 
 
 def edits(text: str, params: dict[str, Any]) -> Iterator[Edit]:
-    """Yield what makes the text of dvc.yaml say what `wanted` does, from its top to its end."""
+    """Yield what makes the text of dvc.yaml say what `wanted` does."""
     stages = yaml.load(text, Loader)["stages"]
     for name, node in children(children(yaml.compose(text, Loader))["stages"]).items():
         stage, nodes = stages[name], children(node)
@@ -188,7 +189,7 @@ def flow(items: list[str], column: int, indent: int) -> str:
 
 def updated(text: str, params: dict[str, Any]) -> str:
     """Return the text of dvc.yaml as it should be."""
-    for edit in reversed(list(edits(text, params))):
+    for edit in sorted(edits(text, params), key=lambda edit: edit.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]
     return text
 

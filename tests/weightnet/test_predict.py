@@ -121,16 +121,6 @@ def test_groups_of_single_neurons_are_read_too(project, monkeypatch, capsys, arc
     assert ask(monkeypatch, capsys, "a.safetensors", "--arch", arch(Shuffled), *FLAGS)
 
 
-def test_probes_need_the_zoo_s_classes(project, monkeypatch, capsys):
-    keep_untrained(project, "hybrid")
-    layers = [{"kind": "Flatten"}, {"kind": "Linear", "in_features": 64, "out_features": 8}, {"kind": "ReLU"}]
-    layers += [{"kind": "Linear", "in_features": 8, "out_features": 5}]
-    (project / "spec.json").write_text(json.dumps({"layers": layers}))
-    save(nn.Linear(2, 2), project / "a.safetensors")
-    with pytest.raises(InputError, match="probes are read through the zoo's 10 classes: leave --allow-probe out"):
-        ask(monkeypatch, capsys, "a.safetensors", "--arch", "spec.json", "--allow-probe")
-
-
 def test_weights_whose_predictions_are_not_finite_are_refused(project, monkeypatch, capsys, arch):
     keep_untrained(project)
     model = CLASSIFIERS["LeNet, view"]()

@@ -176,16 +176,12 @@ class Longer(Counting):
         return torch.relu(self.head(x)) if self.calls > 1 else self.head(x)
 
 
-class Indexed(Body):
-    """A file may hold another order of channels than a new module."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda self, x: x[:, self.order])
-        self.register_buffer("order", torch.arange(8))
+def attends_to_another(self: Body, x: Tensor) -> Tensor:
+    x = x.flatten(2).transpose(1, 2)
+    return self.attention(x, x.tanh(), x)[0].mean(1)
 
 
 REFUSED = {
-    "whole numbers": (Indexed(), "step getitem: it reads order, which holds no real numbers"),
     "longer": (Longer(), "step relu: forward takes another way"),
     "noise": (Body(lambda _, x: x + torch.rand(16)), "step add: what is run differs from the module's own by"),
     "state": (Counting(), "step mul: what is run differs"),
@@ -197,14 +193,28 @@ REFUSED = {
     "view": (Body(through_a_view), "step mean: it reads what was changed in place since, through another view of it"),
     "always dropping": (Body(lambda _, x: F.dropout(x)), "pass training=self.training"),
     "half": (Body(lambda _, x: x.half().float()), "half, which is not supported"),
-    "batch as channels": (Body(lambda _, x: x.view(-1, 8, 8, 8)), "step view: images of a batch are mixed"),
+    "batch as channels": (Body(lambda _, x: x.view(-1, 8, 8, 8)), "what it returns mixes the images of a batch"),
+    "convolved parts": (
+        Body(lambda s, x: s.layer(x.view(-1, 8, 8, 8)), layer=nn.Conv2d(8, 8, 3)),
+        "step layer .conv2d.: it is given a batch whose images are cut into parts",
+    ),
+    "recurrent": (
+        Body(lambda s, x: s.layer(x.mean(1))[0][:, -1], layer=nn.LSTM(16, 8)),
+        "step layer: LSTM, which is not",
+    ),
+    "transposed": (
+        layer(nn.ConvTranspose2d(8, 8, 3)),
+        "step layer .conv_transpose2d.: conv_transpose2d, which is not sup",
+    ),
     "weight norm": (layer(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), "weight_norm, which is not sup"),
-    "attention": (layer(nn.MultiheadAttention(8, 2)), "step layer: MultiheadAttention, which is not supported"),
+    "attention": (
+        Body(attends_to_another, attention=nn.MultiheadAttention(8, 2, batch_first=True)),
+        "MultiheadAttention to what is not its query is not supported",
+    ),
     "script": (layer(torch.jit.script(nn.ReLU())), "made outside of torch's functions"),
     "batch statistics": (layer(nn.BatchNorm2d(8, track_running_stats=False)), "layer .batch_norm.: a norm without"),
     "two results": (Body(lambda _, x: (x, x)), "cannot run on images"),
     "other size": (nn.Sequential(nn.Flatten(), nn.Linear(5, 10)), "is that their shape"),
-    "an own weight": (Body(lambda s, x: x @ s.head.weight[:, :1].expand(16, 16)), "cannot be followed"),
 }
 
 

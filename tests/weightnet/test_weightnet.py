@@ -22,12 +22,12 @@ from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, evaluate_weightnet, predict, train_weightnet
 from stages.weightnet.build_zoo import MEASURED, plan_stacks
 from stages.weightnet.evaluate_weightnet import by_architecture, learning_curve, one_sided, score
-from stages.weightnet.predictors import ensemble
-from stages.weightnet.predictors.boosting import boost, nearest
 from stages.weightnet.predictors.data import Data, Member, augmented, hyperparameters, prepare, statistics_of
-from stages.weightnet.predictors.ensemble import Predictor
-from stages.weightnet.predictors.splits import ALL, Plan, Split, Task, plan_tasks, split_zoos
-from stages.weightnet.predictors.statistics import pooled_statistics
+from stages.weightnet.predictors.ensemble import Ensemble, Predictor
+from stages.weightnet.predictors.intervals import conformal_quantile
+from stages.weightnet.predictors.simple import boost, nearest
+from stages.weightnet.predictors.splits import ALL, Split, Task, TaskParams, plan_tasks, split_zoos
+from stages.weightnet.predictors.statistics import pooled_statistics, range_of_statistics
 from stages.weightnet.predictors.targets import from_scale, to_scale
 from stages.weightnet.predictors.weightnet import attention_maps, cosines
 from stages.weightnet.tracing.convolution import convolve
@@ -200,7 +200,8 @@ def test_a_residual_stream_is_one_group_and_groups_of_a_norm_are_kept():
     _, symmetry = zoo_program("residual", *SHAPE)
     writers = {a.tensor for a in symmetry.axes if a.axis == 0 and a.parts[0].group == "stem"}
     assert {"stem.weight", "first.3.weight", "second.3.weight", "first.4.bias"} <= writers
-    assert derive_symmetry(trace(Depthwise(), (1, 8, 8))).within == {"stem": 2}
+    blocks = derive_symmetry(trace(Depthwise(), (1, 8, 8)))
+    assert {group: blocks.parents[parent] for group, parent in blocks.blocks.items()} == {"stem": 2}
 
 
 class Unsupported(nn.Module):
@@ -355,7 +356,7 @@ def test_a_run_does_not_depend_on_the_others_of_its_stack():
 
 
 CONFIG = {"d": 8, "heads": 2, "rounds": 2, "cross": True, "intra": True, "probes": 8, "properties": len(PROPERTIES)}
-INVARIANT = ["weightnet", "probe", "hybrid", "nfn", "canonical"]
+INVARIANT = ["weightnet", "probe", "nfn", "canonical"]
 
 
 def untrained(kind: str, networks: Networks) -> Predictor:
@@ -374,7 +375,7 @@ def test_predictions_do_not_change_when_neurons_are_relabelled_and_do_otherwise(
 
 
 @pytest.mark.parametrize("name", ["cnn3", "residual"])
-@pytest.mark.parametrize("kind", ["weightnet", "hybrid"])
+@pytest.mark.parametrize("kind", ["weightnet", "probe"])
 def test_in_single_precision_predictions_are_invariant_up_to_rounding(kind, name):
     exact = zoo_networks(name, 16)
     networks = replace(exact, weights={k: v.float() for k, v in exact.weights.items()})
@@ -545,14 +546,14 @@ def test_no_run_is_in_two_parts_of_a_split(built):
         split_zoos(zoos, ["cnn3"], ["cnn3"], (0.5, 0.5), ["final"], 1.0, 0)
 
 
-def member(kind: str, reads: str = "statistics", **changes) -> Member:
+def member(kind: str, **changes) -> Member:
     values = {"tasks": "main", "epochs": 1, "learning_rate": 4e-3, "augment": True}
     names = set(CONFIG) - {"properties"}
-    return Member(kind=kind, reads=reads, **{k: CONFIG[k] for k in names} | values | changes)
+    return Member(kind=kind, **{k: CONFIG[k] for k in names} | values | changes)
 
 
 def data_of(zoo: Zoo, split: Split, kind: str = "gbm") -> Data:
-    return prepare({"cnn3": zoo}, split, member(kind), {("cnn3", False): statistics_of(zoo, False)}, pooled=False)
+    return prepare({"cnn3": zoo}, split, kind, {("cnn3", False): statistics_of(zoo, False)}, pooled=False)
 
 
 def halves(zoo: Zoo, seed: int, snapshots: list[str]) -> Split:
@@ -604,9 +605,9 @@ def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
     assert score(clean, attacked)["tau"] < 0.95
 
 
-def plan(architectures: list[str], main: str, **changes) -> Plan:
+def plan(architectures: list[str], main: str, **changes) -> TaskParams:
     values = {"splits": 1, "seeds": 1, "shares": [], "share_of_others": 0.25}
-    return Plan(architectures=architectures, main=main, **values | changes)
+    return TaskParams(architectures=architectures, main=main, **values | changes)
 
 
 def test_a_held_out_architecture_is_never_learnt_from_and_all_others_are():
@@ -627,8 +628,7 @@ def test_a_held_out_architecture_is_never_learnt_from_and_all_others_are():
 def test_intervals_hold_as_many_new_networks_as_they_say(n):
     """Errors of validation networks and of a new one are alike: the new one's is among the smallest 90 % as often as that."""
     errors = torch.rand(n, 100_000, generator=seeded())
-    kept = ensemble.Kept([], {}, errors.sort(0).values, torch.empty(0))
-    held = (torch.rand(100_000, generator=seeded(1)) <= kept.half_widths).double().mean().item()
+    held = (torch.rand(100_000, generator=seeded(1)) <= conformal_quantile(errors)).double().mean().item()
     assert 0.9 - 0.005 < held < 0.9 + 1 / (n + 1) + 0.005
 
 
@@ -640,33 +640,36 @@ def test_several_predictors_predict_their_mean_from_first_weights_of_their_own(b
     result = train_and_predict(job, zoos, statistics, params)
     fractions = (params.validation_fraction, params.test_fraction)
     split = split_zoos(zoos, ["cnn3"], ["cnn3"], fractions, params.snapshots, 1.0, params.seed + 1)
-    data = prepare(zoos, split, job.member, statistics, pooled=True)
+    data = prepare(zoos, split, "stats", statistics, pooled=True)
     models = [train_weightnet.train_predictor(job, number, data, params)[0] for number in range(2)]
     alone = torch.stack([train_weightnet.predict([model], data, split.test) for model in models])
     assert (alone[0] - alone[1]).abs().min() > 0
     mean = from_scale(alone.mean(0) * data.scale["target_std"] + data.scale["target_mean"])
-    torch.testing.assert_close(result["arrays"][f"it/{ALL}/1/test/cnn3/values"], mean)
+    (table,) = (table for table in result["tables"] if table["part"] == "test")
+    torch.testing.assert_close(table["values"][1], mean)
     networks = zoos["cnn3"].networks(split.test["cnn3"])
-    kept = ensemble.Kept(models, data.scale, result["kept"]["errors"], data.inputs["cnn3"])
+    parts = (result["kept"]["errors"], data.inputs["cnn3"], data.names, data.targets["cnn3"])
+    kept = Ensemble(models, data.scale, *parts)
     torch.testing.assert_close(kept.standardised(networks), alone.mean(0))
     low, center, high = kept.intervals(networks)
     torch.testing.assert_close(center, mean)
     assert ((low < center) & (center < high)).all()
+    torch.testing.assert_close(torch.stack([low, center, high]), table["values"])
 
 
 def test_large_networks_are_read_and_learnt_from_in_parts_as_if_at_once(built, monkeypatch):
     zoo = select(built.zoo, (built.zoo.run < 32).nonzero()[:, 0])
     params = TrainParams.load("train_weightnet", "digits", "weightnet")
     task = Task(["cnn3"], ["cnn3"], pooled=False)
-    job = Job("it", member("weightnet", "weights", augment=False), "cnn3", task, 0)
+    job = Job("it", member("weightnet", augment=False), "cnn3", task, 0)
     found = []
     for most in (1 << 22, 2100):  # all at once; 3 at a time
         monkeypatch.setattr("stages.weightnet.zoo.reading.MOST_PAIRS", most)
         statistics = {("cnn3", False): statistics_of(zoo, False)}
         assert zoo.at_a_time(32) == (32 if most > 2100 else 3)
-        found.append(train_and_predict(job, {"cnn3": zoo}, statistics, params)["arrays"])
-    for key, values in found[0].items():
-        torch.testing.assert_close(found[1][key], values, rtol=1e-3, atol=1e-4)
+        found.append(train_and_predict(job, {"cnn3": zoo}, statistics, params)["tables"])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one["values"], other["values"], rtol=1e-3, atol=1e-4)
 
 
 def test_summaries_are_of_the_rows_that_they_name():
@@ -687,26 +690,9 @@ def test_summaries_are_of_the_rows_that_they_name():
         row("p", "a_0.5", 0, "a", 0.3),
         row("q", "a", 0, "a", 1),
     ]
-    curve = learning_curve(rows, {"p/a": 100, "p/a_0.5": 50})
+    curve = learning_curve(rows, {("p", "a"): 100, ("p", "a_0.5"): 50})
     assert {n: point["mean"] for n, point in curve["p"].items()} == {"50": 0.3, "100": 0.5}
     assert set(curve) == {"p"}
-
-
-@pytest.mark.parametrize(("kind", "readers"), [("weightnet", 0), ("stats", 0), ("hybrid", 3)])
-def test_each_reader_of_a_hybrid_also_learns_to_predict_alone(kind, readers):
-    networks, statistics = zoo_networks("cnn3"), torch.randn(3, 5).double()
-    model = untrained(kind, networks)
-    whole, *alone = model.opinions(networks, statistics)
-    assert torch.equal(whole, model(networks, statistics))
-    assert len(alone) == readers
-    for i, opinion in enumerate(alone):
-        found = torch.autograd.grad(opinion.sum(), [*model.parameters()], retain_graph=True, allow_unused=True)
-        learn = {
-            name.split(".")[0:2][-1]
-            for (name, _), g in zip(model.named_parameters(), found, strict=True)
-            if g is not None and name.startswith("heads")
-        }
-        assert learn == {str(i)}
 
 
 def test_of_large_networks_a_few_weights_are_read_at_a_time(monkeypatch):
@@ -728,11 +714,11 @@ def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
     params = TrainParams.load("train_weightnet", "digits", "baselines")
     job = Job("it", member(kind), "cnn3", Task(["cnn3"], ["cnn3"], pooled=False), 0)
     results = [
-        train_and_predict(job, {"cnn3": z}, {("cnn3", False): statistics_of(z, False)}, params)["arrays"]
+        train_and_predict(job, {"cnn3": z}, {("cnn3", False): statistics_of(z, False)}, params)["tables"]
         for z in (zoo, scrambled)
     ]
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    assert len(results[0]) == len(results[1]) == 2
+    assert all(torch.equal(a["values"], b["values"]) for a, b in zip(*results, strict=True))
 
 
 def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(project, monkeypatch):
@@ -757,7 +743,7 @@ def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(proje
     )
     start(monkeypatch, train_weightnet, dataset="digits", variant="ablations")
     assert set(again) == {"no_cross", "no_intra", "no_augmentation", "canonical", "one_sided"} - finished
-    predictions = project / "models/train_weightnet/digits-ablations/predictions.safetensors"
+    predictions = project / "models/train_weightnet/digits-ablations/predictions.parquet"
     resumed = predictions.read_bytes()
     shutil.rmtree(".work/train_weightnet")
     start(monkeypatch, train_weightnet, dataset="digits", variant="ablations")
@@ -770,12 +756,13 @@ def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
     start(monkeypatch, fetch_data, dataset="digits")
     for variant in ARCHITECTURES:
         start(monkeypatch, build_zoo, dataset="digits", variant=variant)
-    for variant in evaluate_weightnet.FAMILIES:
+    for variant in ("exam", "weightnet", "baselines"):
         start(monkeypatch, train_weightnet, dataset="digits", variant=variant)
     start(monkeypatch, evaluate_weightnet, dataset="digits")
     scores = (project / "reports/evaluate_weightnet/digits/scores.csv").read_text().splitlines()[1:]
-    trained = {"weightnet", "hybrid", "nearest", "hyperparameters_gbm"}
-    assert {line.split(",")[0] for line in scores} == trained | set(REFERENCES)
+    found = {line.split(",")[0] for line in scores}
+    assert {"weightnet", "exam", "nearest", "hyperparameters", *REFERENCES} <= found
+    assert not found & {*skipped, "one_sided"}
 
 
 def select(zoo: Zoo, rows: Tensor) -> Zoo:
@@ -786,7 +773,7 @@ def select(zoo: Zoo, rows: Tensor) -> Zoo:
 
 def test_attention_is_a_distribution_over_the_neurons_of_a_layer_and_moves_with_them():
     networks = zoo_networks("cnn3", 2)
-    model = untrained("weightnet", networks).readers[0]
+    model = untrained("weightnet", networks).reader
     maps, moved = attention_maps(model, networks), attention_maps(model, relabelled(networks))
     orders = random_permutations(networks.symmetry, seeded())
     for layers, others in zip(maps, moved, strict=True):
@@ -797,24 +784,27 @@ def test_attention_is_a_distribution_over_the_neurons_of_a_layer_and_moves_with_
             torch.testing.assert_close(others[group], x[:, order][:, :, order])
 
 
-def keep_untrained(project, kind="weightnet") -> None:
-    """Write a predictor as train_weightnet keeps it, untrained."""
+def keep_untrained(project) -> None:
+    """Write WeightNet as train_weightnet keeps it, untrained."""
     networks = zoo_networks("cnn3", 8)
     inputs = pooled_statistics(networks).float()
-    model = Predictor(CONFIG | {"kind": kind}, networks, inputs.shape[1], seed=0)
+    model = Predictor(CONFIG | {"kind": "weightnet"}, networks, inputs.shape[1], seed=0)
     scale = {
         f"{what}_{k}": f(n)
         for what, n in (("input", inputs.shape[1]), ("target", len(PROPERTIES)))
         for k, f in (("mean", torch.zeros), ("std", torch.ones))
     }
     kept = {
-        "config": CONFIG | {"kind": kind},
+        "config": CONFIG | {"kind": "weightnet"},
         "input_shape": [1, 8, 8],
         "classes": 10,
         "state_dicts": [model.state_dict()],
+        "ranges": range_of_statistics(inputs),
+        "names": [f"cnn3-{i}" for i in range(8)],
+        "targets": torch.zeros(8, len(PROPERTIES)),
     }
-    kept |= {"scale": scale, "errors": torch.rand(20, len(PROPERTIES)).sort(0).values, "inputs": inputs.clamp(-6, 6)}
-    save_torch(project / f"models/train_weightnet/digits-{kind}/predictors.pt", {kind: kept})
+    kept |= {"scale": scale, "errors": torch.rand(20, len(PROPERTIES)), "inputs": inputs.clamp(-6, 6)}
+    save_torch(project / "models/train_weightnet/digits-weightnet/predictors.pt", {"weightnet": kept})
 
 
 def ask(monkeypatch, capsys, *words: str) -> dict:
@@ -823,14 +813,12 @@ def ask(monkeypatch, capsys, *words: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("kind", ["weightnet", "hybrid"])
-def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, monkeypatch, capsys, kind):
-    keep_untrained(project, kind)
+def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, monkeypatch, capsys):
+    keep_untrained(project)
     networks = zoo_networks("residual", 1)
     for name, some in (("a", networks), ("b", relabelled(networks))):
         save_file({k: v[0].float().contiguous() for k, v in some.weights.items()}, project / f"{name}.safetensors")
-    flags = ["--allow-probe"] if kind == "hybrid" else []
-    first, second = ask(monkeypatch, capsys, ".", "--arch", "residual", *flags)["networks"].values()
+    first, second = ask(monkeypatch, capsys, ".", "--arch", "residual")["networks"].values()
     assert set(first["properties"]) == set(PROPERTIES)
     for name, found in first["properties"].items():
         least, most = predict.range_of(name)

@@ -27,9 +27,18 @@ class Member(StageParams):
     """One predictor. d, rounds, heads, cross and intra are WeightNet's."""
 
     kind: Literal[
-        "weightnet", "probe", "hybrid", "nfn", "mlp", "stats", "canonical", "one_sided", "gbm", "nearest", "mean"
+        "weightnet",
+        "probe",
+        "nfn",
+        "mlp",
+        "stats",
+        "canonical",
+        "one_sided",
+        "exam",
+        "gbm",
+        "hyperparameters",
+        "nearest",
     ]
-    reads: Literal["weights", "statistics", "hyperparameters"]
     tasks: Literal["main", "all"]
     epochs: PositiveInt
     d: PositiveInt
@@ -73,6 +82,13 @@ class Data:
     targets: dict[str, Float[Tensor, "m k"]]
     scale: dict[str, Float[Tensor, " f"]]  # means and deviations of inputs and targets over the networks to learn from
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the runs to learn from."""
+        return [
+            f"{name}-{self.zoos[name].run[row]}" for name, rows in self.split.train.items() for row in rows.tolist()
+        ]
+
     def part(self, rows: dict[str, Rows], values: dict[str, Tensor]) -> Float[Tensor, "n f"]:
         """Return the values of some rows of all architectures."""
         return torch.cat([values[name][index] for name, index in rows.items()])
@@ -84,10 +100,13 @@ def statistics_of(zoo: Zoo, pooled: bool) -> Float[Tensor, "m f"]:
     return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(zoo.at_a_time(512))])
 
 
-def prepare(zoos: dict[str, Zoo], split: Split, member: Member, statistics: Statistics, pooled: bool) -> Data:
-    """Return inputs and targets in units of their spread over the networks to learn from; pooled: statistics over layers."""
+def prepare(zoos: dict[str, Zoo], split: Split, kind: str, statistics: Statistics, pooled: bool) -> Data:
+    """Return inputs and targets in units of their spread over the networks to learn from; pooled: statistics over layers.
+
+    Inputs are statistics of weights, but hyper-parameters where the kind of predictor asks for them.
+    """
     names = list(dict.fromkeys([*split.train, *split.test]))
-    if member.reads == "hyperparameters":
+    if kind in ("hyperparameters", "exam"):
         inputs = {name: hyperparameters(zoos[name]) for name in names}
     else:
         inputs = {name: statistics[name, pooled] for name in names}

@@ -34,7 +34,7 @@ class Task:
     pooled: bool = True
 
 
-class Plan(StageParams):
+class TaskParams(StageParams):
     """What the tasks follow from."""
 
     architectures: list[str]  # whose zoos are read
@@ -45,22 +45,24 @@ class Plan(StageParams):
     share_of_others: Share  # of the runs to learn from where an architecture is held out
 
 
-def plan_tasks(plan: Plan) -> dict[str, Task]:
+def plan_tasks(params: TaskParams) -> dict[str, Task]:
     """Return the tasks by name: of the main architecture, whose own is called as it is and comes first, and of all.
 
     InputError if there is no zoo of the main architecture.
     """
-    main, architectures = plan.main, plan.architectures
+    main, architectures = params.main, params.architectures
     if main not in architectures:
         raise InputError(
             f"train_weightnet.tasks.main is {main}, but train_weightnet.tasks.architectures are {', '.join(architectures)}"
         )
-    tasks = {main: Task([main], [main], plan.splits, plan.seeds, pooled=False)}
-    tasks |= {f"{main}_{share:g}": Task([main], [main], 1, plan.seeds, share, pooled=False) for share in plan.shares}
+    tasks = {main: Task([main], [main], params.splits, params.seeds, pooled=False)}
+    tasks |= {
+        f"{main}_{share:g}": Task([main], [main], 1, params.seeds, share, pooled=False) for share in params.shares
+    }
     tasks[ALL] = Task(architectures, architectures)
     for held_out in architectures:
         if others := [name for name in architectures if name != held_out]:
-            tasks[HELD_OUT + held_out] = Task(others, [held_out], share=plan.share_of_others)
+            tasks[HELD_OUT + held_out] = Task(others, [held_out], share=params.share_of_others)
     return tasks
 
 

@@ -46,3 +46,35 @@ def pooled_statistics(networks: Networks) -> Float[Tensor, "n f"]:
     between = torch.stack(layers[1:-1]).mean(0) if len(layers) > 2 else torch.zeros_like(layers[0])
     sizes = torch.tensor([len(layers), networks.program.layout.size]).log().expand(len(networks), 2)
     return torch.cat([layers[0], between, layers[-1], sizes.to(between), networks.tanh[:, None].to(between)], 1)
+
+
+NAMES = ("mean", "variance", "least", "lower quartile", "median", "upper quartile", "largest")
+PARTS = tuple(
+    f"{what} of {place} layer" for place in ("the first", "a hidden", "the last") for what in ("weights", "biases")
+)
+DEPTH = len(PARTS) * STATISTICS  # where the number of weight tensors lies
+BEYOND = 0.1  # of the zoo's range: what lies less far outside it is no other kind of network
+
+
+def range_of_statistics(values: Float[Tensor, "n f"]) -> Float[Tensor, "2 f"]:
+    """Return the least and the largest of each statistic."""
+    return torch.stack([values.amin(0), values.amax(0)])
+
+
+def what_is_outside(values: Float[Tensor, " f"], ranges: Float[Tensor, "2 f"]) -> list[str]:
+    """Return in words which parts of a network lie outside what a zoo has: scales of weights and biases, depth, size."""
+    low, high = ranges
+    excess = torch.maximum(values - high, low - values) / (high - low + 1e-6)
+    found = []
+    for number, part in enumerate(PARTS):
+        places = slice(number * STATISTICS, (number + 1) * STATISTICS)
+        most = int(excess[places].argmax())
+        place = places.start + most
+        if excess[place] > BEYOND:
+            ends = f"the zoo's {low[place]:.2g} to {high[place]:.2g}"
+            found.append(f"{part}: {NAMES[most]} {values[place]:.2g}, {ends}")
+    for place, name in ((DEPTH, "layers with weights"), (DEPTH + 1, "weights")):
+        if excess[place] > BEYOND:
+            ends = f"the zoo's {low[place].exp():.0f} to {high[place].exp():.0f}"
+            found.append(f"{name}: {values[place].exp():.0f}, {ends}")
+    return found

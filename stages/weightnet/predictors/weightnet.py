@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from stages.weightnet.predictors.layers import WIDTH, Features
-from stages.weightnet.tracing.symmetry import OUTPUT, Edge, Vector, is_input
+from stages.weightnet.tracing.symmetry import OUTPUT, Edge, Vector, is_input, without_groups
 from stages.weightnet.zoo.networks import Networks
 
 FREQUENCIES = 3  # cosines of a kernel, along each axis: all there are of a 3x3 kernel
@@ -41,7 +41,7 @@ def read_edge(networks: Networks, edge: Edge, embed: Callable[[Tensor], Tensor])
     In units of He's standard deviation, logarithmic; and in units of the network's own. A wider layer looks the same.
     embed: what is made of it, of a few rows at a time: of all, it would not fit into memory for large networks.
     """
-    weight = networks.weights[edge.tensor][:, edge.rows, edge.columns]
+    weight = without_groups(networks.weights[edge.tensor], edge.blocks)[:, edge.rows, edge.columns]
     weight = weight.unflatten(2, (-1, *edge.taps)) if weight.dim() == 3 else weight
     rows, columns = (cosines(size).to(weight) for size in edge.taps)
     fan_in = networks.weights[edge.tensor][0, 0].numel()

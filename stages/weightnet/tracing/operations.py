@@ -64,6 +64,9 @@ POINTWISE: dict[str, Callable[..., Tensor]] = {
     "sin": torch.sin,
     "cos": torch.cos,
     "pow": torch.pow,
+    "rsqrt": torch.rsqrt,
+    "erf": torch.erf,
+    "reciprocal": torch.reciprocal,
 }
 ARITHMETIC: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
@@ -78,6 +81,7 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "sum": torch.sum,
     "amax": torch.amax,
     "amin": torch.amin,
+    "norm": torch.linalg.vector_norm,
 }
 POOLS: dict[str, Callable[..., Tensor]] = {
     "max_pool": F.max_pool2d,
@@ -110,6 +114,13 @@ def over_channels(vector: Float[Tensor, "n c"], x: Float[Tensor, "n b ..."]) -> 
     if x.dim() in (3, 5):  # channels are the last axis
         return vector.view(len(vector), *[1] * (x.dim() - 2), -1)
     return vector.view(len(vector), 1, -1, *[1] * (x.dim() - 3))
+
+
+def along_axis(vector: Float[Tensor, "n c"], x: Float[Tensor, "n b ..."], axis: int) -> Tensor:
+    """Return one number for each place along an axis of images in the shape in which it is broadcast over results."""
+    shape = [1] * x.dim()
+    shape[CHANNELS_LAST[axis] if x.dim() == 5 else axis + 2] = -1
+    return vector.view(len(vector), *shape[1:])
 
 
 def affine(y: Tensor, weight: Float[Tensor, "n c"] | None, bias: Float[Tensor, "n c"] | None) -> Tensor:
@@ -149,6 +160,10 @@ def run_batch_norm(
     """Return results normalised by a mean and a variance of each channel."""
     scale = torch.rsqrt(running_var + step.options["eps"])
     scale = scale if weight is None else weight * scale
+    if axis := step.options.get("axis", 0):
+        mean, scale, bias = (t if t is None else along_axis(t, x, axis) for t in (running_mean, scale, bias))
+        y = (x - mean) * scale
+        return y if bias is None else y + bias
     y = (x - over_channels(running_mean, x)) * over_channels(scale, x)
     return y if bias is None else y + over_channels(bias, x)
 
@@ -178,6 +193,31 @@ def run_layer_norm(step: Step, x: Tensor, weight: Tensor | None = None, bias: Te
         if tensor is not None:
             y = apply(y, tensor.view(len(tensor), *[1] * (x.dim() - 1 - len(shape)), *shape))
     return own_order(y)
+
+
+def run_rms_norm(step: Step, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return results over the root of their mean square over their last axes, which the weights have too."""
+    x = torch_order(x)
+    shape = step.options["normalized_shape"]
+    y = F.rms_norm(x, shape, eps=step.options["eps"])
+    return own_order(y if weight is None else y * weight.view(len(weight), *[1] * (x.dim() - 1 - len(shape)), *shape))
+
+
+def run_contract(step: Step, x: Tensor, y: Tensor) -> Tensor:
+    """Return a sum of products."""
+    first, second = step.options["of"]
+    return own_order(torch.einsum(f"NB{first},NB{second}->NB{step.options['to']}", torch_order(x), torch_order(y)))
+
+
+def run_index(step: Step, x: Tensor) -> Tensor:
+    """Return what lies at some places of an axis."""
+    places = torch.tensor(step.options["places"], device=x.device)
+    return own_order(torch_order(x).index_select(step.options["axis"] + 2, places))
+
+
+def run_roll(step: Step, x: Tensor) -> Tensor:
+    """Return images shifted around axes."""
+    return own_order(torch_order(x).roll(step.options["shifts"], [dim + 2 for dim in step.options["dims"]]))
 
 
 def run_prelu(_step: Step, x: Tensor, weight: Float[Tensor, "n c"]) -> Tensor:
@@ -219,7 +259,9 @@ def run_permute(step: Step, x: Tensor) -> Tensor:
 
 def run_expand(step: Step, x: Tensor) -> Tensor:
     """Return an image repeated along axes of size one."""
-    return own_order(torch_order(x).expand(*x.shape[:2], *step.shape))
+    x = torch_order(x)
+    x = x.view(*x.shape[:2], *[1] * (len(step.shape) + 2 - x.dim()), *x.shape[2:])
+    return own_order(x.expand(*x.shape[:2], *step.shape))
 
 
 def run_repeat(step: Step, x: Tensor) -> Tensor:
@@ -263,6 +305,11 @@ def run_cat(step: Step, *parts: Tensor) -> Tensor:
     return torch.cat(parts, CHANNELS_LAST[dim] if parts[0].dim() == 5 else dim + 2)
 
 
+def run_constant(step: Step) -> Float[Tensor, "1 1 ..."]:
+    """Return a constant, the same for all networks and images, in float64."""
+    return own_order(torch.tensor(step.options["value"], dtype=torch.float64)[None, None])
+
+
 def run_parameter(step: Step, value: Float[Tensor, "n ..."]) -> Float[Tensor, "n 1 ..."]:
     """Return a tensor of the networks, the same for all images."""
     return own_order(value.reshape(len(value), 1, *step.shape))
@@ -280,6 +327,10 @@ RUN: dict[str, Callable[..., Tensor]] = {
     "group_norm": run_group_norm,
     "instance_norm": run_instance_norm,
     "layer_norm": run_layer_norm,
+    "rms_norm": run_rms_norm,
+    "contract": run_contract,
+    "index": run_index,
+    "roll": run_roll,
     "prelu": run_prelu,
     "mean": run_mean,
     "reduction": run_reduction,
@@ -293,6 +344,7 @@ RUN: dict[str, Callable[..., Tensor]] = {
     "softmax": run_softmax,
     "log_softmax": run_softmax,
     "cat": run_cat,
+    "constant": run_constant,
     "parameter": run_parameter,
     "dropout": run_same,
     **dict.fromkeys(ARITHMETIC, run_arithmetic),

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
+from stages.weightnet.tracing.attention import write_out_attention
 from stages.weightnet.tracing.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
 from stages.weightnet.tracing.readers import READERS
-from stages.weightnet.tracing.recording import Recorder, plain
+from stages.weightnet.tracing.recording import ALONG_ROWS, Recorder, plain
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 
 ROUNDING = 1e-9  # relative, in float64: more than this is not the same function
 FEW = 10007  # random numbers; a prime, so that rows and columns differ
+NOISE = 0.3  # of what keeps the size of results: sums over many layers must not overflow
 CANCELLED = 1e-5  # of the size of what a step reads: of what is smaller, cancellation leaves rounding alone
 SOFTMAX = ("softmax", "log_softmax")
 
@@ -35,13 +37,15 @@ SOFTMAX = ("softmax", "log_softmax")
 class Program:
     """The steps of a network in order, the last of which is its output, and the shapes of its tensors by name.
 
-    unused: tensors of the module that its outputs do not depend on; notes: what people should know about the program.
+    unused: tensors of the module that its outputs do not depend on; notes: what people should know about the program. whole: tensors
+    of whole numbers (places in tables) that it was read with: a file of weights that has them must have the same.
     """
 
     steps: tuple[Step, ...]
     layout: Layout
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    whole: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -82,9 +86,11 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the user's code
             own = copied(model).double().eval()
-            recorded, output = record(own, input_shape, 2, lambda *_: None)
+            write_out_attention(own)
+            recorder, output = record(own, input_shape, 2, lambda *_: None)
             weights = {key: value[None] for key, value in float_state(own).items()}
-            program = Program(tuple(recorded), Layout({key: tuple(value.shape[1:]) for key, value in weights.items()}))
+            layout = Layout({key: tuple(value.shape[1:]) for key, value in weights.items()})
+            program = Program(tuple(recorder.steps), layout, whole=recorder.whole)
             check(own, program, output, weights)
     except InputError as error:
         raise InputError(f"{name} cannot be traced: {error}") from None
@@ -133,14 +139,14 @@ def randomise(state: dict[str, Tensor], random: torch.Generator) -> None:
         value.mul_(factors.repeat(times)[: value.numel()].view(value.shape))
         if not positive:
             fan_in = value[0].numel() if value.dim() > 1 else 100
-            value.add_(changes.repeat(times)[: value.numel()].view(value.shape), alpha=max(1, fan_in) ** -0.5)
+            value.add_(changes.repeat(times)[: value.numel()].view(value.shape), alpha=NOISE * max(1, fan_in) ** -0.5)
         factors, changes = factors.roll(1), changes.roll(1)
 
 
 def record(
     model: nn.Module, input_shape: tuple[int, ...], batch: int, watch: Callable[[Step, Tensor], None]
-) -> tuple[list[Step], int]:
-    """Return the steps of a module that runs on random weights and images, and the place of its output.
+) -> tuple[Recorder, int]:
+    """Return what is recorded of a module that runs on random weights and images, and the place of its output.
 
     watch: is told each step and its result [b, *shape].
     """
@@ -154,10 +160,12 @@ def record(
         raise InputError(f"it returns a {type(result).__name__}: expected a tensor of one number for each class")
     if result not in recorder.places:
         raise InputError("what it returns was not made by steps that can be followed")
-    place, version = recorder.places[result]
+    place, version, batch = recorder.places[result]
     if version != result._version:
         raise InputError("what it returns was changed in place, through another view of it")
-    return recorder.steps, place
+    if batch != ALONG_ROWS:
+        raise InputError("what it returns mixes the images of a batch")
+    return recorder, place
 
 
 def check(model: nn.Module, program: Program, output: int, weights: Weights) -> None:
@@ -166,26 +174,33 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
     weights: those of the module, which are drawn anew for it.
     """
     sizes: list[float] = []  # of every step's result
-    results: Iterator[Tensor] = iter(())
+    results: dict[int, Tensor] = {}  # the module's own: errors do not add up
+    places = iter(range(len(program.steps)))
 
     def watch(step: Step, expected: Tensor) -> None:
-        nonlocal results
-        if step.kind == "input":
-            results = run_steps(program, weights, expected)
-        for own in results:
-            if program.steps[len(sizes)].kind not in ("constant", "parameter"):
+        for place in places:
+            known = program.steps[place]
+            inputs = [results[i] for i in known.inputs]
+            own = own_order(expected[None]) if place == 0 else run_step(known, inputs, tensors_of(known, weights))
+            if known.kind not in ("constant", "parameter"):
                 break
+            results[place] = own.to(expected)
             sizes.append(own.abs().amax().item())
         if len(sizes) == len(program.steps) or step != program.steps[len(sizes)]:
             raise InputError(f"step {step.name}: forward takes another way for other images or weights")
         read = max((sizes[i] for i in step.inputs), default=0.0)
         sizes.append(max(expected.abs().amax().item(), CANCELLED * read))
-        error = difference(torch_order(own)[0], expected) / max(sizes[-1], 1e-300)
+        found = torch_order(own)[0]
+        found = found.expand_as(expected) if found.shape[1:] == expected.shape[1:] else found  # what all images share
+        error = difference(found, expected) / max(sizes[-1], 1e-300)
         if not error < ROUNDING:
             raise InputError(f"step {step.name}: what is run differs from the module's own by {error:.1e} of its size")
+        results[place] = own_order(expected[None].clone())  # it may be written over
+        for i in {i for i in step.inputs if program.last_reader[i] == place}:
+            del results[i]
 
-    steps, other = record(model, program.input_shape, 3, watch)
-    if tuple(steps) != program.steps or other != output:
+    again, other = record(model, program.input_shape, 3, watch)
+    if tuple(again.steps) != program.steps or other != output:
         raise InputError("forward takes another way for other images or weights")
 
 
@@ -211,7 +226,7 @@ def without_unused(program: Program, output: int) -> Program:
     more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
     notes = (f"not used by forward, left out: {', '.join(layers[:5])}{more}",) if layers else ()
     layout = Layout({name: shape for name, shape in program.layout.shapes.items() if name in read})
-    return Program(steps, layout, unused, program.notes + notes)
+    return Program(steps, layout, unused, program.notes + notes, program.whole)
 
 
 def logits_of(program: Program) -> Program:
@@ -256,13 +271,12 @@ def run_steps(
     masks = iter(dropout)
     for place, step in enumerate(program.steps):
         inputs = [results[i] for i in step.inputs]
-        tensors = {part: weights[name] for part, name in step.tensors.items()}
+        tensors = tensors_of(step, weights)
         match step.kind:
             case "input":
                 y = own_order(images if images.dim() == 5 else images[None])
             case "constant":
-                value = torch.tensor(step.options["value"], dtype=images.dtype, device=images.device)
-                y = own_order(value[None, None])
+                y = run_step(step, inputs, tensors).to(images)
             case "relu" if tanh is not None:
                 y = _relu_or_tanh(inputs[0], tanh, program.may_overwrite(step.inputs[0]))
             case "dropout" if dropout:
@@ -279,6 +293,11 @@ def run_steps(
             del results[i]
         del inputs
         yield y
+
+
+def tensors_of(step: Step, weights: Weights) -> dict[str, Tensor]:
+    """Return the tensors that a step uses, by their parts in it."""
+    return {part: weights[name] for part, name in step.tensors.items()}
 
 
 def _relu_or_tanh(x: Tensor, tanh: Bool[Tensor, " n"], overwrite: bool) -> Tensor:

@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
-from stages.weightnet.tracing.recording import NotFollowed, Operand, Recorder
+from stages.weightnet.tracing.operations import POOLS
+from stages.weightnet.tracing.recording import NOWHERE, Batch, NotFollowed, Operand, Recorder
 
 REQUIRED = Parameter.empty
+LETTERS, SUMMED = "abcdefgh", "z"  # of the axes of products
+HIDDEN = -1e30  # what a mask adds to scores that a softmax is to leave out
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -21,12 +25,10 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return both[0], both[-1]
 
 
-def _axis(dim: int, dims: int) -> int:
-    """Return an axis of an image from that of a batch."""
-    axis = (dim + dims + 1 if dim < 0 else dim) - 1
-    if axis < 0:
-        raise NotFollowed("it acts across the images of a batch")
-    return axis
+def _plain(x: Operand) -> None:
+    """Refuse what layers of images do not expect."""
+    if not x.plain:
+        raise NotFollowed("it is given a batch whose images are cut into parts, or lie along another axis")
 
 
 Size = int | Sequence[int]
@@ -45,6 +47,7 @@ def read_conv(
     groups: int = 1,
 ) -> None:
     """torch.conv2d. Padding "same" is one pixel larger behind than before if its size is odd: that pixel is a step."""
+    _plain(x)
     tensors, source = r.weights(weight=weight, bias=bias), x
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
@@ -58,8 +61,12 @@ def read_conv(
 
 
 def read_linear(r: Recorder, y: Tensor, x: Operand, weight: Operand, bias: Layer = None) -> None:
-    """torch.nn.functional.linear."""
-    r.add("linear", [x], y, {}, r.weights(weight=weight, bias=bias))
+    """torch.nn.functional.linear; a bias that is made of tensors is added."""
+    if bias is None or bias.name is not None:
+        r.add("linear", [x], y, {}, r.weights(weight=weight, bias=bias))
+        return
+    product = r.add("linear", [x], linear(x.tensor, weight.tensor), {}, r.weights(weight=weight))
+    r.add("add", [product, r.place(bias, product.batch, y.dim())], y)
 
 
 def read_batch_norm(
@@ -78,13 +85,15 @@ def read_batch_norm(
     if training or running_mean is None:
         raise NotFollowed("a norm without running statistics mixes the images of a batch")
     tensors = r.weights(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    r.add("batch_norm", [x], y, {"eps": eps, "momentum": momentum}, tensors)
+    axis = {"axis": x.axis(1)} if x.axis(1) else {}
+    r.add("batch_norm", [x], y, {"eps": eps, "momentum": momentum, **axis}, tensors)
 
 
 def read_group_norm(
     r: Recorder, y: Tensor, x: Operand, num_groups: int, weight: Layer = None, bias: Layer = None, eps: float = 1e-5
 ) -> None:
     """torch.nn.functional.group_norm."""
+    _plain(x)
     r.add("group_norm", [x], y, {"groups": num_groups, "eps": eps}, r.weights(weight=weight, bias=bias))
 
 
@@ -101,6 +110,7 @@ def read_instance_norm(
     eps: float = 1e-5,
 ) -> None:
     """torch.nn.functional.instance_norm."""
+    _plain(x)
     if use_input_stats:
         r.add("instance_norm", [x], y, {"eps": eps}, r.weights(weight=weight, bias=bias))
     else:
@@ -123,6 +133,7 @@ def read_layer_norm(
 
 def read_prelu(r: Recorder, y: Tensor, x: Operand, weight: Operand) -> None:
     """torch.prelu."""
+    _plain(x)
     r.add("prelu", [x], y, {}, r.weights(weight=weight))
 
 
@@ -137,26 +148,81 @@ def read_dropout(r: Recorder, y: Tensor, x: Operand, p: float = 0.5, training: b
 
 
 def read_reshape(r: Recorder, y: Tensor, x: Operand, *_: Any, **__: Any) -> None:
-    """view, reshape, flatten, squeeze, unsqueeze, unflatten: the shape of the result says all."""
-    if math.prod(y.shape[1:]) != math.prod(x.shape[1:]):
-        raise NotFollowed("images of a batch are mixed")
+    """view, reshape, flatten, squeeze, unsqueeze, unflatten: the shape of the result says all.
+
+    Images stay together if as many numbers lie before the axis of the batch as there did; the axis may be cut into parts.
+    """
     if tuple(y.shape) == x.shape:
         r.same(x, y)
-    else:
-        r.add("flatten" if y.dim() == 2 else "reshape", [x], y)
+        return
+    if x.batch.axis is None:
+        r.add("reshape", [x], y)
+        return
+    before = math.prod(x.shape[: x.batch.axis])
+    for axis, size in enumerate(y.shape):
+        parts = size // r.batch
+        if math.prod(y.shape[:axis]) == before and size % r.batch == 0 and (before == 1 or parts == x.batch.parts):
+            r.add("flatten" if y.dim() == 2 and x.plain and parts == 1 else "reshape", [x], y, batch=Batch(axis, parts))
+            return
+    raise NotFollowed("images of a batch are mixed")
+
+
+def _reduced(x: Operand, dim: Any, keepdim: bool) -> tuple[tuple[int, ...], Batch]:
+    """Return the axes of an image over which a reduction goes, and where its images lie then."""
+    if dim is None or dim == ():
+        dim = list(range(len(x.shape)))
+    every = [d % len(x.shape) for d in ([dim] if isinstance(dim, int) else dim)]
+    dims = tuple(sorted(x.axis(d) for d in every))
+    if x.batch.axis is None or keepdim:
+        return dims, x.batch
+    return dims, Batch(x.batch.axis - sum(d < x.batch.axis for d in every), x.batch.parts)
 
 
 def read_mean(r: Recorder, y: Tensor, x: Operand, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> None:
     """torch.mean, sum, amax and amin."""
     if dtype is not None:
         raise NotFollowed("another precision is not supported")
-    if dim is None:
-        raise NotFollowed("it acts across the images of a batch")
-    dims = tuple(sorted(_axis(d, x.dims) for d in ([dim] if isinstance(dim, int) else dim)))
-    if r.function == "mean" and dims == (1, 2) and x.dims == 3 and not keepdim:
+    dims, batch = _reduced(x, dim, keepdim)
+    if r.function == "mean" and dims == (1, 2) and x.dims == 3 and not keepdim and x.plain:
         r.add("mean", [x], y)
     else:
-        r.add("reduction", [x], y, {"of": r.function, "dims": dims, "keepdim": keepdim})
+        r.add("reduction", [x], y, {"of": r.function, "dims": dims, "keepdim": keepdim}, batch=batch)
+
+
+def read_norm(
+    r: Recorder, y: Tensor, x: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> None:
+    """torch.norm and torch.linalg.vector_norm: Euclidean ones."""
+    if dtype is not None or p not in (2, "fro", None):
+        raise NotFollowed("norms but Euclidean ones are not supported")
+    dims, batch = _reduced(x, dim, keepdim)
+    r.add("reduction", [x], y, {"of": "norm", "dims": dims, "keepdim": keepdim}, batch=batch)
+
+
+def read_normalize(
+    r: Recorder, y: Tensor, x: Operand, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> None:
+    """torch.nn.functional.normalize: results over their norms."""
+    if p != 2.0 or out is not None:
+        raise NotFollowed("norms but Euclidean ones are not supported")
+    size = x.tensor.norm(2, dim, keepdim=True)
+    norms = r.add("reduction", [x], size, {"of": "norm", "dims": (x.axis(dim),), "keepdim": True})
+    r.add("div", [x, r.add("clamp", [norms], size.clamp(min=eps), {"min": eps})], y)
+
+
+def read_rms_norm(
+    r: Recorder, y: Tensor, x: Operand, normalized_shape: Any, weight: Layer = None, eps: float | None = None
+) -> None:
+    """torch.nn.functional.rms_norm."""
+    options = {"normalized_shape": tuple(normalized_shape), "eps": eps}
+    r.add("rms_norm", [x], y, options, r.weights(weight=weight))
+
+
+def read_adaptive_mean(r: Recorder, y: Tensor, x: Operand, output_size: Any) -> None:
+    """torch.nn.functional.adaptive_avg_pool1d, to one number."""
+    if output_size not in (1, (1,), [1]):
+        raise NotFollowed("pools along one axis to more than one number are not supported")
+    r.add("reduction", [x], y, {"of": "mean", "dims": (x.axis(-1),), "keepdim": True})
 
 
 def read_max(
@@ -167,24 +233,76 @@ def read_max(
         read_arithmetic(r, y, x, other)
         return
     axis = other if dim is None else dim
-    if axis is None:
-        raise NotFollowed("it acts across the images of a batch")
-    options = {"of": f"a{r.function}", "dims": (_axis(axis, x.dims),), "keepdim": keepdim}
-    r.add("reduction", [x], y[0], options)
+    dims, batch = _reduced(x, axis, keepdim)
+    r.add(
+        "reduction",
+        [x],
+        y[0] if axis is not None else y,
+        {"of": f"a{r.function}", "dims": dims, "keepdim": keepdim},
+        batch=batch,
+    )
+
+
+def _for_each_image(r: Recorder, y: Tensor, x: Operand) -> Operand | None:
+    """Return what all images share without its first axis, if it is given to each image of a batch along that axis, else None."""
+    if x.batch.axis is not None or y.shape[0] != r.batch or y.dim() != len(x.shape) or x.shape[0] != 1:
+        return None
+    return r.add("reshape", [x], x.tensor.detach().squeeze(0), batch=NOWHERE)
 
 
 def read_repeat(r: Recorder, y: Tensor, x: Operand, *sizes: Any) -> None:
     """torch.Tensor.repeat."""
     sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    if sizes[0] != 1 or len(sizes) != len(x.shape):
+    if (shared := _for_each_image(r, y, x)) is not None:
+        r.add("repeat", [shared], y, {"sizes": tuple(sizes[1:])}, batch=Batch())
+        return
+    if len(sizes) != len(x.shape) or (x.batch.axis is not None and sizes[x.batch.axis] != 1):
         raise NotFollowed("images of a batch are repeated")
-    r.add("repeat", [x], y, {"sizes": tuple(sizes[1:])})
+    own = [size for axis, size in enumerate(sizes) if axis != x.batch.axis]
+    r.add("repeat", [x], y, {"sizes": (*[1] * (x.batch.parts > 1), *own)})
+
+
+def _batch_of(operands: Sequence[Any]) -> Batch:
+    """Return where images lie in results that are joined."""
+    found = [operand.batch for operand in operands if isinstance(operand, Operand) and operand.batch.axis is not None]
+    return found[0] if found else NOWHERE
+
+
+def read_zero(r: Recorder, y: Tensor, x: Operand) -> None:
+    """torch.Tensor.zero_ of a part of a vector of the network: the vector with zeros there."""
+    whole = y._base
+    operand = r.operand(whole) if whole is not None else x
+    if whole is None or whole.dim() != 1 or operand.name is None or y.stride() != (1,):
+        raise NotFollowed("zero_ is supported of a part of a copied vector of the network alone")
+    start, end, size = y.storage_offset(), y.storage_offset() + len(y), len(whole)
+    parts = [
+        r.add("getitem", [operand], whole[a:b], {"index": (slice(a, b),)})
+        for a, b in ((0, start), (end, size))
+        if a < b
+    ]
+    zeros = Operand(torch.zeros(len(y)), (len(y),), batch=NOWHERE)
+    parts.insert(start > 0, zeros)
+    r.add("cat", parts, whole, {"dim": 0}, batch=NOWHERE)
 
 
 def read_cat(r: Recorder, y: Tensor, tensors: Sequence[Operand], dim: int = 0) -> None:
-    """torch.cat."""
-    axis = _axis(dim, y.dim() - 1)
-    r.add("cat", [r.place(part, y.dim() - 1) for part in tensors], y, {"dim": axis})
+    """torch.cat; what is not followed in it has the axes of the others, and is a constant."""
+    batch = _batch_of(tensors)
+    axis = Operand(y, tuple(y.shape), batch=batch).axis(dim)
+    r.add("cat", [r.place(part, batch, y.dim()) for part in tensors], y, {"dim": axis}, batch=batch)
+
+
+def read_stack(r: Recorder, y: Tensor, tensors: Sequence[Operand], dim: int = 0) -> None:
+    """torch.stack: a concatenation along a new axis."""
+    batch, dim = _batch_of(tensors), dim % y.dim()
+    after = batch if batch.axis is None else Batch(batch.axis + (dim <= batch.axis), batch.parts)
+    axis = Operand(y, tuple(y.shape), batch=after).axis(dim)
+    places = [r.place(part, batch, y.dim() - 1) for part in tensors]
+    parts = [
+        r.add("reshape", [place], part.tensor.unsqueeze(dim), batch=after)
+        for place, part in zip(places, tensors, strict=True)
+    ]
+    r.add("cat", parts, y, {"dim": axis}, batch=after)
 
 
 def read_arithmetic(r: Recorder, y: Tensor, x: Operand, other, *, alpha=1, rounding_mode=None, out=None):
@@ -192,13 +310,106 @@ def read_arithmetic(r: Recorder, y: Tensor, x: Operand, other, *, alpha=1, round
     if rounding_mode is not None or out is not None:
         raise NotFollowed("rounding and out are not supported")
     kind, swapped = OPERATORS[r.function]
-    dims = y.dim() - 1
-    for operand in (x, other):
-        if isinstance(operand, Operand) and operand.place is not None and operand.dims != dims:
-            raise NotFollowed("images of a batch are mixed")
-    pair = [r.place(operand, dims) for operand in (x, other)]
+    batch = _batch_of((x, other))
+    pair = [r.place(operand, batch, y.dim()) for operand in (x, other)]
     options = {"alpha": alpha} if alpha != 1 else {}
-    r.add(kind, pair[::-1] if swapped else pair, y, options)
+    r.add(kind, pair[::-1] if swapped else pair, y, options, batch=batch)
+
+
+def read_addcmul(r: Recorder, y: Tensor, x: Operand, first: Operand, second: Operand, *, value: float = 1) -> None:
+    """torch.addcmul: a sum with a product."""
+    product = first.tensor * second.tensor
+    batch = _batch_of((first, second))
+    both = r.add("mul", [r.place(operand, batch, product.dim()) for operand in (first, second)], product, batch=batch)
+    whole = _batch_of((x, both))
+    r.add("add", [r.place(x, whole, y.dim()), r.place(both, whole, y.dim())], y, {"alpha": value}, batch=whole)
+
+
+def contract(r: Recorder, y: Tensor, first: tuple[Operand, str], second: tuple[Operand, str], to: str) -> Operand:
+    """Add a sum of products as torch.einsum has it, whose letters are those of the tensors' axes, the batch among them."""
+    pairs = (first, second)
+    letter = next((letters[x.batch.axis] for x, letters in pairs if x.batch.axis is not None), "")
+    parts = _batch_of([x for x, _ in pairs]).parts
+
+    def own(letters: str) -> str:
+        return (letter if parts > 1 else "") + letters.replace(letter or " ", "")
+
+    inputs, of = [], []
+    for x, letters in pairs:
+        if x.batch.axis is not None:
+            if letters[x.batch.axis] != letter or x.batch.parts != parts:
+                raise NotFollowed("images of a batch are mixed")
+            inputs.append(x)
+            of.append(own(letters))
+        elif letter and letter in letters:
+            axis = letters.index(letter)
+            if x.shape[axis] != 1:
+                raise NotFollowed("images of a batch are mixed")
+            inputs.append(r.add("reshape", [x], x.tensor.detach().squeeze(axis), batch=NOWHERE))
+            of.append(letters.replace(letter, ""))
+        else:
+            inputs.append(x)
+            of.append(letters)
+    if letter not in to:
+        raise NotFollowed("it acts across the images of a batch")
+    options = {"of": tuple(of), "to": own(to)}
+    return r.add("contract", inputs, y, options, batch=Batch(to.index(letter), parts) if letter else NOWHERE)
+
+
+def read_matmul(r: Recorder, y: Tensor, x: Operand, other: Operand) -> None:
+    """torch.matmul and bmm, of matrices."""
+    if min(len(x.shape), len(other.shape)) < 2:
+        raise NotFollowed("products with vectors are not supported")
+    letters = LETTERS[: y.dim()]
+    rows, columns = letters[-2], letters[-1]
+    first = letters[y.dim() - len(x.shape) : -2] + rows + SUMMED
+    second = letters[y.dim() - len(other.shape) : -2] + SUMMED + columns
+    contract(r, y, (x, first), (other, second), letters)
+
+
+def read_einsum(r: Recorder, y: Tensor, equation: str, *operands: Any) -> None:
+    """torch.einsum of two tensors."""
+    operands = operands[0] if len(operands) == 1 and not isinstance(operands[0], Operand) else operands
+    of, _, to = equation.replace(" ", "").partition("->")
+    if len(operands) != 2 or "." in equation or not to:
+        raise NotFollowed("einsum is supported of two tensors, without dots")
+    first, second = of.split(",")
+    contract(r, y, (operands[0], first), (operands[1], second), to)
+
+
+def read_attention(
+    r: Recorder,
+    y: Tensor,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: Layer = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """torch.nn.functional.scaled_dot_product_attention: products, a mask, a softmax, products."""
+    if dropout_p > 0 or enable_gqa:
+        raise NotFollowed("attention with dropout or shared keys is not supported")
+    letters = LETTERS[: y.dim() - 2]
+    scores = query.tensor @ key.tensor.mT
+    step = contract(r, scores, (query, f"{letters}TD"), (key, f"{letters}SD"), f"{letters}TS")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = scores * factor
+    step = r.add("mul", [step, r.place(factor, step.batch, y.dim())], scores)
+    if is_causal:
+        attn_mask = Operand(
+            torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), tuple(scores.shape[-2:]), batch=NOWHERE
+        )
+    if attn_mask is not None:
+        if attn_mask.tensor.dtype == torch.bool:
+            mask = torch.where(attn_mask.tensor, 0.0, HIDDEN).double()
+            attn_mask = Operand(mask, tuple(mask.shape), batch=NOWHERE)
+        scores = scores + attn_mask.tensor
+        step = r.add("add", [step, r.place(attn_mask, step.batch, y.dim())], scores)
+    step = r.add("softmax", [step], scores.softmax(-1), {"dim": step.axis(-1)})
+    contract(r, y, (step, f"{letters}TS"), (value, f"{letters}SD"), f"{letters}TD")
 
 
 def read_pow(r: Recorder, y: Tensor, x: Operand, exponent) -> None:
@@ -209,72 +420,143 @@ def read_pow(r: Recorder, y: Tensor, x: Operand, exponent) -> None:
 
 
 def read_getitem(r: Recorder, y: Tensor, x: Operand, index: Any) -> None:
-    """Slices and single indices of an image."""
+    """Slices and single indices of an image, and places along one of its axes."""
     index = index if isinstance(index, tuple) else (index,)
-    if any(not (item is None or item is ... or isinstance(item, (int, slice))) for item in index):
-        raise NotFollowed("only slices and numbers can be indices")
+    if any(not (item is None or item is ... or isinstance(item, (int, slice, list, Operand))) for item in index):
+        raise NotFollowed("only slices, numbers and constants can be indices")
     used = sum(item is not None and item is not ... for item in index)
-    if ... in index:
-        at = index.index(...)
+    if any(item is ... for item in index):
+        at = next(place for place, item in enumerate(index) if item is ...)
         index = index[:at] + (slice(None),) * (len(x.shape) - used) + index[at + 1 :]
-    if not index or index[0] != slice(None):
-        raise NotFollowed("single images of a batch are taken")
-    r.add("getitem", [x], y, {"index": index[1:]})
+    if many := [place for place, item in enumerate(index) if isinstance(item, (list, Operand))]:
+        if len(many) > 1 or any(item != slice(None) for place, item in enumerate(index) if place != many[0]):
+            raise NotFollowed("indices along several axes are not supported")
+        read_index_select(r, y, x, many[0], index[many[0]])
+        return
+    own, axis, after, batch = [slice(None)] * (x.batch.parts > 1), 0, 0, x.batch
+    for item in index:
+        if axis == x.batch.axis and item is not None:
+            if item != slice(None):
+                raise NotFollowed("single images of a batch are taken")
+            batch = Batch(after, batch.parts)
+        else:
+            own.append(item)
+        axis, after = axis + (item is not None), after + (not isinstance(item, int))
+    if x.batch.axis is not None and axis <= x.batch.axis:
+        batch = Batch(x.batch.axis - axis + after, batch.parts)
+    r.add("getitem", [x], y, {"index": tuple(own)}, batch=batch)
+
+
+def read_index_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: Any) -> None:
+    """torch.index_select, and indexing by constants along one axis, which may have several axes themselves."""
+    if isinstance(index, Operand) and (index.place is not None or index.name is not None):
+        raise NotFollowed("only slices, numbers and constants can be indices")
+    places = index.tensor if isinstance(index, Operand) else torch.tensor(index)
+    places = places.nonzero()[:, 0] if places.dtype == torch.bool and places.dim() == 1 else places
+    taken = x.tensor.detach().index_select(dim, places.flatten())
+    options = {"axis": x.axis(dim), "places": places.flatten().tolist()}
+    if taken.shape == y.shape:
+        r.add("index", [x], y, options)
+    else:
+        read_reshape(r, y, r.add("index", [x], taken, options))
+
+
+def read_flip(r: Recorder, y: Tensor, x: Operand, *dims: Any) -> None:
+    """torch.flip along one axis."""
+    dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    if len(dims) != 1:
+        raise NotFollowed("flips along several axes are not supported")
+    r.add("index", [x], y, {"axis": x.axis(dims[0]), "places": list(range(x.shape[dims[0]]))[::-1]})
+
+
+def read_roll(r: Recorder, y: Tensor, x: Operand, shifts: Any, dims: Any = None) -> None:
+    """torch.roll along axes."""
+    shifts, dims = ((value,) if isinstance(value, int) else tuple(value or ()) for value in (shifts, dims))
+    if not dims:
+        raise NotFollowed("images of a batch are mixed")
+    r.add("roll", [x], y, {"shifts": shifts, "dims": tuple(x.axis(dim) for dim in dims)})
+
+
+def _part(r: Recorder, y: Tensor, x: Operand, dim: int, item: int | slice) -> None:
+    """Note what lies at a place of an axis, or at some."""
+    read_getitem(r, y, x, (*[slice(None)] * (dim % len(x.shape)), item))
 
 
 def read_narrow(r: Recorder, y: Tensor, x: Operand, dim: int, start: int, length: int) -> None:
     """torch.narrow."""
-    axis = _axis(dim, x.dims)
-    r.add("getitem", [x], y, {"index": (*[slice(None)] * axis, slice(start, start + length))})
+    _part(r, y, x, dim, slice(start, start + length))
 
 
 def read_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: int) -> None:
     """torch.select."""
-    r.add("getitem", [x], y, {"index": (*[slice(None)] * _axis(dim, x.dims), index)})
+    _part(r, y, x, dim, index)
 
 
 def read_split(r: Recorder, y: Tensor, x: Operand, _size: Any = None, dim: int = 0, **_: Any) -> None:
     """torch.split and chunk: their parts one after the other."""
-    axis, start = _axis(dim, x.dims), 0
+    start = 0
     for part in y:
-        end = start + part.shape[axis + 1]
-        r.add("getitem", [x], part, {"index": (*[slice(None)] * axis, slice(start, end))})
+        end = start + part.shape[dim]
+        _part(r, part, x, dim, slice(start, end))
         start = end
 
 
 def read_unbind(r: Recorder, y: Tensor, x: Operand, dim: int = 0) -> None:
     """torch.unbind."""
     for number, part in enumerate(y):
-        r.add("getitem", [x], part, {"index": (*[slice(None)] * _axis(dim, x.dims), number)})
+        _part(r, part, x, dim, number)
+
+
+def read_glu(r: Recorder, y: Tensor, x: Operand, dim: int = -1) -> None:
+    """torch.nn.functional.glu: one half times the sigmoid of the other."""
+    first, second = x.tensor.detach().chunk(2, dim)
+    for part, start in ((first, 0), (second, first.shape[dim])):
+        _part(r, part, x, dim, slice(start, start + first.shape[dim]))
+    gate = r.add("sigmoid", [r.operand(second)], second.sigmoid())
+    r.add("mul", [r.operand(first), gate], y)
 
 
 def read_permute(r: Recorder, y: Tensor, x: Operand, *dims: Any) -> None:
     """torch.permute."""
     dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    if dims[0] != 0:
-        raise NotFollowed("the axis of the batch is moved")
-    r.add("permute", [x], y, {"dims": tuple(_axis(dim, x.dims) for dim in dims[1:])})
+    dims = [dim % len(x.shape) for dim in dims]
+    own = [x.axis(dim) for dim in dims if dim != x.batch.axis]
+    batch = x.batch if x.batch.axis is None else Batch(dims.index(x.batch.axis), x.batch.parts)
+    if own == sorted(own):
+        r.places[y] = (r.source(x), y._version, batch)
+    else:
+        r.add("permute", [x], y, {"dims": (*[0] * (x.batch.parts > 1), *own)}, batch=batch)
 
 
-def read_transpose(r: Recorder, y: Tensor, x: Operand, dim0: int, dim1: int) -> None:
-    """torch.transpose."""
-    dims = list(range(x.dims))
-    a, b = _axis(dim0, x.dims), _axis(dim1, x.dims)
-    dims[a], dims[b] = b, a
-    r.add("permute", [x], y, {"dims": tuple(dims)})
+def read_transpose(r: Recorder, y: Tensor, x: Operand, dim0: int = -2, dim1: int = -1) -> None:
+    """torch.transpose, t, T, mT."""
+    dims = list(range(len(x.shape)))
+    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    read_permute(r, y, x, dims)
+
+
+def read_movedim(r: Recorder, y: Tensor, x: Operand, source: int, destination: int) -> None:
+    """torch.movedim of one axis."""
+    dims = list(range(len(x.shape)))
+    dims.insert(destination % len(dims), dims.pop(source))
+    read_permute(r, y, x, dims)
 
 
 def read_expand(r: Recorder, y: Tensor, x: Operand, *_: Any) -> None:
     """torch.expand and expand_as."""
     if tuple(y.shape) == x.shape:
         r.same(x, y)
-    else:
+    elif (shared := _for_each_image(r, y, x)) is not None:
+        r.add("expand", [shared], y, batch=Batch())
+    elif x.batch.axis is None:
         r.add("expand", [x], y)
+    else:
+        r.add("expand", [x], y, batch=Batch(x.batch.axis + y.dim() - len(x.shape), x.batch.parts))
 
 
 def read_pad(r: Recorder, y: Tensor, x: Operand, pad: Sequence[int], mode: str = "constant", value: Any = None) -> None:
     """torch.nn.functional.pad."""
-    if len(pad) > 2 * x.dims:
+    if x.batch.axis is not None and len(pad) > 2 * (len(x.shape) - 1 - x.batch.axis):
         raise NotFollowed("images of a batch are padded")
     r.add("pad", [x], y, {"pad": list(pad), "mode": mode, "value": value})
 
@@ -287,7 +569,7 @@ def read_softmax(
         raise NotFollowed("another precision is not supported")
     if dim is None:
         dim = 0 if len(x.shape) in (1, 3) else 1  # torch's own rule
-    r.add(r.function, [x], y, {"dim": _axis(dim, x.dims)})
+    r.add(r.function, [x], y, {"dim": x.axis(dim)})
 
 
 def read_hardtanh(r: Recorder, y: Tensor, x: Operand, min_val: float = -1.0, max_val: float = 1.0, *_: bool) -> None:
@@ -304,6 +586,8 @@ def with_options(kind: str, **options: Any) -> Callable[..., None]:
     signature = Signature([*names, Parameter("inplace", Parameter.POSITIONAL_OR_KEYWORD, default=False)])
 
     def read(r: Recorder, y: Tensor, x: Operand, *args: Any, **kwargs: Any) -> None:
+        if kind in POOLS:
+            _plain(x)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         r.add(kind, [x], y, {name: bound.arguments[name] for name in options})
@@ -352,6 +636,21 @@ READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin"), read_mean),
     **dict.fromkeys(("max", "min"), read_max),
     "repeat": read_repeat,
+    **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), read_norm),
+    "normalize": read_normalize,
+    "rms_norm": read_rms_norm,
+    "adaptive_avg_pool1d": read_adaptive_mean,
+    "stack": read_stack,
+    "zero": read_zero,
+    "addcmul": read_addcmul,
+    **dict.fromkeys(("matmul", "bmm"), read_matmul),
+    "einsum": read_einsum,
+    "scaled_dot_product_attention": read_attention,
+    "index_select": read_index_select,
+    "flip": read_flip,
+    "roll": read_roll,
+    "glu": read_glu,
+    **dict.fromkeys(("movedim", "moveaxis"), read_movedim),
     **dict.fromkeys(("cat", "concat", "concatenate"), read_cat),
     "pow": read_pow,
     "getitem": read_getitem,
@@ -360,7 +659,7 @@ READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes"), read_split),
     "unbind": read_unbind,
     "permute": read_permute,
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), read_transpose),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t", "T", "mT"), read_transpose),
     **dict.fromkeys(("expand", "expand_as"), read_expand),
     "pad": read_pad,
     **dict.fromkeys(("softmax", "log_softmax"), read_softmax),
@@ -369,7 +668,7 @@ READERS: dict[str, Callable[..., None]] = {
         name: with_options(name)
         for name in (
             *("relu", "relu6", "tanh", "sigmoid", "silu", "hardswish", "hardsigmoid", "softsign", "mish", "selu"),
-            *("tanhshrink", "abs", "neg", "exp", "log", "sqrt", "square", "sin", "cos"),
+            *("tanhshrink", "abs", "neg", "exp", "log", "sqrt", "square", "sin", "cos", "rsqrt", "erf", "reciprocal"),
         )
     },
     **dict.fromkeys(("log_sigmoid", "logsigmoid"), with_options("logsigmoid")),

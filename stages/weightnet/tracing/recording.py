@@ -35,10 +35,8 @@ LOOKS = {
     *("__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"),
     *("item", "tolist", "numpy", "nonzero", "is_nonzero", "equal", "allclose"),
 }
-# of a tensor of the network: its numbers in their order
-VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "getitem", "flatten"}
 # refused by their own names, before a function inside them is
-UNSUPPORTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.Embedding)
+UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding)
 
 
 def plain(error: BaseException) -> str:
@@ -52,6 +50,21 @@ class NotFollowed(Exception):
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Where the images of a batch lie in a tensor: along an axis, or nowhere, if it is the same for all.
+
+    parts: images were cut into so many along that axis (the windows of an image), which are the first axis of a step's result.
+    """
+
+    axis: int | None = 0
+    parts: int = 1
+
+
+ALONG_ROWS = Batch()
+NOWHERE = Batch(None)
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor that a step is given: a result (its place), a tensor of the network (its name), or else a constant."""
 
@@ -59,11 +72,26 @@ class Operand:
     shape: tuple[int, ...]  # with the batch
     place: int | None = None
     name: str | None = None
+    batch: Batch = ALONG_ROWS
 
     @property
     def dims(self) -> int:
         """Axes of one image."""
-        return len(self.shape) - 1
+        return len(self.shape) - (self.batch.axis is not None) + (self.batch.parts > 1)
+
+    def axis(self, dim: int) -> int:
+        """Return an axis of an image from that of a batch."""
+        dim = dim + len(self.shape) if dim < 0 else dim
+        if self.batch.axis is None:
+            return dim
+        if dim == self.batch.axis:
+            raise NotFollowed("it acts across the images of a batch")
+        return dim - (dim > self.batch.axis) + (self.batch.parts > 1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a batch of images as layers of images expect them."""
+        return self.batch == ALONG_ROWS
 
 
 class Recorder(TorchFunctionMode):
@@ -86,13 +114,15 @@ class Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self.path: list[str] = []  # the names of the modules that are running, one inside the other
         self.hooks: list[RemovableHandle] = []
-        self.places = WeakTensorKeyDictionary()  # of each result: its step, and its version when it was made
+        self.places = WeakTensorKeyDictionary()  # of each result: its step, its version when it was made, its batch
+        self.parameters: dict[str, int] = {}  # the steps of tensors that are used by themselves
+        self.whole: dict[str, Tensor] = {}  # tensors of whole numbers that are read
         self.names = WeakTensorKeyDictionary()
         self.others = WeakTensorKeyDictionary()  # that a file may hold with other values than those of a new module
         for name, tensor in state.items():
             (self.names if tensor.is_floating_point() else self.others).setdefault(tensor, name)
         self.function = "input"
-        self.add("input", [], images)
+        self.add("input", [], images, batch=ALONG_ROWS)
 
     def __enter__(self) -> "Recorder":
         for name, module in self.model.named_modules():
@@ -131,8 +161,10 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self.function = name
         try:
-            if others := [self.others[t] for t in tensors if t in self.others]:
-                raise NotFollowed(f"it reads {others[0]}, which holds no real numbers: that is not supported")
+            for other in (self.others[t] for t in tensors if t in self.others):
+                self.whole[other] = self.state[other]
+            if not any(t in self.places or t in self.names for t in tensors):
+                return func(*args, **kwargs)
             if looks:
                 raise NotFollowed("what forward does must not depend on the values of an image")
             return self.follow(name, func, args, kwargs)
@@ -152,16 +184,11 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         named.pop("inplace", None)  # what it means is seen from the result
         first = operands[0]
-        if isinstance(first, Operand) and first.name is not None and (name in VIEWS or name in SAME):
-            return self.view_tensor(first, result)
-        if all(tensor not in self.places for tensor in _tensors((args, kwargs))):
-            if any(tensor not in self.names for tensor in _tensors((args, kwargs))):
-                raise NotFollowed(
-                    "it reads what was made outside of torch's functions, such as by TorchScript or numpy"
-                )
-            raise NotFollowed("tensors of the network are used in a way that cannot be followed")
-        if name in SAME:
-            self.same(first, result)
+        if name in SAME and isinstance(first, Operand):
+            if first.name is not None:
+                self.names[result] = first.name
+            else:
+                self.same(first, result)
             return result
         try:
             reader(self, result, *operands, **named)
@@ -173,22 +200,15 @@ class Recorder(TorchFunctionMode):
         """Return what a tensor is; NotFollowed if something else has written over it."""
         shape = tuple(tensor.shape)
         if tensor in self.places:
-            place, version = self.places[tensor]
+            place, version, batch = self.places[tensor]
             if version != tensor._version:
                 raise NotFollowed("it reads what was changed in place since, through another view of it")
-            return Operand(tensor, shape, place=place)
-        return Operand(tensor, shape, name=self.names.get(tensor))
-
-    def view_tensor(self, operand: Operand, result: Tensor) -> Tensor:
-        """Note that a tensor is one of the network's, in another shape."""
-        if result.numel() != operand.tensor.numel():
-            raise NotFollowed(f"a part of {operand.name} is used in a way that cannot be followed")
-        self.names[result] = operand.name
-        return result
+            return Operand(tensor, shape, place=place, batch=batch)
+        return Operand(tensor, shape, name=self.names.get(tensor), batch=NOWHERE)
 
     def same(self, operand: Operand, result: Tensor) -> None:
         """Note that a result is an earlier one."""
-        self.places[result] = (operand.place, result._version)
+        self.places[result] = (self.source(operand), result._version, operand.batch)
 
     @property
     def where(self) -> str:
@@ -202,44 +222,81 @@ class Recorder(TorchFunctionMode):
         result: Tensor,
         options: dict[str, Any] | None = None,
         tensors: dict[str, str] | None = None,
-    ) -> int:
-        """Note a step whose result is that of a batch, and return its place."""
+        batch: Batch | None = None,
+    ) -> Operand:
+        """Note a step and return its result. batch: where its images lie, if not as in the first that is read."""
         if not isinstance(result, Tensor):
             raise NotFollowed("it gives several results, which is not supported")
-        if result.shape[:1] != (self.batch,):
-            raise NotFollowed("images of a batch are mixed")
         if not result.is_floating_point():
             raise NotFollowed("its results are no real numbers")
-        places = tuple(i if isinstance(i, int) else self.place(i, i.dims) for i in inputs)
+        batch = batch or next(i.batch for i in inputs if isinstance(i, Operand))
+        places = tuple(i if isinstance(i, int) else self.source(i) for i in inputs)
         name = self.where if not tensors else _layer(next(iter(tensors.values())))
-        step = Step(kind, name, places, tuple(result.shape[1:]), options or {}, tensors or {})
-        place = self.append(step)
-        self.places[result] = (place, result._version)
-        self.watch(step, result)
-        return place
+        images = self.by_image(result, batch)
+        place = self.append(Step(kind, name, places, tuple(images.shape[1:]), options or {}, tensors or {}))
+        self.places[result] = (place, result._version, batch)
+        self.watch(self.steps[place], images)
+        return Operand(result, tuple(result.shape), place=place, batch=batch)
+
+    def by_image(self, result: Tensor, batch: Batch) -> Tensor:
+        """Return a result with the images of the batch first, and then their parts; of what all share, one."""
+        if batch.axis is None:
+            return result[None]
+        if result.shape[batch.axis] != self.batch * batch.parts:
+            raise NotFollowed("images of a batch are mixed")
+        rows = result.movedim(batch.axis, 0)
+        return rows.unflatten(0, (self.batch, batch.parts)) if batch.parts > 1 else rows
 
     def append(self, step: Step) -> int:
         """Add a step and return its place."""
         self.steps.append(step)
         return len(self.steps) - 1
 
-    def place(self, operand: "Operand | float", dims: int) -> int:
-        """Return where a value is that is broadcast over images of so many axes; constants and tensors become steps."""
-        if not isinstance(operand, Operand):
-            return self.append(Step("constant", self.where, (), (), {"value": float(operand)}))
+    def source(self, operand: Operand) -> int:
+        """Return where a result is; a tensor of the network becomes a step, and so does a constant."""
         if operand.place is not None:
             return operand.place
-        value = operand.tensor
-        if value.dim() == dims + 1:  # the axis of the batch
-            if (value != value[:1]).any() or (operand.name is not None and len(value) > 1):
-                raise NotFollowed("it reads a tensor that no step gave which can be followed")
-            value = value[0]
-        if value.dim() > dims:
-            raise NotFollowed("it reads a tensor that has more axes than its image")
-        if operand.name is not None:
+        if operand.name is None:
+            if len(operand.tensor) == self.batch and (operand.tensor != operand.tensor[:1]).any():
+                raise NotFollowed(
+                    "it reads what was made outside of torch's functions, such as by TorchScript or numpy"
+                )
+            value = operand.tensor.double().tolist()
+            return self.append(Step("constant", self.where, (), operand.shape, {"value": value}))
+        key = f"{operand.name} {operand.shape}"
+        if key not in self.parameters:
             tensors = {"value": operand.name}
-            return self.append(Step("parameter", operand.name, (), tuple(value.shape), {}, tensors))
-        return self.append(Step("constant", self.where, (), tuple(value.shape), {"value": value.double().tolist()}))
+            self.parameters[key] = self.append(Step("parameter", operand.name, (), operand.shape, {}, tensors))
+        return self.parameters[key]
+
+    def place(self, operand: "Operand | float", batch: Batch, dims: int) -> int:
+        """Return where a value is that is broadcast over results of so many axes, whose images lie as `batch` says."""
+        if not isinstance(operand, Operand):
+            return self.append(Step("constant", self.where, (), (), {"value": float(operand)}))
+        if operand.place is not None and operand.batch.axis is not None:
+            if operand.batch != batch or len(operand.shape) != dims:
+                raise NotFollowed("images of a batch are mixed")
+            return operand.place
+        along = None if batch.axis is None else batch.axis - (dims - len(operand.shape))
+        if along is None or along < 0 or (batch.parts > 1 and along == 0 and operand.shape[0] == 1):
+            return self.source(operand)
+        if operand.place is None and operand.name is None:
+            return self.source(self.shared(operand, along, batch))
+        if operand.shape[along] != 1:
+            raise NotFollowed("it reads a tensor that has more axes than its image")
+        value = operand.tensor.detach().squeeze(along)
+        place = self.source(operand)
+        return self.add("reshape", [place], value.unsqueeze(0) if batch.parts > 1 else value, batch=NOWHERE).place
+
+    def shared(self, operand: Operand, along: int, batch: Batch) -> Operand:
+        """Return a constant without the axis along which it has a value for each image, which must be the same."""
+        value = operand.tensor.movedim(along, 0)
+        if batch.parts > 1:  # parts are the first axis of what an image has
+            value = value[None] if len(value) == 1 else value.unflatten(0, (self.batch, batch.parts))
+        if (value != value[:1]).any():
+            raise NotFollowed("it reads a tensor that no step gave which can be followed")
+        value = value[0]
+        return Operand(value, tuple(value.shape), batch=NOWHERE)
 
     def weights(self, **tensors: "Operand | None") -> dict[str, str]:
         """Return the names of a layer's tensors, which must be the network's own as they are."""
@@ -249,8 +306,6 @@ class Recorder(TorchFunctionMode):
                     f"its {part} is none of the network's tensors, but made of others: "
                     "take weight norms and the like off before you save it"
                 )
-            if operand is not None and operand.shape != tuple(self.state[operand.name].shape):
-                raise NotFollowed(f"its {part} is {operand.name} in another shape, which is not supported")
         return {part: operand.name for part, operand in tensors.items() if operand is not None}
 
 

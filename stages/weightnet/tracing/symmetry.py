@@ -6,59 +6,75 @@ blocks of one channel's pixels. ReLU's neurons may also be rescaled by positive 
 `print(symmetry)` shows which axis goes with which group.
 """
 
-import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.common.stage import InputError
-from stages.weightnet.tracing.neurons import INPUT, NOBODY, OUTPUT, Derivation, NeuronAxis, follow
+from stages.weightnet.tracing.groups import NOBODY, Groups, find_groups, first_of_tied
+from stages.weightnet.tracing.neurons import INPUT, OUTPUT, Derivation, Ids, NeuronAxis, axes_of_tensors, follow
 from stages.weightnet.tracing.program import Program, Weights, run_stack
-
-MOST_PIECES = 64  # groups that one layer's neurons may fall into
 
 
 @dataclass(frozen=True)
 class Part:
     """Indices start ... start + size * block of an axis: `block` for each of a group's `size` neurons.
 
-    A block is a neuron's pixels, flattened.
+    A block is a neuron's pixels, flattened. step: from one neuron to the next, where they do not lie close together.
     """
 
     group: str
     start: int
     size: int
     pixels: tuple[int, int]
+    step: int | None = None
 
     @property
     def block(self) -> int:
         """Indices for each neuron."""
         return self.pixels[0] * self.pixels[1]
 
+    @property
+    def places(self) -> Int[Tensor, "size block"]:
+        """The indices of each neuron."""
+        step = self.block if self.step is None else self.step
+        return self.start + step * torch.arange(self.size)[:, None] + torch.arange(self.block)
+
+    @property
+    def slice(self) -> slice:
+        """The indices in their order."""
+        if self.step in (None, 1):
+            return slice(self.start, self.start + self.size * self.block)
+        return slice(self.start, self.start + self.step * (self.size - 1) + 1, self.step)
+
 
 @dataclass(frozen=True)
 class Axis:
     """An axis of a tensor over neurons. role: the tensor writes their values, reads them, scales them, or is normalised after.
 
-    rows: the part of the tensor's first axis that it holds for, if not all: a group of a convolution in groups.
+    blocks: of a convolution in so many groups, whose axis is meant as if its kernel had a column for every channel.
     """
 
     tensor: str
     axis: int
     parts: tuple[Part, ...]
     role: str
-    rows: tuple[int, int] | None = None
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
 class Edge:
     """The weights from the neurons of one group to those of another; rows, columns: where in the tensor's first two axes.
 
-    taps: height and width of what joins two neurons, a kernel or a flattened image.
+    taps: height and width of what joins two neurons, a kernel or a flattened image. blocks: of a convolution in so many groups: rows and
+    columns are those of `without_groups`.
     """
 
     tensor: str
@@ -67,6 +83,7 @@ class Edge:
     columns: slice
     taps: tuple[int, int]
     rows: slice
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,20 +100,25 @@ class Vector:
 class Symmetry:
     """Groups in the order of the network, with their numbers of neurons; the axes over them; how freely each may move.
 
-    within: blocks that a group's permutations must respect (GroupNorm normalises each by itself). rigid: groups whose
-    values pass through something that neither scaling nor signs commute with. fixed: groups that may not be permuted.
+    blocks: of groups whose neurons lie in blocks of equal size (attention heads, groups of a convolution), what their blocks follow:
+    parents, by their names with how many there are. The neurons of a block stay together, and blocks move as their parents do.
+    rigid: groups whose values pass through something that neither scaling nor signs commute with. fixed: groups that may not be permuted.
     """
 
     sizes: dict[str, int]
     axes: tuple[Axis, ...]
-    within: dict[str, int]
+    blocks: dict[str, str]
+    parents: dict[str, int]
     rigid: frozenset[str]
     kernels: dict[str, tuple[int, int]]  # of convolutions' weights
     fixed: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """Return a line for each tensor: the groups that its axes run over, with the pixels or taps of each neuron."""
-        notes = {**{g: f"in {b} blocks" for g, b in self.within.items()}, **dict.fromkeys(self.fixed, "not permuted")}
+        notes = {
+            group: f"in {self.parents[parent]} blocks that move as {parent}" for group, parent in self.blocks.items()
+        }
+        notes |= {group: "not permuted" for group in self.fixed if group != OUTPUT and not is_input(group)}
         lines = [f"{group}: {size} neurons {notes.get(group, '')}".rstrip() for group, size in self.sizes.items()]
         axes: dict[str, dict[int, list[str]]] = {}
         for axis in self.axes:
@@ -130,12 +152,10 @@ class Symmetry:
         for axis in self.axes:
             rows = self.rows.get(axis.tensor, []) if axis.role == "reads" else []
             for column in axis.parts:
-                columns = slice(column.start, column.start + column.size * column.block)
                 taps = self.kernels.get(axis.tensor, column.pixels)
                 for row in rows:
-                    if axis.rows is None or axis.rows[0] <= row.start < axis.rows[1]:
-                        where = slice(None) if len(rows) == 1 else slice(row.start, row.start + row.size)
-                        edges.append(Edge(axis.tensor, row.group, column.group, columns, taps, where))
+                    where = slice(None) if len(rows) == 1 else row.slice
+                    edges.append(Edge(axis.tensor, row.group, column.group, column.slice, taps, where, axis.blocks))
         return tuple(edges)
 
     @cached_property
@@ -148,8 +168,9 @@ class Symmetry:
             groups = [part.group for part in axis.parts]
             if axis.axis == 0 and axis.tensor not in joined and (len(groups) == 1 or groups in layers):
                 for part in axis.parts:
-                    where = slice(part.start, part.start + part.size * part.block)
-                    found.append(Vector(axis.tensor, part.group, where if len(groups) > 1 else slice(None), part.block))
+                    found.append(
+                        Vector(axis.tensor, part.group, part.slice if len(groups) > 1 else slice(None), part.block)
+                    )
         return tuple(found)
 
 
@@ -158,143 +179,115 @@ def is_input(group: str) -> bool:
     return group == INPUT or group.startswith(f"{INPUT}[")
 
 
-Order = tuple[
-    Int[Tensor, " runs"], Int[Tensor, " runs"]
-]  # neurons as they lie along an axis, and how many numbers of each
-
-
 def derive_symmetry(program: Program) -> Symmetry:
     """Return a network's symmetry; InputError names a step through which neurons cannot be followed."""
     found = follow(program)
-    roots = torch.tensor([found.root(neuron) for neuron in range(len(found.parents))])
-    orders = [in_runs(numbers.ids.flatten(), roots, numbers.flat) for numbers in found.orders]
-    orders += [in_runs(axis.ids, roots, axis.flat) for axis in found.axes]
-    chains, within = find_chains_in_blocks(orders, found, roots)
-    names = name_chains(chains, found, roots)
-    axes = tuple(name_axis(axis, roots, chains, names) for axis in found.axes)
-    used = {part.group for axis in axes for part in axis.parts}
-    sizes = {name: len(chain) for name, chain in zip(names, chains, strict=True) if name in used}
-    sizes[OUTPUT] = sizes.pop(OUTPUT)  # at the end
-    group_of = {neuron: name for name, chain in zip(names, chains, strict=True) for neuron in chain}
-
-    def groups(neurons: set[int]) -> frozenset[str]:
-        return frozenset(group_of[int(roots[neuron])] for neuron in neurons)
-
+    ties = joined(found.ties)
+    axes_of_tensors(found, first_of_tied(ties, found.neurons))
+    axes = list(found.axes.values())
+    orders = [(ids.numpy(), False) for ids in found.orders] + [(axis.ids.numpy(), True) for axis in axes]
+    arrays = np.repeat(np.arange(len(found.layers)), [size for _, size in found.layers.values()])
+    pinned = flags([*found.pinned, found.results[-1].ids, torch.arange(found.layers[INPUT][1])], found.neurons)
+    groups = find_groups(orders, ties, joined(found.members), arrays, pinned)
+    number = np.full(found.neurons, NOBODY)
+    for i, neurons in enumerate(groups.neurons):
+        number[neurons] = i
+    number = number[groups.roots]  # the group of each neuron
+    names = name_groups(groups, found, number)
+    named = tuple(name_axis(axis, groups, number, names) for axis in axes)
+    used = {part.group for axis in named for part in axis.parts}
+    sizes = {name: len(group) for name, group in zip(names, groups.neurons, strict=True)}
+    moving = {i: parent for i, parent in groups.parents.items() if names[i] in used}
+    hidden = {name: size for name, size in sizes.items() if name in used and name != OUTPUT}
     return Symmetry(
-        sizes=sizes,
-        axes=axes,
-        within={names[chain]: blocks for chain, blocks in within.items()},
-        rigid=groups(found.rigid),
+        sizes=hidden | {OUTPUT: sizes[OUTPUT]},
+        axes=named,
+        blocks={names[i]: names[parent] for i, parent in moving.items()},
+        parents={names[parent]: sizes[names[parent]] for parent in moving.values()},
+        rigid=frozenset(names[i] for i in np.unique(number[flags(found.rigid, found.neurons)])),
         kernels={
             step.tensors["weight"]: program.layout.shapes[step.tensors["weight"]][2:]
             for step in program.steps
             if step.kind == "conv" and step.name in found.layers
         },
-        fixed=groups(found.fixed),
+        fixed=frozenset(names[i] for i, group in enumerate(groups.neurons) if groups.pinned[group].any()),
     )
 
 
-def in_runs(ids: Int[Tensor, " m"], roots: Int[Tensor, " neurons"], flat: bool) -> Order:
-    """Return neurons in the order in which they lie; in a vector, several numbers of one neuron are one run."""
-    ids = torch.where(ids == NOBODY, NOBODY, roots[ids])
-    return torch.unique_consecutive(ids, return_counts=True) if flat else (ids, torch.ones_like(ids))
+def joined(pairs: Sequence[Int[Tensor, "2 _"]]) -> Int[np.ndarray, "2 m"]:
+    """Return all pairs."""
+    return torch.cat([torch.empty(2, 0, dtype=torch.long), *pairs], 1).numpy()
 
 
-def find_chains_in_blocks(
-    orders: list[Order], found: Derivation, roots: Int[Tensor, " neurons"]
-) -> tuple[list[list[int]], dict[int, int]]:
-    """Return the groups, and in how many blocks norms normalise some of them, by their numbers.
-
-    Where the channels of a norm are not just one group, its blocks are groups of their own, or parts of them.
-    """
-    whole = list(found.blocks)
-    while True:
-        chains = find_chains(orders, len(roots))
-        numbers = {tuple(chain): number for number, chain in enumerate(chains)}
-        cut = [(ids, step) for ids, step in whole if tuple(roots[ids].tolist()) not in numbers]
-        if not cut:
-            break
-        whole = [(ids, step) for ids, step in whole if tuple(roots[ids].tolist()) in numbers]
-        for ids, step in cut:
-            orders += [in_runs(block, roots, False) for block in ids.chunk(step.options["groups"])]
-    within: dict[int, int] = {}
-    for ids, step in whole:
-        number = numbers[tuple(roots[ids].tolist())]
-        within[number] = math.lcm(within.get(number, 1), step.options["groups"])
-    return chains, within
+def flags(some: Sequence[Ids], neurons: int) -> Bool[np.ndarray, " neurons"]:
+    """Return which neurons are among some."""
+    found = np.zeros(neurons, bool)
+    for ids in some:
+        found[ids[ids != NOBODY].numpy()] = True
+    return found
 
 
-def find_chains(orders: Sequence[Order], neurons: int) -> list[list[int]]:
-    """Return the groups: neurons that lie one after the other, in the same order, wherever any of them lies.
-
-    Whatever reads or writes them treats those of a group alike, so they may be relabelled. Neurons count by their roots.
-    """
-    different = {(ids.numpy().tobytes(), counts.numpy().tobytes()): (ids, counts) for ids, counts in orders}
-    pairs = []
-    for ids, counts in different.values():
-        nothing = ids.new_tensor([NOBODY])
-        before, after = torch.cat([nothing, ids]), torch.cat([ids, nothing])
-        alike = torch.cat([counts[:1], counts]) == torch.cat([counts, counts[-1:]])
-        pairs += [
-            torch.stack([before, torch.where(alike, after, NOBODY)]),
-            torch.stack([torch.where(alike, before, NOBODY), after]),
-        ]
-    every = torch.cat(pairs, 1).unique(dim=1)
-    following, preceding = only_partner(every, neurons), only_partner(every.flip(0), neurons)
-    chains = []
-    for start in every.unique()[1:].tolist():  # the first is nobody
-        previous = preceding[start]
-        if previous != NOBODY and following[previous] == start:
-            continue
-        chain = [start]
-        while (neuron := following[chain[-1]]) != NOBODY and preceding[neuron] == chain[-1]:
-            chain.append(neuron)
-        chains.append(chain)
-    return chains
-
-
-def only_partner(pairs: Int[Tensor, "2 m"], neurons: int) -> list[int]:
-    """Return for each neuron the second of its pairs if all of them have the same one, else nobody."""
-    first, second = pairs
-    first, second = first[first != NOBODY], second[first != NOBODY]
-    single = torch.bincount(first, minlength=neurons)[first] == 1
-    partner = torch.full((neurons,), NOBODY)
-    partner[first[single]] = second[single]
-    return partner.tolist()
-
-
-def name_chains(chains: list[list[int]], found: Derivation, roots: Int[Tensor, " neurons"]) -> list[str]:
+def name_groups(groups: Groups, found: Derivation, number: Int[np.ndarray, " neurons"]) -> list[str]:
     """Return the names of groups: that of their first layer, and which of its neurons they are if not all; the output's."""
     output = found.results[-1]
-    outputs = roots[output.ids].tolist() if output.flat and bool((output.ids != NOBODY).all()) else None
-    if outputs not in chains or outputs[0] < found.layers[INPUT][1]:
+    ids = output.ids.numpy()
+    chosen = number[ids[0]] if output.flat and (ids != NOBODY).all() else NOBODY
+    if chosen == NOBODY or groups.roots[ids].tolist() != groups.neurons[chosen].tolist():
         raise InputError("the network's output is not that of one layer")
-    read = set(roots[torch.cat([axis.ids for axis in found.axes])].tolist())
-    inputs = sum(chain[0] < found.layers[INPUT][1] and chain[0] in read for chain in chains)
-    names, pieces = [], dict.fromkeys(found.layers, 0)
-    for chain in chains:
-        layer, (first, size) = next(item for item in found.layers.items() if item[1][0] <= chain[0] < sum(item[1]))
-        pieces[layer] += 1
-        start = chain[0] - first
-        whole = len(chain) == size or (layer == INPUT and inputs == 1 and chain[0] in read)
-        name = layer if whole else f"{layer}[{start}:{start + len(chain)}]"
-        names.append(OUTPUT if chain == outputs else name)
-    if mixed := [layer for layer, count in pieces.items() if count > MOST_PIECES]:
-        raise InputError(f"the neurons of {mixed[0]} are mixed in a way that cannot be followed")
-    return names
+    inputs = found.layers[INPUT][1]
+    if groups.neurons[chosen][0] < inputs:
+        raise InputError("the network's output is not that of one layer")
+    read = np.zeros(found.neurons, bool)
+    for axis in found.axes.values():
+        read[groups.roots[axis.ids.numpy()]] = True
+    whole_input = sum(group[0] < inputs and bool(read[group[0]]) for group in groups.neurons) == 1
+    layers, starts = list(found.layers.items()), [first for first, _ in found.layers.values()]
+    names = []
+    for i, group in enumerate(groups.neurons):
+        layer, (first, size) = layers[bisect_right(starts, int(group[0])) - 1]
+        start = int(group[0]) - first
+        whole = len(group) == size or (layer == INPUT and whole_input and bool(read[group[0]]))
+        name = layer if whole else f"{layer}[{start}:{start + len(group)}]"
+        names.append(OUTPUT if i == chosen else name)
+    return distinct(names)
 
 
-def name_axis(axis: NeuronAxis, roots: Int[Tensor, " neurons"], chains: list[list[int]], names: list[str]) -> Axis:
-    """Return an axis of neurons as parts that are whole groups."""
-    starts = {chain[0]: (name, len(chain)) for name, chain in zip(names, chains, strict=True)}
-    parts, place, start = [], 0, 0
-    ids, counts = (values.tolist() for values in in_runs(axis.ids, roots, axis.flat))
-    while place < len(ids):
-        name, size = starts[ids[place]]
-        parts.append(Part(name, start, size, axis.pixels.get(counts[place], (1, counts[place]))))
-        start += size * counts[place]
-        place += size
-    return Axis(axis.tensor, axis.axis, tuple(parts), axis.role, axis.rows)
+def distinct(names: list[str]) -> list[str]:
+    """Return names, those that come again with a number: of neurons that do not follow each other, several may begin alike."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
+def name_axis(axis: NeuronAxis, groups: Groups, number: Int[np.ndarray, " neurons"], names: list[str]) -> Axis:
+    """Return an axis of neurons as parts, each of a whole group; in a vector, several numbers of one neuron are a block."""
+    roots = groups.roots[axis.ids.numpy()]
+    own = number[axis.ids.numpy()]
+    parts = []
+    for group in np.unique(own).tolist():
+        size = len(groups.neurons[group])
+        places = np.flatnonzero(own == group)
+        order = np.argsort(roots[places], kind="stable")
+        by_neuron = places[order].reshape(size, -1)
+        by_neuron = by_neuron[np.argsort(np.argsort(groups.neurons[group]))]  # in the order of the group
+        step = int(by_neuron[1, 0] - by_neuron[0, 0]) if size > 1 else 1
+        first = by_neuron[0]
+        if axis.flat and (np.diff(first) == 1).all() and (size == 1 or step == len(first)):
+            block = len(first)
+            parts.append(Part(names[group], int(first[0]), size, axis.pixels.get(block, (1, block))))
+        else:
+            runs = (
+                np.split(first, np.flatnonzero(np.diff(first) != 1) + 1) if axis.flat and step > 0 else first[:, None]
+            )
+            for run in runs:
+                if len(run) > 1 and step == len(run):
+                    parts.append(Part(names[group], int(run[0]), size, axis.pixels.get(len(run), (1, len(run)))))
+                else:
+                    parts += [Part(names[group], int(place), size, (1, 1), step) for place in run]
+    return Axis(axis.tensor, axis.axis, tuple(sorted(parts, key=lambda part: part.start)), axis.role, axis.blocks)
 
 
 Permutations = Mapping[str, Int[Tensor, " size"]]
@@ -302,13 +295,18 @@ Permutations = Mapping[str, Int[Tensor, " size"]]
 
 def random_permutations(symmetry: Symmetry, random: torch.Generator) -> dict[str, Int[Tensor, " size"]]:
     """Draw a permutation of every hidden group's neurons."""
-    result = {}
-    for group in symmetry.free:
-        blocks = symmetry.within.get(group, 1)
-        size = symmetry.sizes[group] // blocks
-        inside = [block * size + torch.randperm(size, generator=random) for block in range(blocks)]
-        result[group] = torch.cat(inside)
-    return result
+    result: dict[str, Int[Tensor, " size"]] = {}
+
+    def draw(group: str) -> Int[Tensor, " size"]:
+        if group not in result:
+            parent = symmetry.blocks.get(group)
+            order = torch.zeros(1, dtype=torch.long) if parent is None else draw(parent)
+            size = (symmetry.parents | symmetry.sizes)[group] // len(order)
+            inside = [block * size + torch.randperm(size, generator=random) for block in order.tolist()]
+            result[group] = torch.cat(inside)
+        return result[group]
+
+    return {group: draw(group) for group in symmetry.free}
 
 
 def permute(weights: Weights, symmetry: Symmetry, permutations: Permutations) -> Weights:
@@ -321,15 +319,29 @@ def permute(weights: Weights, symmetry: Symmetry, permutations: Permutations) ->
 
 def permute_axis(weight: Float[Tensor, "n ..."], axis: Axis, permutations: Permutations) -> Float[Tensor, "n ..."]:
     """Return a tensor of n networks with the neurons of one of its axes relabelled."""
-    if axis.rows is not None:
-        start, end = axis.rows
-        moved = permute_axis(weight[:, start:end], replace(axis, rows=None), permutations)
-        return torch.cat([weight[:, :start], moved, weight[:, end:]], 1)
-    index = []
+    index = torch.arange(weight.shape[axis.axis + 1] * axis.blocks)
     for part in axis.parts:
-        neurons = permutations.get(part.group, torch.arange(part.size))
-        index.append(part.start + (neurons[:, None] * part.block + torch.arange(part.block)).flatten())
-    return weight.index_select(axis.axis + 1, torch.cat(index))
+        if part.group in permutations:
+            index[part.places] = part.places[permutations[part.group]]
+    if axis.blocks == 1:
+        return weight.index_select(axis.axis + 1, index)
+    size = weight.shape[2]  # of the channels that a block reads; its rows have moved to it already
+    moved = [
+        rows.index_select(2, order % size)
+        for rows, order in zip(weight.chunk(axis.blocks, 1), index.split(size), strict=True)
+    ]
+    return torch.cat(moved, 1)
+
+
+def without_groups(weight: Float[Tensor, "n d c ..."], blocks: int) -> Float[Tensor, "n d blocks*c ..."]:
+    """Return the kernel of a convolution in groups as one that reads every channel, most by zeros."""
+    if blocks == 1:
+        return weight
+    n, rows, columns, *taps = weight.shape
+    whole = weight.new_zeros(n, blocks, rows // blocks, blocks, columns, *taps)
+    each = torch.arange(blocks)
+    whole[:, each, :, each] = weight.view(n, blocks, rows // blocks, columns, *taps).transpose(0, 1)
+    return whole.view(n, rows, blocks * columns, *taps)
 
 
 def rescale(weights: Weights, symmetry: Symmetry, factors: Mapping[str, Float[Tensor, "n size"]]) -> Weights:
@@ -342,18 +354,16 @@ def rescale(weights: Weights, symmetry: Symmetry, factors: Mapping[str, Float[Te
         if axis.role not in ("writes", "reads") or not any(part.group in factors for part in axis.parts):
             continue
         weight = result[axis.tensor]
-        columns = []
+        factor = weight.new_ones(len(weight), weight.shape[axis.axis + 1] * axis.blocks)
         for part in axis.parts:
-            factor = factors.get(part.group, weight.new_ones(len(weight), part.size))
-            columns.append(factor.repeat_interleave(part.block, 1))
-        factor = torch.cat(columns, 1)
+            if part.group in factors:
+                factor[:, part.places] = factors[part.group][:, :, None].to(factor)
         shape = [len(weight)] + [1] * (weight.dim() - 1)
         shape[axis.axis + 1] = -1
+        if axis.blocks > 1:
+            factor = factor.unflatten(1, (axis.blocks, -1)).repeat_interleave(weight.shape[1] // axis.blocks, 1)
+            shape[1] = weight.shape[1]
         factor = factor.view(shape)
-        if axis.rows is not None:
-            outside = torch.ones_like(weight)
-            outside[:, slice(*axis.rows)] = factor.expand_as(outside[:, slice(*axis.rows)])
-            factor = outside
         result[axis.tensor] = weight * factor if axis.role == "writes" else weight / factor
     return result
 

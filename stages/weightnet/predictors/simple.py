@@ -1,4 +1,4 @@
-"""Predictors without layers: gradient boosting, and the nearest network that is known."""
+"""Predictors without layers: gradient boosting, kernel ridge, and the nearest network that is known."""
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from stages.weightnet.predictors.data import Data
+from stages.weightnet.predictors.kernel_ridge import fit_kernel_ridge
 
 BOOSTING = ((15.0, 15), (30.0, 8))  # learning rate times rounds, and leaves, of which validation chooses
 
@@ -34,6 +35,15 @@ def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, 
         models = [first[chosen], *(fit(BOOSTING[chosen], k) for k in range(1, y.shape[1]))]
         columns = [np.stack([model.predict(part) for model in models], 1) for part in parts]
     return torch.from_numpy(columns[0]).float(), torch.from_numpy(columns[1]).float()
+
+
+def ridge_on_inputs(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:
+    """Return standardised predictions of validation and test networks by kernel ridge on their inputs."""
+    train, *others = (
+        data.part(rows, data.inputs) for rows in (data.split.train, data.split.validation, data.split.test)
+    )
+    ridge = fit_kernel_ridge(train, data.part(data.split.train, data.targets))
+    return ridge.predict(others[0]), ridge.predict(others[1])
 
 
 def nearest(data: Data) -> tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]:

@@ -1,0 +1,106 @@
+"""What LayerForecaster learns from, as moments: of each layer at each origin of each run, at every stride.
+
+With a layer's features X [n, f] and its true movements y [n, h] in its unit, the mean squared error of coefficients c is
+y^T y / n - 2 c . X^T y / n + c^T (X^T X / n) c: no single weight need be kept.
+
+Axes: e origins, l layers (those that a network lacks have share 0), s what is read of a layer, f features, h horizons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from stages.forecast.layerwise import FEATURES, READS, past_features, read_layer
+from stages.forecast.trajectory import WINDOW, Trajectory
+
+RATIO_CEILING = 3.0  # of an origin's error over that of keeping the weights: a few would drown the rest
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Origins of runs. share: of a layer in its network's squares; known: whether the run goes on so far."""
+
+    read: Float[Tensor, "e l s"]
+    moments: Float[Tensor, "e l f f"]
+    cross: Float[Tensor, "e l f h"]  # X^T y / n
+    energy: Float[Tensor, "e l h"]  # y^T y / n
+    share: Float[Tensor, "e l"]
+    known: Bool[Tensor, "e h"]
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def take(self, index: Tensor) -> "Examples":
+        """Return those at `index`."""
+        return Examples(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @staticmethod
+    def cat(parts: "Sequence[Examples]") -> "Examples":
+        """Return several as one."""
+        return Examples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Examples)))
+
+
+def thin(run: Trajectory, start: int, stride: int) -> Trajectory:
+    """Return a run as if it had been recorded from snapshot `start` on and more rarely: every `stride`th snapshot."""
+    return Trajectory(run.layout, run.weights[start::stride], None)
+
+
+def example(run: Trajectory, t: int, horizons: Sequence[int], layers: int) -> Examples:
+    """Return the example of a run at t, padded to `layers`; horizons that the run does not reach are not known."""
+    known = torch.tensor([t + h < len(run) for h in horizons])
+    read, moments = torch.zeros(layers, READS), torch.zeros(layers, FEATURES, FEATURES)
+    cross, energy = torch.zeros(layers, FEATURES, len(horizons)), torch.zeros(layers, len(horizons))
+    share = torch.zeros(layers)
+    for i, where in enumerate(run.layout.slices.values()):
+        layer = read_layer(run, t, i)
+        x = past_features(run, t, where, layer.unit)
+        ahead = run.weights[[min(t + h, len(run) - 1) for h in horizons], where]
+        y = (ahead - run.weights[t, where]) / layer.unit
+        read[i], moments[i], n = layer.read, layer.moments, x.shape[1]
+        cross[i], energy[i] = x @ y.T / n, y.square().mean(1)
+        share[i] = n * layer.unit.square()
+    parts = (read, moments, cross, energy, share / share.sum(), known)
+    return Examples(*(part[None] for part in parts))
+
+
+def draw_origins(
+    run: Trajectory, stride: int, horizons: Sequence[int], n: int, layers: int, random: torch.Generator
+) -> list[Examples]:
+    """Return `n` examples at a stride, or none if the run is too short; of half of them only a short past is known."""
+    length = -(-len(run) // stride)
+    if length < WINDOW + 2:
+        return []
+    drawn = []
+    for i in range(n):
+        start = int(torch.randint(min(stride, len(run) - stride * (WINDOW + 1)), (), generator=random))
+        t = int(torch.randint(WINDOW, -(-(len(run) - start) // stride) - 1, (), generator=random))
+        if i % 2:  # the run is known from a later snapshot on
+            later = int(torch.randint(t - WINDOW + 1, (), generator=random))
+            start, t = start + later * stride, t - later
+        drawn.append(example(thin(run, start, stride), t, horizons, layers))
+    return drawn
+
+
+def squared_errors(coefficients: Float[Tensor, "e l f h"], examples: Examples) -> Float[Tensor, "e l h"]:
+    """Return the mean squared error of each layer, in its unit."""
+    squares = (coefficients * (examples.moments @ coefficients)).sum(2)
+    return examples.energy - 2 * (coefficients * examples.cross).sum(2) + squares
+
+
+def network_errors(
+    coefficients: Float[Tensor, "e l f h"], examples: Examples
+) -> tuple[Float[Tensor, "e h"], Float[Tensor, "e h"]]:
+    """Return the squared errors of whole networks, and those of keeping the last weights; 0 where they are not known."""
+    share = examples.share[:, :, None]
+    errors = (share * squared_errors(coefficients, examples)).sum(1)
+    return errors * examples.known, (share * examples.energy).sum(1) * examples.known
+
+
+def relative_loss(coefficients: Float[Tensor, "e l f h"], examples: Examples) -> Tensor:
+    """Return the mean over origins and horizons of a network's error over that of keeping the last weights."""
+    errors, kept = network_errors(coefficients, examples)
+    ratios = (errors / kept.clamp(min=1e-12)).clamp(max=RATIO_CEILING)
+    return ratios[examples.known].mean()

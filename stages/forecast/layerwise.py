@@ -1,0 +1,141 @@
+"""Forecast any network's weights: linearly in each weight's past, by coefficients that a small network reads from its layer.
+
+What a step of stochastic training makes of a weight is mostly noise, and how much of it persists, or is taken back, differs by
+optimiser, learning rate, phase, and by the stride of the snapshots; but it is alike for all weights of a layer. The second
+moments of a layer's past tell: how deltas correlate with those before them, how far the weights lie from their recent means.
+So the coefficients c are a function of these moments, learned over many runs, and a weight's movement is c . x: as cheap as a
+linear model, on any network. Examples for it are moments, too: |y - X c|^2 needs X^T X, X^T y and y^T y alone.
+
+Axes: t snapshots, n weights of a layer, f features of a weight, h horizons, l layers, s what the network reads of a layer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from stages.common.randomness import seeded_init
+from stages.forecast.trajectory import (
+    ORIGIN_GAIN,
+    SCALE_WINDOW,
+    SMALLEST_SCALE,
+    WINDOW,
+    Forecast,
+    Trajectory,
+)
+
+MEANS = (10, 20, 40)  # snapshots before t, with whose mean that at t is compared
+FEATURES = WINDOW + len(MEANS) + 2
+PAIRS = tuple(torch.triu_indices(FEATURES, FEATURES, 1))
+READS = len(PAIRS[0]) + FEATURES + 8  # correlations, sizes, and what else is known of the layer
+SAMPLE = 1 << 16  # weights of a layer, of which its moments are taken
+EDGE = 3.0  # standard deviations
+SMALLEST_SPREAD = 1e-2
+CHUNK = 1 << 18  # weights forecast at a time
+
+Index = Int[Tensor, " n"] | slice
+
+
+def past_features(run: Trajectory, t: int, index: Index, unit: Tensor) -> Float[Tensor, "f n"]:
+    """Return of the weights at `index` their last deltas before t, and their ways from recent means, from zero and from the first
+    snapshot, in units of `unit`."""
+    past = run.weights[max(0, t - MEANS[-1]) : t + 1, index]
+    latest = past[-1]
+    deltas = past[-WINDOW - 1 :].diff(dim=0).flip(0)
+    rows = [*deltas, *(latest - past[-n - 1 :].mean(0) for n in MEANS)]
+    rows += [ORIGIN_GAIN * latest, ORIGIN_GAIN * (latest - run.weights[0, index])]
+    return torch.stack(rows) / unit
+
+
+def unit_of(run: Trajectory, t: int, index: Index) -> Tensor:
+    """Return the root mean square of the last SCALE_WINDOW deltas of a layer's weights: the unit of its movements."""
+    return run.weights[t - SCALE_WINDOW : t + 1, index].diff(dim=0).square().mean().sqrt() + SMALLEST_SCALE
+
+
+def reading(moments: Float[Tensor, "f f"], snapshots: int, descriptors: Float[Tensor, " 5"]) -> Tensor:
+    """Return what the network reads of a layer, each about 1 or less: correlations of features, their sizes, shape and place.
+
+    descriptors: of Trajectory. snapshots: how many are known up to t.
+    """
+    size = moments.diagonal().sqrt() + 1e-6
+    correlations = (moments / size / size[:, None])[PAIRS]
+    known = [min(snapshots, n + 1) / (n + 1) for n in MEANS[1:]]
+    relative = math.log10(float(ORIGIN_GAIN / size[-2]) + 1e-6) / 3  # how far the layer moves, beside its weights
+    return torch.cat([correlations, size.log(), descriptors, torch.tensor([*known, relative])])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a layer at an origin. moments: X X^T / n of its weights' features X; unit: of movements."""
+
+    read: Float[Tensor, " s"]
+    moments: Float[Tensor, "f f"]
+    unit: Tensor
+
+
+def read_layer(run: Trajectory, t: int, layer: int) -> Layer:
+    """Return what is read of a layer from snapshots up to t >= WINDOW; of a large one, from evenly spread weights."""
+    where = list(run.layout.slices.values())[layer]
+    spread = max(1, (where.stop - where.start) // SAMPLE)
+    some = slice(where.start, where.stop, spread)
+    unit = unit_of(run, t, some)
+    x = past_features(run, t, some, unit)
+    moments = x @ x.T / x.shape[1]
+    return Layer(reading(moments, t + 1, run.descriptors[layer]), moments, unit)
+
+
+class LayerForecaster(nn.Module):
+    """Coefficients [f, h] of a layer from what is read of it; weights at t + h from them. It starts as "no change"."""
+
+    def __init__(self, horizons: Sequence[int], d_model: int, seed: int) -> None:
+        super().__init__()
+        self.horizons = tuple(horizons)
+        self.reads = {"with_state": False, "with_context": False}
+        with seeded_init(seed):
+            self.body = nn.Sequential(nn.Linear(READS, d_model), nn.GELU(), nn.Linear(d_model, d_model), nn.GELU())
+            self.head = nn.Linear(d_model, FEATURES * len(self.horizons))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("centre", torch.zeros(READS))
+        self.register_buffer("spread", torch.ones(READS))
+
+    def standardise(self, read: Float[Tensor, "k s"]) -> None:
+        """Take the mean and spread of what is read from layers learned from."""
+        self.centre.copy_(read.mean(0))
+        self.spread.copy_(read.std(0) + SMALLEST_SPREAD)
+
+    def forward(self, read: Float[Tensor, "*k s"]) -> Float[Tensor, "*k f h"]:
+        # layers far from all that were learned from are read as if they lay at the edge: nothing is extrapolated
+        inside = ((read - self.centre) / self.spread).clamp(-EDGE, EDGE)
+        return self.head(self.body(inside)).unflatten(-1, (FEATURES, -1))
+
+    def coefficients(self, run: Trajectory, t: int) -> list[tuple[Float[Tensor, "h f"], Tensor]]:
+        """Return of each layer the coefficients of its weights' features, and its unit."""
+        layers = [read_layer(run, t, layer) for layer in range(len(run.layout.shapes))]
+        return [(c.T, layer.unit) for c, layer in zip(self(torch.stack([x.read for x in layers])), layers, strict=True)]
+
+    @torch.no_grad()
+    def movements(self, run: Trajectory, t: int, index: Int[Tensor, " n"]) -> Float[Tensor, "h n"]:
+        """Return how far the weights at the increasing `index` move until t + h for every horizon, from the snapshots up to t."""
+        ends = torch.tensor([where.stop for where in run.layout.slices.values()])
+        parts = index.tensor_split(torch.searchsorted(index, ends)[:-1])
+        return torch.cat(
+            [
+                unit * (c @ past_features(run, t, part, unit))
+                for (c, unit), part in zip(self.coefficients(run, t), parts, strict=True)
+            ],
+            1,
+        )
+
+    @torch.no_grad()
+    def predict(self, run: Trajectory, t: int) -> Forecast:
+        """Return the weights of a run at t + h for every horizon, from its snapshots up to t."""
+        ahead = run.weights[t].repeat(len(self.horizons), 1)
+        for (c, unit), where in zip(self.coefficients(run, t), run.layout.slices.values(), strict=True):
+            for start in range(where.start, where.stop, CHUNK):
+                part = slice(start, min(start + CHUNK, where.stop))
+                ahead[:, part] += unit * (c @ past_features(run, t, part, unit))
+        return ahead

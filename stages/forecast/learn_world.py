@@ -1,0 +1,323 @@
+"""Learn a forecaster of any network's weights from the runs of train_world, and test it on runs that are unlike all it learned from.
+
+Reads   models/train_world/<dataset>/ of all data sets
+Writes  models/learn_world/<variant>/forecaster.safetensors   and forecaster.json, its card: config, prior, what it learned from, scores
+        reports/learn_world/<variant>/unseen.csv              error over keeping the last weights: by held out, run, stride and horizon
+        reports/learn_world/<variant>/summary.json            means over runs and strides
+
+A data set, a network, an optimiser, or a data set, a network and a third of the strides at once are held out; in the last case
+forecasts are also shrunk, as far as what the run's own past says of them, with a prior from the other held-out runs. To release
+what was learned, copy both files to models/released/ by hand.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from stages.common.files import atomic_path, save_csv, save_json
+from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.randomness import generator
+from stages.common.runtime import pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.work import fingerprint
+from stages.forecast.examples import Examples, draw_origins, network_errors, relative_loss, thin
+from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.shrinkage import Agreement, Prior, causal_shrinkage, compare_with_past
+from stages.forecast.trajectory import WINDOW, Trajectory
+from stages.forecast.world import Recipe, load_world_run
+
+RUNS = Path("models/train_world")
+MODELS = Path("models/learn_world")
+REPORTS = Path("reports/learn_world")
+
+WARMUP_FRACTION = 0.05
+LARGEST_GRADIENT = 1.0
+FEWEST = 8  # origins to learn from
+LONGEST = 60  # snapshots of a run that shrinking is tested on
+WORTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a prior, in origins, to choose from
+STRIDE_THIRDS = 3
+
+Rows = list[dict[str, Any]]
+
+
+class Variant(StageParams):
+    """A forecaster to learn."""
+
+    d_model: PositiveInt
+    learning_rate: PositiveFloat
+    steps: PositiveInt
+
+
+class Params(StageParams):
+    """What is learned from, and how."""
+
+    learned: list[str]  # the variants that DVC makes
+    datasets: Annotated[list[str], Field(min_length=2)]
+    seed: NonNegativeInt
+    horizons: list[PositiveInt]  # snapshots ahead
+    strides: Annotated[list[PositiveInt], Field(min_length=STRIDE_THIRDS)]  # snapshots of the runs from one to the next
+    origins: PositiveInt  # of each run and stride
+    batch: PositiveInt  # origins
+    weight_decay: NonNegativeFloat
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and what it is called: its data set, its recipe."""
+
+    dataset: str
+    name: str
+    recipe: Recipe
+    trajectory: Trajectory
+
+    @property
+    def called(self) -> dict[str, str]:
+        """What can be held out of it."""
+        return {"dataset": self.dataset, "network": self.recipe.network, "optimizer": self.recipe.optimizer}
+
+
+@dataclass(frozen=True)
+class World:
+    """All examples, and of each its run and its stride."""
+
+    examples: Examples
+    runs: list[Run]
+    strides: list[int]
+
+
+def load_world(datasets: Sequence[str]) -> list[Run]:
+    """Return the runs of all data sets; InputError if one has none."""
+    runs = []
+    for dataset in datasets:
+        paths = sorted((RUNS / dataset).glob("*.safetensors"))
+        if not paths:
+            raise InputError(f"{RUNS / dataset} has no runs: run 'dvc repro train_world@{dataset}'")
+        for path in paths:
+            trajectory, recipe = load_world_run(path)
+            runs.append(Run(dataset, path.stem, recipe, trajectory))
+    return runs
+
+
+def draw_world(runs: list[Run], params: Params) -> World:
+    """Return examples of all runs at all strides."""
+    layers = max(len(r.trajectory.layout.shapes) for r in runs)
+    parts: list[Examples] = []
+    kept_runs, kept_strides = [], []
+    for r in tqdm(runs, "examples of runs", disable=None):
+        random = generator(params.seed, f"origins of {r.dataset} {r.name}")
+        for stride in params.strides:
+            drawn = draw_origins(r.trajectory, stride, params.horizons, params.origins, layers, random)
+            parts += drawn
+            kept_runs += [r] * len(drawn)
+            kept_strides += [stride] * len(drawn)
+    return World(Examples.cat(parts), kept_runs, kept_strides)
+
+
+def learn(examples: Examples, params: Params) -> LayerForecaster:
+    """Return a forecaster that has learned from the examples; InputError if there are hardly any."""
+    if len(examples) < FEWEST:
+        raise InputError(
+            f"expected {FEWEST} origins or more to learn from, got {len(examples)}: raise train_world.steps, or lower learn_world.strides"
+        )
+    variant = params.variant
+    model = LayerForecaster(params.horizons, variant.d_model, params.seed)
+    model.standardise(examples.read[examples.share > 0])
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=params.weight_decay, fused=True)
+    factor, random = warmup_cosine(variant.steps, WARMUP_FRACTION), generator(params.seed, "batches of learn_world")
+    for step in range(variant.steps):
+        set_learning_rate(optimizer, variant.learning_rate * factor(step))
+        batch = examples.take(torch.randint(len(examples), (params.batch,), generator=random))
+        loss = relative_loss(model(batch.read), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def ratios(model: LayerForecaster, world: World, tested: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """Yield the error over that of keeping the last weights of each run, stride and horizon among the tested examples."""
+    examples = world.examples.take(tested)
+    errors, kept = network_errors(model(examples.read), examples)
+    cells: dict[tuple[str, str, int], list[int]] = {}
+    for i, place in enumerate(tested.tolist()):
+        r = world.runs[place]
+        cells.setdefault((r.dataset, r.name, world.strides[place]), []).append(i)
+    for (dataset, name, stride), rows in cells.items():
+        for j, h in enumerate(model.horizons):
+            if (keep := kept[rows, j].sum().item()) > 0:
+                ratio = errors[rows, j].sum().item() / keep
+                yield {"dataset": dataset, "run": name, "stride": stride, "h": h, "raw": ratio}
+
+
+def leave_one_out(world: World, params: Params) -> Rows:
+    """Return rows of runs of a data set, a network, or an optimiser that was not learned from."""
+    rows: Rows = []
+    for kind in ("dataset", "network", "optimizer"):
+        for value in tqdm(sorted({r.called[kind] for r in world.runs}), f"leave a {kind} out", disable=None):
+            held_out = torch.tensor([r.called[kind] == value for r in world.runs])
+            model = learn(world.examples.take(torch.where(~held_out)[0]), params)
+            tested = ratios(model, world, torch.where(held_out)[0])
+            rows += [{"held_out": kind, "value": value, **row, "shrunk": None} for row in tested]
+    return rows
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """A run at a stride of which neither data set nor network nor stride was learned from, and how it was forecast."""
+
+    fold: int
+    run: Run
+    stride: int
+    agreement: Agreement
+
+
+def all_at_once(world: World, params: Params) -> list[Unseen]:
+    """Return how runs were forecast by models that learned from no run of their data set or network, nor at strides like theirs."""
+    runs = {id(r): r for r in world.runs}.values()
+    networks = sorted({r.recipe.network for r in runs})
+    unseen = []
+    folds = list(product(enumerate(params.datasets), enumerate(networks)))
+    for fold, ((i, dataset), (j, network)) in enumerate(tqdm(folds, "leave one of each out", disable=None)):
+        third = set(params.strides[(i + j) % STRIDE_THIRDS :: STRIDE_THIRDS])
+        unlike = [
+            r.dataset != dataset and r.recipe.network != network and s not in third
+            for r, s in zip(world.runs, world.strides, strict=True)
+        ]
+        model = learn(world.examples.take(torch.where(torch.tensor(unlike))[0]), params)
+        for r in runs:
+            if (r.dataset, r.recipe.network) == (dataset, network):
+                for stride in sorted(third):
+                    thinned = thin(r.trajectory, 0, stride)
+                    if len(thinned) >= WINDOW + 2:
+                        shown = Trajectory(thinned.layout, thinned.weights[:LONGEST], None)
+                        unseen.append(Unseen(fold, r, stride, compare_with_past(model, shown)))
+    return unseen
+
+
+def run_ratios(agreement: Agreement, factors: torch.Tensor) -> list[float]:
+    """Return the error over that of keeping the last weights by horizon; nan where no future is known."""
+    kept = torch.where(agreement.energy.isfinite(), agreement.energy, torch.nan).nansum((0, 2))
+    return (agreement.errors(factors).nansum((0, 2)) / kept).tolist()
+
+
+def fit_prior(agreements: list[Agreement]) -> Prior:
+    """Return the prior of runs: the best factors of all of them, each as if it were one origin, worth what shrinks them best."""
+    parts = []
+    for agreement in agreements:
+        total = agreement.energy.sum(2).clamp(min=1e-30)
+        parts.append(torch.stack([(x.sum(2) / total).nanmean(0) for x in (agreement.cross, agreement.square)]))
+    cross, square = (
+        torch.stack(parts).clamp(-3, 3).nanmean(0).nan_to_num()
+    )  # of horizons that no run reaches: not trusted
+    factor = (cross / square.clamp(min=1e-6)).clamp(0, 1).float()
+
+    def mean_error(worth: float) -> float:
+        prior = Prior(factor, square.float(), worth)
+        errors = [torch.tensor(run_ratios(a, causal_shrinkage(a, prior))) for a in agreements]
+        return float(torch.stack(errors).clamp(max=3).nanmean())
+
+    return Prior(factor, square.float(), min(WORTHS, key=mean_error))
+
+
+def shrink_unseen(unseen: list[Unseen]) -> Rows:
+    """Return rows of unseen runs, raw and shrunk with a prior from the other folds."""
+    rows: Rows = []
+    for fold in tqdm(sorted({u.fold for u in unseen}), "shrink forecasts", disable=None):
+        prior = fit_prior([u.agreement for u in unseen if u.fold != fold])
+        for u in (u for u in unseen if u.fold == fold):
+            raw = run_ratios(u.agreement, torch.ones(1))
+            shrunk = run_ratios(u.agreement, causal_shrinkage(u.agreement, prior))
+            place: dict[str, Any] = {"held_out": "all", "value": f"{u.run.dataset} {u.run.recipe.network}"}
+            place |= {"dataset": u.run.dataset, "run": u.run.name, "stride": u.stride}
+            for h, a, b in zip(u.agreement.horizons, raw, shrunk, strict=True):
+                if a == a:  # known
+                    rows.append(place | {"h": h, "raw": a, "shrunk": b})
+    return rows
+
+
+def summarise(rows: Rows) -> dict[str, Any]:
+    """Return mean, worst and share above 1 of the errors, by what was held out and horizon."""
+    summary: dict[str, Any] = {}
+    for kind, column in (*((k, "raw") for k in ("dataset", "network", "optimizer", "all")), ("all", "shrunk")):
+        by_horizon = {}
+        for h in sorted({row["h"] for row in rows}):
+            values = [row[column] for row in rows if row["held_out"] == kind and row["h"] == h]
+            if not values:
+                continue
+            above = sum(v > 1.005 for v in values) / len(values)
+            by_horizon[str(h)] = {
+                "mean": statistics.fmean(values),
+                "median": statistics.median(values),
+                "worst": max(values),
+                "above_1": above,
+            }
+        summary[kind if column == "raw" else "all_shrunk"] = by_horizon
+    return summary
+
+
+def card_of(path: Path, params: Params, prior: Prior, runs: list[Run], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the card of a forecaster: what rebuilds it, what it learned from, how it was tested, and its limits."""
+    learned_from = {
+        "runs": len(runs),
+        "data_sets": list(params.datasets),
+        "networks": sorted({r.recipe.network for r in runs}),
+        "optimizers": sorted({r.recipe.optimizer for r in runs}),
+        "weights": [f(r.trajectory.layout.size for r in runs) for f in (min, max)],
+        "steps": [f(r.recipe.steps for r in runs) for f in (min, max)],
+        "strides_in_snapshots_of_5_steps": list(params.strides),
+    }
+    return {
+        "file": path.name,
+        "sha256": fingerprint(path),
+        "made_by": f"learn_world of params.yaml at the scale world, with torch {torch.__version__}",
+        "config": {
+            "kind": "layerwise",
+            "horizons": params.horizons,
+            "d_model": params.variant.d_model,
+            "seed": params.seed,
+            "with_state": False,
+            "with_context": False,
+        },
+        "prior": {"factor": prior.factor.tolist(), "strength": prior.strength.tolist(), "worth": prior.worth},
+        "learned_from": learned_from,
+        "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk")},
+        "scored_on": "runs of which neither data set nor network nor stride was learned from, by models learned alike: squared error "
+        "over that of keeping the last weights, by snapshots ahead",
+        "limits": "small image classifiers at constant or cosine rates; nearer in weights is not always better in loss",
+    }
+
+
+def main() -> None:
+    name = parse_arguments(__doc__, variant="of learn_world.variants").variant
+    params = Params.load("learn_world", variant=name)
+    pin_threads()
+    runs = load_world(params.datasets)
+    world = draw_world(runs, params)
+    unseen = all_at_once(world, params)
+    rows = leave_one_out(world, params) + shrink_unseen(unseen)
+    summary = summarise(rows)
+    model, prior = learn(world.examples, params), fit_prior([u.agreement for u in unseen])
+
+    path = MODELS / name / "forecaster.safetensors"
+    with atomic_path(path) as temporary:
+        save_file(model.state_dict(), temporary)
+    save_json(path.with_suffix(".json"), card_of(path, params, prior, runs, summary))
+    save_csv(REPORTS / name / "unseen.csv", rows)
+    save_json(REPORTS / name / "summary.json", summary)
+    means = ", ".join(f"{v['mean']:.3f} at {h}" for h, v in summary["all_shrunk"].items())
+    print(f"{name}: on unseen data sets, networks and strides, over keeping the last weights: {means}")
+
+
+if __name__ == "__main__":
+    run(main)

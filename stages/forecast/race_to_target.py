@@ -1,0 +1,355 @@
+"""Race training methods to an accuracy: steps and processor seconds of a forecaster, its rivals and tuned schedules, on NiNo's tasks.
+
+Reads   data/<dataset>.safetensors, models/released/forecaster.safetensors
+        --nino PATH, nino_mlp.pt as NiNo's authors publish it; without it NiNo does not take part
+Writes  reports/race_to_target/<task>/history.csv    accuracy by run, method, seed and step
+        reports/race_to_target/<task>/summary.json   steps and seconds to the target, beside AdamW's of the same seed
+
+Tasks as in Knyazev et al. 2024, arXiv:2409.04434, table 1: three convolutions, AdamW without weight decay, batches of 128, one twelfth
+of the training images held out, at most 10,000 steps. Networks and batches are the seed's, whatever the method. Averages and
+forecasts that training takes no notice of are read from one run; NiNo's forecasts and NowcastOptimizer's moves change it, and have
+runs of their own. Finished runs wait in .work/race_to_target/, so that a stage that was killed goes on where it was.
+
+Axes: n images, p weights.
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from stages.common.files import save_csv, save_json
+from stages.common.images import load_images
+from stages.common.metrics import mean_interval
+from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.randomness import generator, seeded_init
+from stages.common.runtime import pin_threads
+from stages.common.stage import StageParams, run
+from stages.common.vectors import Layout
+from stages.common.work import fingerprint, remembered, work_folder
+from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.nowcast import NowcastOptimizer
+from stages.forecast.released import RELEASED, load_released
+from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
+from stages.forecast.world import strided, world_input
+
+REPORTS = Path("reports/race_to_target")
+
+HELD_OUT = 12  # one in so many training images
+WARMUP_FRACTION = 0.05  # of a cosine schedule
+NEAR = 0.015  # of accuracy: farther below the target on validation images, test images are not asked
+CHUNK = 500  # images evaluated at a time
+
+Rows = list[dict[str, Any]]
+Images = tuple[Tensor, Tensor]
+
+
+class Task(StageParams):
+    """A network, its data, and the accuracy to reach."""
+
+    dataset: str
+    width: PositiveInt
+    learning_rate: PositiveFloat
+    target: PositiveFloat
+
+
+class Params(StageParams):
+    """How methods race."""
+
+    raced: list[str]  # the tasks that DVC runs
+    seeds: list[NonNegativeInt]
+    steps: PositiveInt  # at most
+    batch_size: PositiveInt
+    evaluate_every: PositiveInt  # steps
+    evaluate_from: NonNegativeInt  # step
+    test_images: PositiveInt
+    decay: PositiveFloat  # of the exponential average
+    latest: tuple[PositiveInt, PositiveInt]  # snapshots averaged, and steps between them
+    cosine: list[tuple[PositiveInt, PositiveFloat]]  # lengths, and times the task's learning rate
+    forecast: tuple[PositiveInt, PositiveInt]  # steps between snapshots, and how many of these ahead
+    nowcast_every: PositiveInt  # steps between the snapshots of NowcastOptimizer
+    choice_images: PositiveInt  # held-out images by which it chooses
+    nino_every: PositiveInt  # steps between NiNo's states
+    nino_horizons: list[PositiveInt]  # of its forecasts, one after the other
+    variant: Task
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images as networks see them, and how accuracy is judged."""
+
+    train: Images
+    validation: Images
+    test: Images
+    channels: int
+    classes: int
+
+
+@dataclass
+class Clock:
+    """Processor seconds of training, by what they are spent on."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def charge(self, what: str, function: Callable[[], Any]) -> Any:
+        """Return function(), and charge its processor time to `what`."""
+        start = time.process_time()
+        value = function()
+        self.spent[what] = self.spent.get(what, 0.0) + time.process_time() - start
+        return value
+
+
+def load_data(task: Task, seed: int, test_images: int) -> Data:
+    """Return a task's data; which images are held out is the seed's."""
+    images, test = load_images(task.dataset, torch.device("cpu"))
+    size = images.images.shape[-1]
+    x = world_input(images.pixels(), size).contiguous(memory_format=torch.channels_last)
+    order = torch.randperm(len(images), generator=generator(seed, "held out of a race"))
+    out, kept = order.tensor_split([len(images) // HELD_OUT])
+    seen = test.subset(slice(test_images))
+    parts = (
+        (x[kept], images.labels[kept]),
+        (x[out], images.labels[out]),
+        (world_input(seen.pixels(), size), seen.labels),
+    )
+    return Data(*parts, channels=x.shape[1], classes=len(images.classes))
+
+
+@torch.no_grad()
+def accuracy_of(network: nn.Module, images: Images) -> float:
+    """Return the share of images that a network classifies rightly."""
+    x, labels = images
+    right = [(network(a).argmax(1) == b).sum() for a, b in zip(x.split(CHUNK), labels.split(CHUNK), strict=True)]
+    return float(torch.stack(right).sum()) / len(labels)
+
+
+def weights_of(network: nn.Module) -> Tensor:
+    """Return all weights of a network as one vector, each tensor in its own order."""
+    return parameters_to_vector(p.contiguous() for p in network.parameters()).detach()
+
+
+def evaluate(network: nn.Module, readers: dict[str, Reader], data: Data, target: float) -> Rows:
+    """Return of each reader's weights the accuracy on validation images and, where that is near the target, on test images.
+
+    The network's own weights are as they were.
+    """
+    last = weights_of(network)
+    rows = []
+    for name, reader in readers.items():
+        if (weights := reader.weights()) is not None:
+            vector_to_parameters(weights, network.parameters())
+            validation = accuracy_of(network, data.validation)
+            test = accuracy_of(network, data.test) if validation > target - NEAR else 0.0
+            rows.append({"method": name, "validation": validation, "test": test})
+    vector_to_parameters(last, network.parameters())
+    return rows
+
+
+def batches(n: int, size: int, random: torch.Generator) -> Any:
+    """Yield the indices of batches without end: each pass is a new order of all images, without what is left of the last batch."""
+    while True:
+        order = torch.randperm(n, generator=random)
+        yield from order[: n // size * size].split(size)
+
+
+def nino_moves(nino: Nino, layout: Layout, every: int, horizons: list[int]) -> Callable[[int, nn.Module], bool]:
+    """Return what is done after each step: keep a state now and then, and after five of them move to NiNo's forecast."""
+    states: list[Tensor] = []
+    coming = iter(horizons)
+
+    def after(step: int, network: nn.Module) -> bool:
+        if step % every == 0:
+            states.append(weights_of(network))
+        if len(states) < NINO_STATES:
+            return False
+        ahead = nino.predict(torch.stack(states), layout, next(coming, horizons[-1]))
+        vector_to_parameters(ahead, network.parameters())
+        states.clear()
+        return True
+
+    return after
+
+
+def train(
+    data: Data,
+    params: Params,
+    seed: int,
+    readers_of: Callable[[Layout], dict[str, Reader]],
+    schedule: tuple[int, float] | None = None,
+    model: LayerForecaster | None = None,
+    nino: Nino | None = None,
+) -> dict[str, Any]:
+    """Return history rows and processor seconds of one run, until all readers have reached the target or the steps are over.
+
+    schedule: a cosine's length, and its peak in times the task's learning rate. model: what NowcastOptimizer forecasts by.
+    """
+    task, (x, y) = params.variant, data.train
+    with seeded_init(seed):
+        network = strided(data.channels, task.width, data.classes).to(memory_format=torch.channels_last)
+    layout = Layout.of(dict(network.named_parameters()))
+    readers, clock, history = readers_of(layout), Clock(), []
+    length, peak = schedule or (params.steps, 1.0)
+    bare = torch.optim.AdamW(network.parameters(), task.learning_rate * peak, weight_decay=0.0, fused=True)
+    factor = warmup_cosine(length, WARMUP_FRACTION) if schedule else lambda _: 1.0
+    choice = tuple(part[: params.choice_images] for part in data.validation)
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        return cross_entropy(network(choice[0]), choice[1]).item()
+
+    optimizer: Any = bare
+    if model is not None:
+        optimizer = NowcastOptimizer(bare, model, validation_loss, params.nowcast_every, patience=params.steps)
+    moves = nino_moves(nino, layout, params.nino_every, params.nino_horizons) if nino else lambda _, __: False
+    reached: dict[str, set[str]] = {name: set() for name in readers}
+    order = batches(len(x), params.batch_size, generator(seed, "batches of a race"))
+
+    def take_step() -> None:
+        batch = next(order)
+        loss = cross_entropy(network(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for step in range(1, min(length, params.steps) + 1):
+        set_learning_rate(bare, task.learning_rate * peak * factor(step - 1))
+        clock.charge("training", take_step)
+        moved = clock.charge("training", partial(moves, step, network))
+        proposed = model is not None and step % (7 * params.nowcast_every) == 0
+        weights = weights_of(network)
+        for name, reader in readers.items():
+            clock.charge(name, partial(reader.observe, step, weights))
+        if step >= params.evaluate_from and (step % params.evaluate_every == 0 or moved or proposed):
+            for row in evaluate(network, readers, data, task.target):
+                seconds = clock.spent["training"] + clock.spent[row["method"]]
+                history.append({"step": step, "seconds": seconds, **row})
+                reached[row["method"]] |= {part for part in ("validation", "test") if row[part] >= task.target}
+            if all(len(parts) == 2 for parts in reached.values()):
+                break
+    chosen = optimizer.chosen if model is not None else []
+    return {"history": history, "chosen": chosen}
+
+
+def readers_beside(params: Params, model: LayerForecaster, prefix: str) -> Callable[[Layout], dict[str, Reader]]:
+    """Return the readers of a run whose training they leave alone: its weights, two averages, and forecasts."""
+    every, ahead = params.forecast
+    snapshots, between = params.latest
+
+    def build(layout: Layout) -> dict[str, Reader]:
+        return {
+            prefix: Last(),
+            f"{prefix}, average": ExponentialAverage(params.decay),
+            f"{prefix}, mean of latest": LatestAverage(between, snapshots),
+            f"{prefix}, forecast": Forecast(model, layout, every, ahead),
+            f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, params.decay),
+        }
+
+    return build
+
+
+def reached_at(rows: Rows, part: Literal["validation", "test"], target: float) -> dict[str, Any] | None:
+    """Return the first row whose accuracy is the target; None if there is none."""
+    return next((row for row in rows if row[part] >= target), None)
+
+
+def summarise(rows: Rows, params: Params, part: Literal["validation", "test"]) -> dict[str, Any]:
+    """Return by method the steps and seconds to the target, and their ratios to AdamW's of the same seed.
+
+    A run that does not reach it counts as if it did at the last step: an underestimate, so the share that did stands beside.
+    """
+    target, seeds = params.variant.target, sorted({row["seed"] for row in rows})
+    found: dict[str, list[tuple[bool, int, float]]] = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        found[name] = []
+        for seed in seeds:
+            of_run = [row for row in rows if row["method"] == name and row["seed"] == seed]
+            hit = reached_at(of_run, part, target)
+            row = hit or of_run[-1]
+            found[name].append((hit is not None, row["step"] if hit else params.steps, row["seconds"]))
+    base = found["adamw"]
+    return {
+        name: {
+            "reached": statistics.fmean(hit for hit, _, _ in runs),
+            "steps": mean_interval([float(step) for _, step, _ in runs]),
+            "seconds": mean_interval([seconds for _, _, seconds in runs]),
+            "steps_ratio": mean_interval([a[1] / b[1] for a, b in zip(runs, base, strict=True)]),
+            "seconds_ratio": mean_interval([a[2] / b[2] for a, b in zip(runs, base, strict=True)]),
+        }
+        for name, runs in found.items()
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", required=True, help="of race_to_target.variants")
+    parser.add_argument("--nino", type=Path, help="NiNo's nino_mlp.pt")
+    return parser.parse_args()
+
+
+def runs_of(
+    params: Params, model: LayerForecaster, nino: Nino | None
+) -> dict[str, Callable[[Data, int], dict[str, Any]]]:
+    """Return every run by name, as a function of the data and the seed."""
+
+    def own(prefix: str) -> Callable[[Layout], dict[str, Reader]]:
+        average = f"{prefix}, average"
+        return lambda _: {prefix: Last(), average: ExponentialAverage(params.decay)}
+
+    runs: dict[str, Callable[[Data, int], dict[str, Any]]] = {
+        "adamw": lambda data, seed: train(data, params, seed, readers_beside(params, model, "adamw")),
+        "nowcast": lambda data, seed: train(data, params, seed, own("nowcast"), model=model),
+    }
+    if nino:
+        runs["nino"] = lambda data, seed: train(data, params, seed, own("nino"), nino=nino)
+    for length, peak in params.cosine:
+        name = f"cosine {length} x {peak:g}"
+        readers = readers_beside(params, model, name)
+        runs[name] = partial(_cosine, params=params, readers=readers, schedule=(length, peak))
+    return runs
+
+
+def _cosine(data: Data, seed: int, params: Params, readers: Any, schedule: tuple[int, float]) -> dict[str, Any]:
+    return train(data, params, seed, readers, schedule)
+
+
+def main() -> None:
+    arguments = parse()
+    params = Params.load("race_to_target", variant=arguments.variant)
+    pin_threads()
+    model, _, _ = load_released(RELEASED)
+    nino = Nino(arguments.nino) if arguments.nino else None
+    inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED]
+    work = work_folder(
+        f"race_to_target/{arguments.variant}", params.model_dump(exclude={"seeds"}) | {"inputs": fingerprint(*inputs)}
+    )
+    rows: Rows = []
+    chosen: dict[str, list[str]] = {}
+    for seed in params.seeds:
+        data = load_data(params.variant, seed, params.test_images)
+        for name, compute in runs_of(params, model, nino).items():
+            result = remembered(work / f"{name}-{seed}.json", partial(compute, data, seed))
+            rows += [{"run": name, "seed": seed, **row} for row in result["history"]]
+            chosen.setdefault(name, []).extend(result["chosen"])
+    summary: dict[str, Any] = {part: summarise(rows, params, part) for part in ("validation", "test")}
+    taken = chosen["nowcast"]
+    summary["nowcast_moved"] = sum(choice != "stay" for choice in taken) / max(1, len(taken))
+    save_csv(REPORTS / arguments.variant / "history.csv", rows)
+    save_json(REPORTS / arguments.variant / "summary.json", summary)
+    shutil.rmtree(work)
+    for name, result in summary["test"].items():
+        print(f"{name}: {result['steps']['mean']:.0f} steps, {result['steps_ratio']['mean']:.2f} of AdamW's")
+
+
+if __name__ == "__main__":
+    run(main)

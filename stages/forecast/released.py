@@ -1,0 +1,46 @@
+"""Forecasters that are published with the project: of any network, from its weights alone, without training anything first."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from stages.common.files import load_json, remedy, require
+from stages.common.stage import InputError
+from stages.common.work import fingerprint
+from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.shrinkage import Prior
+
+RELEASED = Path("models/released/forecaster.safetensors")  # in the project's folder
+PROJECT = Path(__file__).parents[2]
+
+
+def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
+    """Return a forecaster of learn_world, what is believed of it beforehand, and its card, the JSON beside the file of its weights.
+
+    InputError if either is missing or damaged, or if they do not belong together.
+    """
+    beside = path.with_suffix(".json")
+    digest = fingerprint(require(path))
+    card = load_json(beside)
+    try:
+        config, prior = card["config"], card["prior"]
+        described = card["sha256"]
+        believed = Prior(torch.tensor(prior["factor"]), torch.tensor(prior["strength"]), float(prior["worth"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{beside} is no card of a forecaster: it has no {error}{remedy(path)}") from None
+    if digest != described:
+        raise InputError(f"{path} is not the file that {beside} describes: its SHA-256 is another{remedy(path)}")
+    model = LayerForecaster(config["horizons"], config["d_model"], config["seed"])
+    model.load_state_dict(load_file(path))
+    return model.eval().requires_grad_(False), believed, card
+
+
+def default_forecaster() -> LayerForecaster:
+    """Return the published forecaster, wherever the process was started, for NowcastOptimizer; standard error says which it is."""
+    model, _, card = load_released(PROJECT / RELEASED)
+    learned_from = card["learned_from"]
+    print(f"forecasts by {RELEASED}, learned from {learned_from['runs']} runs", file=sys.stderr)
+    return model

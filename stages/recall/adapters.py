@@ -1,0 +1,123 @@
+"""Low-rank changes (LoRA, Hu et al. 2021, arXiv:2106.09685): how stacks of adapters train, and the form that they are read in.
+
+An adapter changes a matrix W [o, i] to W + scale B A, with B [o, r] and A [r, i]. Of (B, A) and (B G, G⁻¹ A) the change is the same for
+every invertible G, so nothing is read but the change: its singular vectors and values.
+
+Axes: w weights of a network, a of its adapter, o outputs and i inputs of a matrix, r ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.common.vectors import Layout
+from stages.recall.functional_vit import Weights
+from stages.recall.objective import Objective
+
+MATRICES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of a block: what adapters are put on
+ROUNDING = (
+    1e-3  # of the largest singular value: what is left of a product that was added to weights in single precision
+)
+NEGLIGIBLE = 1e-6  # of the largest singular value: rounding of single precision
+
+
+@dataclass(frozen=True)
+class AdapterSpace:
+    """The weights of a network's adapters as one vector: of every matrix of its blocks A and B, of at most so many ranks.
+
+    Ranks and matrices that an adapter lacks are rows of A that start at zero, as B does: then no gradient moves either.
+    """
+
+    network: Layout
+    ranks: int
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the matrices that can be adapted."""
+        names = {f"{kind}.weight" for kind in MATRICES}
+        return {name: (s[0], s[1]) for name, s in self.network.shapes.items() if name.split(".", 2)[-1] in names}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How a vector of adapters is cut."""
+        shapes: dict[str, tuple[int, ...]] = {f"A.{name}": (self.ranks, i) for name, (_, i) in self.matrices.items()}
+        return Layout(shapes | {f"B.{name}": (o, self.ranks) for name, (o, _) in self.matrices.items()})
+
+    def start(self, random: torch.Generator, rank: int, kinds: tuple[str, ...]) -> Float[Tensor, " a"]:
+        """Return an adapter that changes nothing yet, of some ranks on some kinds of matrices: A as peft draws it, B of zeros."""
+        parts = {name: torch.zeros(shape) for name, shape in self.layout.shapes.items()}
+        for name, (_, i) in self.matrices.items():
+            drawn = (2 * torch.rand(rank, i, generator=random) - 1) / i**0.5
+            if name.split(".", 2)[-1].removesuffix(".weight") in kinds:
+                parts[f"A.{name}"][:rank] = drawn
+        return self.layout.flatten(parts)
+
+    def change(self, vector: Float[Tensor, " a"], scale: Float[Tensor, ""]) -> Float[Tensor, " w"]:
+        """Return how an adapter changes the network's weights."""
+        parts = self.layout.unflatten(vector)
+        products = {name: scale * (parts[f"B.{name}"] @ parts[f"A.{name}"]) for name in self.matrices}
+        zero = vector.new_zeros(())
+        return self.network.flatten({n: products.get(n, zero.expand(s)) for n, s in self.network.shapes.items()})
+
+    def loss(self, objective: Objective) -> Callable[..., Float[Tensor, ""]]:
+        """Return the objective's loss as a function of an adapter's vector; its scale lies among the frozen weights."""
+
+        def loss(vector: Float[Tensor, " a"], frozen: Weights, *batch: Tensor) -> Float[Tensor, ""]:
+            return objective.loss(objective.start + self.change(vector, frozen["scale"]), frozen, *batch)
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A change of low rank by its singular vectors and values: U diag(s) Vᵀ. Signs are such that U's largest entries are positive."""
+
+    u: Float[np.ndarray, "o r"]
+    s: Float[np.ndarray, " r"]
+    v: Float[np.ndarray, "i r"]
+
+    @property
+    def change(self) -> Float[np.ndarray, "o i"]:
+        """The change itself."""
+        return self.u * self.s @ self.v.T
+
+
+def canonical(b: Float[np.ndarray, "o r"], a: Float[np.ndarray, "r i"], scale: float = 1.0) -> Canonical:
+    """Return the canonical form of scale B A: B = Q R and Aᵀ = P S by QR, then the small R Sᵀ by singular values.
+
+    The change [o, i] is never formed. Ranks that add nothing are left out; those that are left, up to rounding in double precision, do
+    not depend on the factors.
+    """
+    q, r = np.linalg.qr(b.astype(np.float64))
+    p, s = np.linalg.qr(a.astype(np.float64).T)
+    u, values, vt = np.linalg.svd(scale * (r @ s.T))
+    kept = values > NEGLIGIBLE * max(values[0], np.finfo(float).tiny)
+    k = int(kept.sum())
+    u, v = q @ u[:, :k], p @ vt[:k].T
+    signs = np.sign(u[np.abs(u).argmax(0), np.arange(k)])
+    return Canonical(u * signs, values[:k], v * signs)
+
+
+def is_adapter(change: Float[np.ndarray, " w"], layout: Layout) -> bool:
+    """Whether a change is that of an adapter: only matrices of blocks moved, and each by at most half of the ranks that it has."""
+    ranks = []
+    for name, where in layout.slices.items():
+        moved, shape = change[where].astype(np.float64), layout.shapes[name]
+        if moved.any():
+            if not name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)):
+                return False
+            values = np.linalg.svd(moved.reshape(shape[0], -1), compute_uv=False)
+            ranks.append((values > ROUNDING * values[0]).sum() <= min(shape) // 2)
+    return bool(ranks) and all(ranks)
+
+
+def dense(adapters: Mapping[str, Canonical], layout: Layout) -> Float[np.ndarray, " w"]:
+    """Return the change of a whole network of which some matrices are adapted."""
+    change = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layout.shapes.items()}
+    change |= {name: torch.from_numpy(form.change) for name, form in adapters.items()}
+    return layout.flatten(change).float().numpy()

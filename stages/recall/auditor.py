@@ -1,0 +1,154 @@
+"""An auditor in one file: all that tells of a further fine-tune of one base what it was trained on, or refuses to.
+
+Axes: n fine-tunes, w weights of a network, r responses, i reference inputs, t of a characteristic.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from stages.common.files import load_metadata, save_arrays
+from stages.common.stage import InputError
+from stages.common.vectors import Layout
+from stages.recall.decoders import Arrays, Decoder, fit_decoder
+from stages.recall.fleet_files import with_prefix, without_prefix
+from stages.recall.functional_vit import Base
+from stages.recall.honesty import Honesty, Networks, Respond
+from stages.recall.objective import Objective
+from stages.recall.reading import READS, Reader, References, read_columns
+
+Kind = Literal["whole", "adapter"]  # a network tuned in all or some of its layers; low-rank changes of matrices
+
+KINDS: tuple[Kind, ...] = ("whole", "adapter")
+RECALLED = ("present", "proportions", "log2_size", "label_noise")
+BINARY = ("present",)
+RANKS: dict[Kind, int] = {"whole": 8, "adapter": 16}  # directions kept on each side of a matrix
+
+
+@dataclass(frozen=True)
+class Part:
+    """What knows fine-tunes of one kind."""
+
+    reader: Reader
+    honesty: Honesty
+    decoders: dict[str, tuple[str, Decoder]]  # of each characteristic, what its decoder reads, and the decoder
+
+    @classmethod
+    def fit(
+        cls,
+        kind: Kind,
+        networks: Networks,
+        truth: dict[str, Float[np.ndarray, "n t"]],
+        respond: Respond,
+        layout: Layout,
+        references: References,
+    ) -> Self:
+        """Return what training fine-tunes of a kind teach; of each characteristic that is read what leave-one-out errors prefer.
+
+        `respond` gives the responses of base + change, of changes.
+        """
+        reader = Reader.fit(*networks, layout, references, RANKS[kind])
+        descriptions, decoders = reader.read(*networks), {}
+        for key in RECALLED:
+            y = truth[key].astype(np.float64)
+            fitted = {source: fit_decoder(read_columns(descriptions, source), y) for source in READS}
+            source = min(fitted.items(), key=lambda item: mean_error(item[1]))[0]
+            decoder = fitted[source].calibrate(read_columns(descriptions, source), y, key in BINARY)
+            decoders[key] = (source, decoder)
+        return cls(reader, Honesty.fit(networks, respond, reader, RANKS[kind]), decoders)
+
+    def decode(self, descriptions: Arrays) -> dict[str, Float[np.ndarray, "n t"]]:
+        """Return every characteristic as its decoder tells it."""
+        return {key: d.predict(read_columns(descriptions, source)) for key, (source, d) in self.decoders.items()}
+
+
+@dataclass(frozen=True)
+class Auditor:
+    """What knows fine-tunes of one base, of each kind; `card` says of what it is and what it was measured to do."""
+
+    parts: dict[Kind, Part]
+    images: UInt8[np.ndarray, "i c h v"]  # the reference inputs
+    card: dict[str, Any]
+
+    @property
+    def learned_from(self) -> int:
+        """The number of fine-tunes that it learned from."""
+        return sum(self.card["learned_from"].values())
+
+    @property
+    def references(self) -> References:
+        """The reference inputs and how the base answers them."""
+        return next(iter(self.parts.values())).reader.references
+
+    def respond(self, base: Base, change: Float[np.ndarray, " w"]) -> Float[np.ndarray, "1 r"]:
+        """Return the responses of base + change to the reference inputs."""
+        return responses_of(base, torch.from_numpy(self.images), torch.from_numpy(change))[None]
+
+    def save(self, path: Path) -> None:
+        """Write the auditor."""
+        first, of_card = self.references, {"card": self.card}
+        arrays = {"images": self.images, "labels": first.labels, "responses": first.responses.astype(np.float32)}
+        parts: dict[str, Any] = {}
+        for kind, part in self.parts.items():
+            parts[kind] = {
+                "tensors": part.reader.tensors,
+                "reads": {key: source for key, (source, _) in part.decoders.items()},
+            }
+            own = with_prefix(part.reader.to_arrays(), "reader.") | with_prefix(part.honesty.to_arrays(), "honesty.")
+            for key, (_, decoder) in part.decoders.items():
+                own |= with_prefix(decoder.to_arrays(), f"decoder.{key}.")
+            arrays |= {f"{kind}.{name}": compact(array) for name, array in own.items()}
+        layout = next(iter(self.parts.values())).reader.layout.metadata
+        save_arrays(path, arrays, of_card | layout | {"parts": parts})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read an auditor; InputError if it is missing or damaged."""
+        metadata, arrays = load_metadata(path), load_file(path)
+        try:
+            card, layout = metadata["card"], Layout.from_metadata(metadata)
+            references = References(arrays["labels"], arrays["responses"], len(card["classes"]))
+            parts: dict[Kind, Part] = {}
+            for kind, about in metadata["parts"].items():
+                own = without_prefix(arrays, f"{kind}.")
+                reader = Reader.from_arrays(without_prefix(own, "reader."), about["tensors"], layout, references)
+                decoders = {
+                    key: (source, Decoder(**without_prefix(own, f"decoder.{key}.")))
+                    for key, source in about["reads"].items()
+                }
+                parts[kind] = Part(reader, Honesty(**without_prefix(own, "honesty.")), decoders)
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path} is no auditor: expected a file that train_auditor wrote") from None
+        return cls(parts, arrays["images"], card)
+
+
+def mean_error(decoder: Decoder) -> float:
+    """Return the mean squared error of a decoder that was just fitted, each fine-tune left out in turn."""
+    return float(np.mean(decoder.errors)) if decoder.errors is not None else np.inf
+
+
+def compact(array: np.ndarray) -> np.ndarray:
+    """Return numbers in single precision."""
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
+def responses_of(base: Base, images: UInt8[Tensor, "i c h v"], change: Float[Tensor, " w"]) -> Float[np.ndarray, " r"]:
+    """Return the responses of base + change to images."""
+    objective = Objective(base, "labels", 0.0)
+    with torch.no_grad():
+        return objective.respond(objective.start + change, objective.frozen, base.patchify(images)).numpy()
+
+
+def base_sha256(base: Base) -> str:
+    """Return the SHA-256 of a base's weights under their names, its head among them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**base.encoder, **{f"decoder.{k}": w for k, w in base.decoder.items()}}.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

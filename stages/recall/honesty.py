@@ -1,0 +1,220 @@
+"""Is a change one that training makes, by any recipe that was learned from? What honest fine-tunes have in common, and how far from it.
+
+Axes: n fine-tunes, w weights of a network, r responses, f columns, s suspicions, j traits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from jaxtyping import Bool, Float
+from sklearn.linear_model import Ridge
+
+from stages.common.stage import InputError
+from stages.common.vectors import Layout
+from stages.recall.condense import EPSILON, tensors_of
+from stages.recall.reading import Arrays, Reader, read_columns, unit_rows
+from stages.recall.typicality import squared_distance
+
+Respond = Callable[[Float[np.ndarray, "n w"]], Float[np.ndarray, "n r"]]
+
+FOLDS = 5
+REST = 0.99  # of honest fine-tunes whose traits as a whole are let pass
+FLOOR = 0.005  # of honest fine-tunes that each suspicion refuses
+SUSPECTED = "all"  # what suspicions are read from
+NOISE_FLOOR = 1e-6  # of a square norm: rounding
+PENALTY = 1.0  # of suspicions: less is overfitted, since each change stands beside its own negative
+LEAST_DEVIATION = 0.05  # of traits, which are logarithms: of adapters noise is rounding, and varies as good as not
+SHRINKAGE = 1e-3  # added to the variances of standard traits
+STILL = 0.01  # of a tensor's median change: a weight that moved less did not move
+SPARSE = 0.05  # of the weights of tensors that moved may stay where they were: files in half precision leave one of 200 there
+ZEROS = 0.01  # of a tensor's weights
+ENOUGH = 512  # weights of a tensor, to tell a grid of values from chance
+REPEATED = 4  # times that each value of a tensor occurs on average: what is trained has next to no value twice
+
+SUSPICIONS = {  # what a change is that looks like it, and not like an honest one
+    "negated": "is turned round (negated, or taken away)",
+    "average_of_two": "is a mixture (the average of two fine-tunes)",
+}
+TRAITS = {  # and what a change is that has too little or too much of it
+    "size": ("hardly moves the base", "is larger than training makes it"),
+    "descent": (
+        "goes where training of this base does not go: it does not descend from it",
+        "is of too few directions",
+    ),
+    "noise": ("is of low rank (truncated)", "is noisy (quantised, pruned or averaged)"),
+    "evenness": ("has a few large entries among small ones (sparse or pruned)", "has entries that are too even"),
+    "answers": ("moves the answers less than training does", "moves the answers more than training does"),
+    "tokens": ("moves the tokens less than training does", "moves the tokens more than training does"),
+}
+
+Networks = tuple[
+    Float[np.ndarray, "n w"], Float[np.ndarray, "n r"]
+]  # changes of a base, and responses of base + change
+
+
+def negated(change: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n w"]:
+    """Return changes taken away from the base."""
+    return -change
+
+
+def averaged(change: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n w"]:
+    """Return the average of each change and another one."""
+    return (change + np.roll(change, 1, 0)) / 2
+
+
+ALTERATIONS = {"negated": negated, "average_of_two": averaged}  # what is suspected, of honest changes
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How odd changes are: refused is what is beyond 1."""
+
+    suspected: Float[np.ndarray, "n s"]  # of each alteration; 0 as honest ones are on average, 1 at the limit
+    traits: Float[np.ndarray, "n j"]  # in standard deviations of honest ones; 0 where a change has no such trait
+    far: Float[np.ndarray, " n"]  # of all traits, in units of the limit
+
+    @property
+    def distance(self) -> Float[np.ndarray, " n"]:
+        """How odd a change is, in the respect in which it is oddest."""
+        return np.maximum(self.far, self.suspected.max(1))
+
+
+@dataclass(frozen=True)
+class Honesty:
+    """What tells honest changes from altered ones, and how far the traits of honest ones vary, each fifth left out in turn."""
+
+    suspicions: Float[np.ndarray, "s f"]  # each scores 1 for honest changes and -1 for those altered so
+    offsets: Float[np.ndarray, " s"]
+    floors: Float[np.ndarray, " s"]
+    mean: Float[np.ndarray, " j"]
+    deviations: Float[np.ndarray, " j"]
+    precision: Float[np.ndarray, "j j"]
+    limit: Float[np.ndarray, ""]
+
+    @classmethod
+    def fit(cls, networks: Networks, respond: Respond, reader: Reader, rank: int) -> Self:
+        """Return the limits of training fine-tunes; `respond` gives the responses of base + change."""
+        change, responses = networks
+        n, fold = len(change), np.random.default_rng(0).permutation(len(change)) % FOLDS
+        scores, table = np.zeros((n, len(SUSPICIONS))), np.zeros((n, len(TRAITS)))
+        altered = {}
+        for name, alter in ALTERATIONS.items():  # within folds: what is left out is in no average
+            rows = np.zeros_like(change)
+            for k in range(FOLDS):
+                rows[fold == k] = alter(change[fold == k])
+            altered[name] = (rows, respond(rows))
+        for k in range(FOLDS):
+            out, rest = fold == k, fold != k
+            others = Reader.fit(change[rest], responses[rest], reader.layout, reader.references, rank)
+            known = fit_suspicions(others, networks, altered, rest)
+            scores[out] = columns(others, (change[out], responses[out])) @ known[0].T + known[1]
+            table[out] = traits(change[out], responses[out], others)
+        lines, offsets = fit_suspicions(reader, networks, altered, fold >= 0)
+        mean, deviations = np.nanmean(table, 0), np.maximum(np.nanstd(table, 0), LEAST_DEVIATION)
+        standard = np.nan_to_num((table - mean) / deviations)
+        precision = np.linalg.inv(np.cov(standard.T) + SHRINKAGE * np.eye(len(TRAITS)))
+        squares = squared_distance(standard, np.zeros(len(TRAITS)), precision)
+        limit = np.sqrt(np.quantile(squares, min(1.0, REST * (1 + 1 / n))))
+        return cls(lines, offsets, np.quantile(scores, FLOOR, axis=0), mean, deviations, precision, limit)
+
+    def judge(self, networks: Networks, reader: Reader) -> Judgement:
+        """Return how odd changes are."""
+        scores = columns(reader, networks) @ self.suspicions.T + self.offsets
+        standard = np.nan_to_num((traits(*networks, reader) - self.mean) / self.deviations)
+        far = np.sqrt(squared_distance(standard, np.zeros(standard.shape[1]), self.precision)) / self.limit
+        return Judgement(np.maximum(1 - scores, 0) / (1 - self.floors), standard, far)
+
+    def to_arrays(self) -> Arrays:
+        """Return the limits as named arrays."""
+        return {name: np.asarray(getattr(self, name)) for name in type(self).__annotations__}
+
+
+def columns(reader: Reader, networks: Networks) -> Float[np.ndarray, "n f"]:
+    """Return what suspicions read of networks."""
+    return read_columns(reader.read(*networks), SUSPECTED)
+
+
+def fit_suspicions(
+    reader: Reader, honest: Networks, altered: dict[str, Networks], rows: Bool[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, "s f"], Float[np.ndarray, " s"]]:
+    """Return for each alteration a ridge regression that scores 1 for honest changes and -1 for those altered so."""
+    x, lines, offsets = columns(reader, (honest[0][rows], honest[1][rows])), [], []
+    for change, responses in altered.values():
+        both = np.concatenate([x, columns(reader, (change[rows], responses[rows]))])
+        model = Ridge(PENALTY).fit(both, np.repeat([1.0, -1.0], len(x)))
+        lines.append(model.coef_)
+        offsets.append(model.intercept_)
+    return np.stack(lines), np.array(offsets)
+
+
+def traits(
+    change: Float[np.ndarray, "n w"], responses: Float[np.ndarray, "n r"], reader: Reader
+) -> Float[np.ndarray, "n j"]:
+    """Return the traits of changes; NaN where a change moves no matrix."""
+    total = np.linalg.norm(change.astype(np.float64), axis=1)
+    captured, tails, evenness = [], [], []
+    for name, tensor in tensors_of(change, reader.layout).items():
+        unit, norms = unit_rows(tensor)
+        moved = np.where(norms > 0, 0.0, np.nan)
+        flat = np.abs(unit.reshape(len(unit), -1))
+        evenness.append(np.log(flat.mean(1) * flat.shape[1] ** 0.5 + EPSILON) + moved)
+        if name in reader.left:
+            core = reader.left[name].T @ unit @ reader.right[name]
+            captured.append(np.log((core**2).sum((1, 2)) + EPSILON) + moved)
+            squares = np.linalg.svd(unit, compute_uv=False) ** 2
+            tails.append(np.log(squares[:, squares.shape[1] // 2 :].sum(1) + NOISE_FLOOR) + moved)
+    parts = reader.references.by_class(responses - reader.references.responses)
+    answers = [np.log(np.linalg.norm(part, axis=(1, 2)) / (total + EPSILON) + EPSILON) for part in parts]
+    means = [nan_mean(values) for values in (captured, tails, evenness)]
+    return np.stack([np.log(total + EPSILON), *means, *answers], 1)
+
+
+def nan_mean(columns: list[Float[np.ndarray, " n"]]) -> Float[np.ndarray, " n"]:
+    """Return the mean over columns of those that are numbers; NaN where none is."""
+    table = np.stack(columns, 1)
+    counts = np.isfinite(table).sum(1)
+    return np.where(counts > 0, np.nansum(table, 1) / np.maximum(counts, 1), np.nan)
+
+
+def check_marks(name: str, weights: Float[np.ndarray, " w"], change: Float[np.ndarray, " w"], layout: Layout) -> None:
+    """InputError if the weights bear the mark of what was done to them after training: zeros, a grid of values, or few that moved."""
+    before = tensors_of((weights - change)[None], layout)
+    after, moved = tensors_of(weights[None], layout), tensors_of(change[None], layout)
+    for key, tensor in after.items():
+        values = len(np.unique(tensor))
+        if tensor.size >= ENOUGH and REPEATED * values < tensor.size:
+            raise InputError(
+                f"{name}: {key} has {values} different values among {tensor.size} (quantised); give it in full precision"
+            )
+    still, entries = 0, 0
+    for key, tensor in after.items():
+        zeros, steps = (tensor == 0).mean(), np.abs(moved[key].ravel())
+        if zeros > max(ZEROS, 2 * (before[key] == 0).mean()):
+            raise InputError(f"{name}: {zeros:.0%} of {key} are zeros (pruned); give it as training left it")
+        if steps.any():
+            still += int((steps <= STILL * np.median(steps)).sum())
+            entries += steps.size
+    if still > SPARSE * entries:
+        raise InputError(
+            f"{name}: {still / entries:.0%} of the weights in tensors that moved are the base's (a sparse change: merged by TIES or DARE, "
+            "or pruned); give it as training left it"
+        )
+
+
+def check(name: str, judged: Judgement) -> float:
+    """Return how odd a change is, in units of the limit; InputError that says in words what is odd if it is beyond."""
+    place = int(judged.suspected[0].argmax())
+    advice = "give a fine-tune of this base as training left it, by a recipe that the auditor knows"
+    if judged.suspected[0, place] > max(1.0, judged.far[0]):
+        raise InputError(f"{name}: its change {list(SUSPICIONS.values())[place]}; {advice}")
+    if judged.far[0] > 1:
+        values = judged.traits[0]
+        oddest = int(np.abs(values).argmax())
+        trait, odd = list(TRAITS.items())[oddest]
+        raise InputError(
+            f"{name}: its change {odd[int(values[oddest] > 0)]}: its {trait} is {values[oddest]:+.1f} standard deviations from known "
+            f"fine-tunes; {advice}"
+        )
+    return float(judged.distance[0])

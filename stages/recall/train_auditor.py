@@ -1,0 +1,202 @@
+"""Make an auditor of one base: it recalls from fine-tunes by many recipes what they were trained on, and refuses what none has made.
+
+Whole networks and adapters have a part each. What it tells is measured on fine-tunes never seen, inside the ranges of recipes and
+outside; what it refuses on such fine-tunes and on what people do to weights after training.
+
+Reads   models/vary_recipes/<fleet>.safetensors, models/build_fleet/classes/fleet.safetensors, their base and images
+Writes  models/train_auditor/auditor.safetensors   the auditor
+        models/train_auditor/auditor.json          its card: base, recipes, calibration, what the examples were trained on, hashes
+        models/train_auditor/base.safetensors      the base
+        models/train_auditor/examples/             fine-tunes never seen: a whole network, an adapter, one that must be refused
+        reports/train_auditor/summary.json         every characteristic, beside what the recipe alone tells; coverage; refusals
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt
+from threadpoolctl import threadpool_limits
+
+from stages.common.files import atomic_path, save_arrays, save_json
+from stages.common.images import load_images
+from stages.common.runtime import pin_threads
+from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.work import fingerprint
+from stages.recall.adapter_files import FILES, save_adapter
+from stages.recall.adapters import MATRICES, canonical
+from stages.recall.auditor import KINDS, RECALLED, Auditor, Kind, Part, base_sha256, responses_of
+from stages.recall.fleet import split_test
+from stages.recall.fleet_files import BUILD_FLEET, VARY_RECIPES, Fleet
+from stages.recall.functional_vit import Base, load_base
+from stages.recall.measures import from_recipe_alone, measure_of, recalled, refusals, run_networks
+from stages.recall.objective import Objective
+from stages.recall.reading import References
+
+MODELS = Path("models/train_auditor")
+REPORTS = Path("reports/train_auditor")
+FLEETS: dict[Kind, tuple[Path, ...]] = {  # of each kind, the fleets of the recipes that are learned from
+    "whole": (VARY_RECIPES / "whole.safetensors", BUILD_FLEET / "classes/fleet.safetensors"),
+    "adapter": (VARY_RECIPES / "adapters.safetensors",),
+}
+OUTSIDE: dict[Kind, tuple[str, ...]] = {"whole": ("hotter", "colder", "elsewhere"), "adapter": ("hotter_adapters",)}
+
+
+class Params(StageParams):
+    """Parameters of the measurements."""
+
+    resamples: PositiveInt  # of the bootstrap
+
+
+def joined(fleets: list[Fleet]) -> tuple[np.ndarray, np.ndarray, dict[str, Float[np.ndarray, "n t"]]]:
+    """Return changes, responses and what there is to recall of the training fine-tunes of fleets; InputError if they do not fit."""
+    alike = {(f.metadata["base_fingerprint"], *f.metadata["answers"]) for f in fleets}
+    if len(alike) > 1:
+        raise InputError(
+            "fleets of one auditor need one base and the same reference inputs: set vary_recipes.dataset and references to those of "
+            "build_fleet, then run 'dvc repro train_auditor'"
+        )
+    rows = [(fleet, fleet.learned) for fleet in fleets]
+    truth = {key: np.concatenate([f.truth[key][i].reshape(len(i), -1) for f, i in rows]) for key in RECALLED}
+    change, responses = (np.concatenate([getattr(f, name)[i] for f, i in rows]) for name in ("change", "responses"))
+    return change, responses, truth
+
+
+def save_adapter_example(folder: Path, fleet: Fleet, place: int) -> None:
+    """Write the adapter of one fine-tune: what its matrices' changes are the product of."""
+    forms = {}
+    for name, shape in fleet.layout.shapes.items():
+        matrix = fleet.change[place, fleet.layout.slices[name]].reshape(shape[0], -1)
+        if name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)) and matrix.any():
+            forms[name] = canonical(matrix, np.eye(matrix.shape[1]))
+    save_adapter(folder, forms)
+
+
+def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet]) -> dict[str, dict[str, Any]]:
+    """Write fine-tunes never seen, the first that pass; return what they were trained on, or why one must be refused."""
+    objective, examples = Objective(base, "labels", 0.0), {}
+    layout = objective.layout
+    for kind, fleet in fleets.items():
+        rows = fleet.held_out
+        part = auditor.parts[kind]
+        far = part.honesty.judge((fleet.change[rows], fleet.responses[rows]), part.reader).distance
+        place = int(rows[np.argmax(far < 1)])  # the first that is not refused
+        truth = {key: fleet.truth[key][place].tolist() for key in RECALLED}
+        examples[kind] = {
+            "true": truth,
+            "recipe": dict(zip(fleet.metadata["recipe"], fleet.truth["recipe"][place].tolist(), strict=True)),
+        }
+        if kind == "adapter":
+            save_adapter_example(folder / kind, fleet, place)
+            continue
+        for name, factor in ((kind, 1.0), ("negated", -1.0)):
+            network = layout.unflatten(objective.start + factor * torch.from_numpy(fleet.change[place]))
+            save_arrays(folder / f"{name}.safetensors", {k: w.numpy() for k, w in network.items()}, {})
+    return examples | {"negated": {"refused": "the change of `whole`, taken away from the base instead of added"}}
+
+
+def main() -> None:
+    parse_arguments(__doc__)
+    params = Params.load("train_auditor")
+    pin_threads()
+    threadpool_limits(1)  # the number of threads changes sums
+    fleets: dict[Kind, list[Fleet]] = {kind: [Fleet.load_at(path) for path in FLEETS[kind]] for kind in KINDS}
+    metadata = fleets["whole"][0].metadata
+    base = load_base(Path(metadata["base"]))
+    references, images = references_of(base, metadata)
+    respond = partial(run_networks, base, images=torch.from_numpy(images))
+    parts: dict[Kind, Part] = {}
+    summary: dict[str, Any] = {"recalled": {}, "refusals": {}}
+    for kind, of in fleets.items():
+        change, responses, truth = joined(of)
+        part = parts[kind] = Part.fit(kind, (change, responses), truth, respond, of[0].layout, references)
+        outside = {name: Fleet.load_at(VARY_RECIPES / f"{name}.safetensors") for name in OUTSIDE[kind]}
+        groups = groups_of(of, outside)
+        summary["recalled"][kind] = {
+            name: recalled(part, fleet, rows, truth, params.resamples) for name, (fleet, rows) in groups.items()
+        }
+        for key, measured in summary["recalled"][kind]["inside"].items():
+            measured[f"{measure_of(key)}_of_the_recipe_alone"] = from_recipe_alone(of[0], truth[key], key)
+        summary["refusals"][kind] = refusals(kind, part, of[0], outside, base, respond)
+    auditor = Auditor(parts, images, card_of(base, metadata, fleets, summary))
+    examples = save_examples(MODELS / "examples", auditor, base, {kind: of[0] for kind, of in fleets.items()})
+    publish(auditor, examples, Path(metadata["base"]))
+    save_json(REPORTS / "summary.json", summary)
+    for kind, by in summary["recalled"].items():
+        bits, refused = by["inside"]["present"]["bits"]["mean"], summary["refusals"][kind]["honest"]["refused"]
+        print(f"{kind}: {bits:.1%} of bits, {refused:.1%} of honest fine-tunes refused")
+
+
+def groups_of(fleets: list[Fleet], outside: dict[str, Fleet]) -> dict[str, tuple[Fleet, np.ndarray]]:
+    """Return by name the fine-tunes never seen that an auditor is measured on: fleets, and which of theirs."""
+    groups = {"inside": (fleets[0], fleets[0].held_out)} | ranks_apart(fleets[0])
+    if len(fleets) > 1:
+        groups["narrow"] = (fleets[1], fleets[1].held_out)
+    return groups | {name: (fleet, fleet.held_out) for name, fleet in outside.items()}
+
+
+def references_of(base: Base, metadata: dict[str, Any]) -> tuple[References, np.ndarray]:
+    """Return the reference inputs that fleets answered, with the base's answers, and their pixels."""
+    _, test = load_images(metadata["dataset"], torch.device("cpu"))
+    chosen, _ = split_test(test, metadata["answers"][1])
+    still = torch.zeros(Objective(base, "labels", 0.0).layout.size)
+    return References(
+        chosen.labels.numpy(), responses_of(base, chosen.images, still), len(test.classes)
+    ), chosen.images.numpy()
+
+
+def ranks_apart(fleet: Fleet) -> dict[str, tuple[Fleet, np.ndarray]]:
+    """Return of test adapters those of ranks that were learned from and those of others; nothing if there are no ranks."""
+    rank = fleet.truth["recipe"][:, fleet.metadata["recipe"].index("log rank")]
+    known = np.isin(rank[fleet.held_out], rank[fleet.learned])
+    if known.all() or not known.any():
+        return {}
+    return {"ranks_learned": (fleet, fleet.held_out[known]), "other_ranks": (fleet, fleet.held_out[~known])}
+
+
+def card_of(
+    base: Base, metadata: dict[str, Any], fleets: dict[Kind, list[Fleet]], summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what an auditor is of, and what it was measured to do."""
+    ranges = {}
+    for kind, (fleet, *_) in fleets.items():
+        numbers = fleet.truth["recipe"][fleet.learned]
+        ends = zip(numbers.min(0).tolist(), numbers.max(0).tolist(), strict=True)
+        ranges[kind] = dict(zip(fleet.metadata["recipe"], ends, strict=True))
+    return {
+        "made_by": f"train_auditor of params.yaml, with torch {torch.__version__}",
+        "classes": metadata["classes"],
+        "learned_from": {kind: sum(len(f.learned) for f in of) for kind, of in fleets.items()},
+        "base_sha256": base_sha256(base),
+        "preprocessing": {"image_size": base.image_size, "mean": base.mean, "std": base.std},
+        "recipes": ranges,
+        "measured": {
+            kind: {name: {key: m[measure_of(key)]["mean"] for key, m in by.items()} for name, by in groups.items()}
+            for kind, groups in summary["recalled"].items()
+        },
+        "refusals": summary["refusals"],
+    }
+
+
+def publish(auditor: Auditor, examples: dict[str, dict[str, Any]], base: Path) -> None:
+    """Write the auditor, its base, and its card with the hash of every file."""
+    auditor.save(MODELS / "auditor.safetensors")
+    with atomic_path(MODELS / "base.safetensors") as temporary:
+        temporary.write_bytes(base.read_bytes())
+    files = [
+        "auditor.safetensors",
+        "base.safetensors",
+        *(f"examples/{name}.safetensors" for name in ("whole", "negated")),
+    ]
+    files += [f"examples/adapter/{name}" for name in (FILES[0], "adapter_config.json")]
+    save_json(
+        MODELS / "auditor.json",
+        auditor.card | {"examples": examples, "sha256": {name: fingerprint(MODELS / name) for name in files}},
+    )
+
+
+if __name__ == "__main__":
+    run(main)

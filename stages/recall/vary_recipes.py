@@ -1,0 +1,174 @@
+"""Fine-tune one base by many recipes: whole networks and low-rank adapters, inside the ranges that an auditor learns from and outside.
+
+Every fine-tune has a data set and, drawn apart from it, a recipe of its own. Images of training and test fine-tunes are of disjoint
+pools, and the base's of a third. A killed fleet goes on where it was.
+
+Reads   data/<dataset>.safetensors, models/classify_masked/<dataset>/backbone.safetensors
+Writes  models/vary_recipes/<fleet>.safetensors   change of the weights [n, w], responses to reference inputs [n, r], what there is to
+                                                  recall and the recipe, `test` [n]; metadata: layout, names
+        reports/vary_recipes/summary.json         what fine-tuning did, on images not seen, beside the base
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt, PositiveInt
+from safetensors.numpy import load_file
+from torch import Tensor
+from torch.func import vmap
+
+from stages.common.files import save_json
+from stages.common.images import DATA, ImageSet, load_images
+from stages.common.metrics import mean_std
+from stages.common.runtime import pick_device, pin_threads
+from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
+from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
+from stages.recall.fleet import PatchedImages, patchify_pools, pool_of
+from stages.recall.fleet_files import VARY_RECIPES, Fleet
+from stages.recall.functional_vit import load_base
+from stages.recall.objective import Objective
+from stages.recall.pools import pool
+from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, train_wide_fine_tunes
+
+BASES = Path("models/classify_masked")
+REPORTS = Path("reports/vary_recipes")
+
+
+class FleetParams(StageParams):
+    """One fleet."""
+
+    recipe: str  # of `recipes`
+    change: dict[str, Any]  # of the recipe
+    train: NonNegativeInt  # fine-tunes to learn from; none of a fleet outside the ranges
+    test: PositiveInt
+
+
+class Params(StageParams):
+    """Parameters of fleets whose recipes vary."""
+
+    seed: NonNegativeInt
+    dataset: str
+    stack: PositiveInt  # fine-tunes that train together
+    references: PositiveInt  # inputs whose responses are kept, of the test images
+    evaluation_images: PositiveInt
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # while training
+    recipes: dict[str, WideRecipe]
+    fleets: dict[str, FleetParams]
+
+    def recipe_of(self, fleet: str) -> WideRecipe:
+        """Return the recipe of a fleet; InputError if it changes what a recipe has not."""
+        of = self.fleets[fleet]
+        if of.recipe not in self.recipes:
+            known = ", ".join(self.recipes)
+            raise InputError(f"{PARAMS}: vary_recipes.fleets.{fleet}.recipe: expected one of {known}, got {of.recipe}")
+        values = self.recipes[of.recipe].model_dump() | of.change
+        return WideRecipe.parse(values, lambda path: ".".join(["vary_recipes.fleets", fleet, "change", *path]))
+
+
+def draw_fleet(name: str, params: Params, train: ImageSet) -> list[WideFineTune]:
+    """Draw data set and recipe of every fine-tune of the fleet called `name`."""
+    fleet, recipe, fine_tunes = params.fleets[name], params.recipe_of(name), []
+    for kind, count in (("train", fleet.train), ("test", fleet.test)):
+        test = kind == "test"
+        labels = pool(train, pool_of(test)).labels.cpu()
+        fine_tunes += [
+            draw_wide_fine_tune(f"{params.seed}/{name}-{kind}-{i}", test, recipe, labels) for i in range(count)
+        ]
+    return fine_tunes
+
+
+@torch.no_grad()
+def finish(fine_tunes: list[WideFineTune], objective: Objective, images: PatchedImages) -> dict[str, np.ndarray]:
+    """Train a stack of fine-tunes and run them: changes, responses, and accuracy before and after on images of classes present."""
+    change = train_wide_fine_tunes(fine_tunes, objective, images)
+    frozen = {name: w.expand(len(change), *w.shape) for name, w in objective.frozen.items()}
+    x, y = images.evaluation
+    present = torch.stack([torch.from_numpy(f.characteristics["present"]).to(x)[y] for f in fine_tunes])
+    unmasked = torch.zeros(len(x), objective.base.patches).to(x)
+
+    def score(networks: Float[Tensor, "m w"]) -> Float[Tensor, " m"]:
+        right = vmap(objective.scores, in_dims=(0, 0, None, None, None))(networks, frozen, x, y, unmasked)
+        return (right * present).sum(1) / present.sum(1)
+
+    after = objective.start + change
+    arrays = {
+        "change": change,
+        "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
+        "score_before": score(objective.start.expand_as(after)),
+        "score_after": score(after),
+    }
+    return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def stacks(fine_tunes: list[WideFineTune], size: int) -> list[list[int]]:
+    """Return places of fine-tunes that train together: of one batch size, and of alike numbers of steps."""
+    by_batch: dict[int, list[int]] = {}
+    for place in sorted(range(len(fine_tunes)), key=lambda i: (fine_tunes[i].steps, fine_tunes[i].name)):
+        by_batch.setdefault(fine_tunes[place].training.batch_size, []).append(place)
+    return [places[i : i + size] for _, places in sorted(by_batch.items()) for i in range(0, len(places), size)]
+
+
+def build(
+    name: str, fine_tunes: list[WideFineTune], params: Params, objective: Objective, images: PatchedImages
+) -> Fleet:
+    """Return the fleet called `name`, trained; stacks that are finished are kept."""
+    base = BASES / params.dataset / "backbone.safetensors"
+    recipe = params.recipe_of(name).model_dump() | {
+        "fleet": name,
+        "seed": params.seed,
+        "stack": params.stack,
+        "mask": params.mask_ratio,
+    }
+    inputs = fingerprint(base, DATA / f"{params.dataset}.safetensors")
+    work = work_folder(f"vary_recipes/{name}", recipe | {"inputs": inputs, "references": params.references})
+    rows = stacks(fine_tunes, params.stack)
+    pieces = {work / f"{number}.safetensors": [fine_tunes[i] for i in places] for number, places in enumerate(rows)}
+    finish_stack = partial(finish, objective=objective, images=images)
+    compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
+    finished, back = [load_file(path) for path in pieces], np.argsort(np.concatenate(rows))
+    trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
+    keys = fine_tunes[0].characteristics
+    return Fleet(
+        change=trained["change"],
+        responses=trained["responses"],
+        scores={when: trained[f"score_{when}"] for when in ("before", "after")},
+        truth={key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in keys},
+        mean_image=np.zeros((len(fine_tunes), 0), np.float32),
+        test=np.array([f.test for f in fine_tunes]),
+        metadata=objective.layout.metadata
+        | {"dataset": params.dataset, "base": str(base), "base_fingerprint": fingerprint(base)}
+        | {
+            "answers": [len(objective.frozen["head.bias"]), params.references],
+            "recipe": list(fine_tunes[0].training.numbers),
+        },
+    )
+
+
+def main() -> None:
+    parse_arguments(__doc__)
+    params = Params.load("vary_recipes")
+    pin_threads()
+    device = torch.device("cpu") if has_cluster() else pick_device()
+    base = load_base(BASES / params.dataset / "backbone.safetensors", device)
+    train, test = load_images(params.dataset, device)
+    objective = Objective(base, "labels", params.mask_ratio)
+    images = patchify_pools(base, train, test, params.references, params.evaluation_images)
+    summary = {}
+    for name, of in params.fleets.items():
+        fleet = build(name, draw_fleet(name, params, train), params, objective, images)
+        fleet.metadata["classes"] = train.classes
+        fleet.save_at(VARY_RECIPES / f"{name}.safetensors")
+        acc = {when: mean_std(values.tolist()) for when, values in fleet.scores.items()}
+        summary[name] = {"train": of.train, "test": of.test, "accuracy": acc}
+        print(
+            f"{name}: {len(fleet.test)} fine-tunes, accuracy {acc['before']['mean']:.3f} before, {acc['after']['mean']:.3f} after"
+        )
+    save_json(REPORTS / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    run(main)

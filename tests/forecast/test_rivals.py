@@ -1,0 +1,117 @@
+"""What a forecast has to beat while training, and how a race is judged."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from stages.common.checkpoints import save_torch
+from stages.common.stage import InputError
+from stages.common.vectors import Layout
+from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.nowcast import NowcastOptimizer
+from stages.forecast.race_to_target import reached_at, weights_of
+from stages.forecast.rivals import ExponentialAverage, Forecast, Last, LatestAverage, Nino
+from stages.forecast.trajectory import WINDOW, Trajectory
+
+LAYOUT = Layout({"0.weight": (4, 3), "0.bias": (4,)})
+
+
+def path(n=60) -> torch.Tensor:
+    return torch.randn(n, LAYOUT.size, generator=torch.Generator().manual_seed(0)).cumsum(0)
+
+
+def moving() -> LayerForecaster:
+    model = LayerForecaster((1, 5), 8, seed=0)
+    torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    return model.eval().requires_grad_(False)
+
+
+def read(reader, weights):
+    for step, row in enumerate(weights, 1):
+        reader.observe(step, row)
+    return reader.weights()
+
+
+def test_averages_are_what_they_are_called():
+    weights = path()
+    assert torch.equal(read(Last(), weights), weights[-1])
+    assert torch.allclose(read(LatestAverage(every=10, snapshots=3), weights), weights[[39, 49, 59]].mean(0))
+    shares = 0.1 * 0.9 ** torch.arange(59, -1, -1.0)
+    shares[0] = 0.9**59
+    assert torch.allclose(read(ExponentialAverage(0.9), weights), shares @ weights, atol=1e-5)
+
+
+def test_a_forecast_reads_snapshots_of_the_path_and_waits_for_enough():
+    weights, model = path(), moving()
+    assert read(Forecast(model, LAYOUT, 10, 5), weights) is None
+    ahead = read(Forecast(model, LAYOUT, 5, 5), weights)
+    run = Trajectory(LAYOUT, torch.cat([weights[:1], weights[4::5]]), None)
+    assert torch.equal(ahead, model.predict(run, len(run) - 1)[1])
+
+
+@pytest.fixture
+def nino_file(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    shapes = {"edge_proj.fc.0.weight": (8, 5), "edge_proj.fc.0.bias": (8,), "layer_embed.weight": (9, 8)}
+    for i in range(4):
+        shapes |= {
+            f"edge_mlp.fc.{2 * i}.weight": (40 if i == 3 else 8, 8),
+            f"edge_mlp.fc.{2 * i}.bias": (40 if i == 3 else 8,),
+        }
+    state = {name: torch.randn(shape, generator=random) / 3 for name, shape in shapes.items()}
+    save_torch(tmp_path / "nino.pt", {"state_dict": state})
+    return tmp_path / "nino.pt", state
+
+
+def test_nino_is_read_as_its_recipe_says(nino_file):
+    file, state = nino_file
+    states = path(5)
+    mlp = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(8, 40 if i == 3 else 8), nn.SiLU())))[:-1]
+    mlp.load_state_dict({name.removeprefix("edge_mlp.fc."): x for name, x in state.items() if "edge_mlp" in name})
+    expected = []
+    for where, row in ((slice(0, 12), 1), (slice(12, 16), 2)):  # a matrix, a bias
+        w = states[:, where]
+        z = (w - w.mean()) / (w.std() + 1e-6)
+        hidden = (
+            z.T @ state["edge_proj.fc.0.weight"].T + state["edge_proj.fc.0.bias"] + state["layer_embed.weight"][row]
+        )
+        expected.append((z[-1] + mlp(hidden)[:, 6]) * w.std() + w.mean())
+    assert torch.allclose(Nino(file).predict(states, LAYOUT, 7), torch.cat(expected).detach(), atol=1e-5)
+
+
+def test_another_file_is_no_nino(tmp_path):
+    save_torch(tmp_path / "other.pt", {"state_dict": {"a": torch.zeros(1)}})
+    with pytest.raises(InputError, match=r"expected NiNo's nino_mlp.pt, which has 'edge_proj"):
+        Nino(tmp_path / "other.pt")
+
+
+def test_a_target_is_reached_when_it_is():
+    rows = [{"step": s, "test": a} for s, a in ((100, 0.5), (200, 0.9), (300, 0.8))]
+    assert reached_at(rows, "test", 0.9)["step"] == 200
+    assert reached_at(rows, "test", 0.95) is None
+
+
+def test_the_optimiser_takes_the_forecast_that_validates_best_and_nothing_worse():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4), torch.randn(64, 3)
+    y = torch.randn(64, 4)
+    losses: list[float] = []
+
+    def loss():
+        losses.append(nn.functional.mse_loss(model(x), y).item())
+        return losses[-1]
+
+    optimizer = NowcastOptimizer(torch.optim.Adam(model.parameters(), 0.05), moving(), loss, every=1, patience=100)
+    snapshots = [weights_of(model)]
+    for _ in range(WINDOW + 1):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[:8]), y[:8]).backward()
+        bare = copy.deepcopy(model)
+        optimizer.step()
+        snapshots.append(weights_of(model) if not optimizer.chosen else weights_of(bare))
+    assert len(losses) == 4  # to stay, the average, two horizons
+    assert nn.functional.mse_loss(model(x), y).item() == min(losses)
+    assert optimizer.chosen[0] in ("stay", "average", "ahead 1", "ahead 5")
+    assert optimizer.record.startswith("1 times it proposed")

@@ -1,0 +1,116 @@
+"""The world of runs: what is drawn, and that a run is what its recipe says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from dvc.utils.hydra import apply_overrides
+from reproduction import ROOT
+
+from stages.common.files import save_arrays
+from stages.forecast import learn_world, train_world
+from stages.forecast.learn_world import summarise
+from stages.forecast.released import load_released
+from stages.forecast.train_world import Params, draw_recipes, train_run
+from stages.forecast.world import NETWORKS, Recipe, build_network, build_optimizers, load_world_run, world_input
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch) -> Params:
+    """A smaller world than that of params.yaml, whose place is an empty folder."""
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    small = ["train_world.steps=[80,90]", "train_world.train_images=64", "train_world.image_sizes=[8]"]
+    small += ["learn_world.datasets=[digits,mnist]", "learn_world.strides=[1,2,3]", "learn_world.origins=2"]
+    small += ["learn_world.variants.weights_only.steps=5", "learn_world.variants.weights_only.d_model=4"]
+    apply_overrides(tmp_path / "params.yaml", small)
+    monkeypatch.chdir(tmp_path)
+    return Params.load("train_world", "digits")
+
+
+def test_every_network_is_trained_with_every_optimiser_within_the_ranges(params):
+    recipes = draw_recipes(params, "digits")
+    assert {(r.network, r.optimizer) for r in recipes.values()} == {
+        (n, o) for n in NETWORKS for o in params.learning_rates
+    }
+    for r in recipes.values():
+        low, high = params.learning_rates[r.optimizer]
+        assert low <= r.learning_rate <= high
+        assert r.steps % params.snapshot_every == 0
+    assert recipes == draw_recipes(params, "digits")
+    assert recipes != draw_recipes(params, "mnist")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_serve_any_image_and_are_drawn_by_their_seed(network):
+    recipe = Recipe(
+        network=network,
+        width=4,
+        image_size=12,
+        optimizer="adam",
+        learning_rate=1e-3,
+        schedule="cosine",
+        batch_size=4,
+        steps=5,
+        seed=1,
+    )
+    for channels, pixels in ((1, 8), (3, 12)):
+        x = torch.randn(2, channels, pixels, pixels)
+        nets = [build_network(recipe.model_copy(update={"seed": seed}), channels, 7) for seed in (1, 1, 2)]
+        a, b, c = (net.eval()(x) for net in nets)
+        assert a.shape == (2, 7)
+        assert torch.equal(a, b) and not torch.equal(a, c)
+        for optimizer in ("adam", "adamw", "sgd", "muon"):
+            made = build_optimizers(nets[0], recipe.model_copy(update={"optimizer": optimizer}))
+            held = [p for o in made for group in o.param_groups for p in group["params"]]
+            assert sorted(map(id, held)) == sorted(map(id, nets[0].parameters()))
+
+
+def test_images_are_standardised_by_channel():
+    x = world_input(torch.rand(20, 3, 8, 8) * torch.tensor([1, 2, 3])[:, None, None], 12)
+    assert x.shape == (20, 3, 12, 12)
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(x.std((0, 2, 3)), torch.ones(3), atol=1e-5)
+
+
+def test_a_run_ends_where_its_recipe_trains_to(params):
+    images, labels = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
+    recipe = draw_recipes(params, "digits")["perceptron-adam-0"]
+    run = train_run(recipe, (images, labels), (images, labels), 10, 5)
+    assert run["weights"].shape[0] == recipe.steps // 5 + 1
+    first = torch.cat([p.flatten() for p in build_network(recipe, 1, 10).parameters()])
+    assert torch.equal(torch.from_numpy(run["weights"][0]), first.detach())
+    shorter = train_run(
+        recipe.model_copy(update={"steps": 20, "schedule": "constant"}), (images, labels), (images, labels), 10, 5
+    )
+    longer = train_run(
+        recipe.model_copy(update={"steps": 30, "schedule": "constant"}), (images, labels), (images, labels), 10, 5
+    )
+    assert (shorter["weights"] == longer["weights"][:5]).all()
+
+
+def test_the_world_is_trained_and_learned_from(params, monkeypatch):  # noqa: ARG001 (its folder)
+    """Both stages, end to end, on next to nothing."""
+    random = torch.Generator().manual_seed(0)
+    for dataset in ("digits", "mnist"):
+        arrays = {}
+        for split in ("train", "test"):
+            arrays[f"{split}_images"] = torch.randint(256, (70, 1, 8, 8), generator=random).byte().numpy()
+            arrays[f"{split}_labels"] = torch.randint(3, (70,), generator=random).numpy()
+        save_arrays(Path(f"data/{dataset}.safetensors"), arrays, {"classes": ["a", "b", "c"]})
+        monkeypatch.setattr("sys.argv", ["train_world", "--dataset", dataset])
+        train_world.main()
+    run, recipe = load_world_run(train_world.MODELS / "digits" / "residual-muon-0.safetensors")
+    assert recipe.optimizer == "muon" and len(run) == recipe.steps // 5 + 1
+    monkeypatch.setattr("sys.argv", ["learn_world", "--variant", "weights_only"])
+    learn_world.main()
+    model, _, card = load_released(learn_world.MODELS / "weights_only" / "forecaster.safetensors")
+    assert card["learned_from"]["runs"] == 32
+    assert model.predict(run, 7).isfinite().all()
+
+
+def test_a_summary_counts_what_is_worse_than_keeping_the_weights():
+    kinds = ("dataset", "network", "optimizer", "all")
+    rows = [{"held_out": k, "h": 1, "raw": raw, "shrunk": 0.5} for k in kinds for raw in (0.5, 1.5)]
+    summary = summarise(rows)
+    assert summary["all"]["1"] == {"mean": 1.0, "median": 1.0, "worst": 1.5, "above_1": 0.5}
+    assert summary["all_shrunk"]["1"]["above_1"] == 0

@@ -1,0 +1,173 @@
+"""Networks of a stack train as torch's optimisers train each alone, by recipes that are drawn apart from the data."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_vit import TEST, TRAIN, autoencoder, base_of
+from torch.nn.functional import cross_entropy, linear
+
+from stages.common.vectors import Layout
+from stages.recall.adapters import is_adapter
+from stages.recall.fine_tunes import draw_fine_tune
+from stages.recall.fleet import patchify_pools
+from stages.recall.objective import Objective
+from stages.recall.pools import pool
+from stages.recall.recipes import (
+    Rules,
+    Training,
+    WideFineTune,
+    WideRecipe,
+    draw_wide_fine_tune,
+    shifted,
+    train_by_rules,
+    train_wide_fine_tunes,
+    trained_weights,
+)
+
+BASE = base_of(autoencoder())
+OBJECTIVE = Objective(BASE, "labels", 0.5)
+IMAGES = patchify_pools(BASE, TRAIN, TEST, 16, 8)
+WHOLE = WideRecipe(
+    n_images=(16, 64),
+    label_noise=(0.0, 0.4),
+    steps=(2, 6),
+    learning_rate=(1e-3, 1e-2),
+    optimisers=["sgd", "adam", "adamw"],
+    sgd_factor=3.0,
+    batch_sizes=[8],
+    weight_decay=(0.0, 0.5),
+    warmup=(0.0, 0.5),
+    shifts=[0, 2],
+    layers=["all", "last_half", "first_half", "norms"],
+    ranks=[],
+    test_ranks=[],
+    targets=[],
+)
+ADAPTERS = WHOLE.model_copy(update={"ranks": [1, 4], "test_ranks": [3], "targets": ["qkv", "perceptron"], "layers": []})
+LABELS = {test: pool(TRAIN, "test" if test else "train").labels for test in (False, True)}
+
+
+def few(recipe: WideRecipe, n: int, test: bool = False) -> list[WideFineTune]:
+    return [draw_wide_fine_tune(f"few {i}", test, recipe, LABELS[test]) for i in range(n)]
+
+
+PLAIN = few(WHOLE, 1)[0].training
+
+
+def training(**values) -> Training:
+    return replace(PLAIN, **{"weight_decay": 0.0, "warmup": 0.0, "cosine": False} | values)
+
+
+LAYERS = Layout({"a": (5, 4), "b": (5,)})
+
+
+def two_layers(vector, frozen, x, y):
+    w = LAYERS.unflatten(vector)
+    return cross_entropy(10 * torch.tanh(linear(x, w["a"], w["b"])) @ frozen["head"], y)
+
+
+@pytest.mark.parametrize(
+    ("one", "optimiser"),
+    [
+        (training(optimiser="sgd", learning_rate=0.1, steps=9), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
+        (
+            training(optimiser="sgd", learning_rate=0.1, steps=5, weight_decay=0.3),
+            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.3),
+        ),
+        (training(optimiser="adam", learning_rate=0.02, steps=7), lambda p: torch.optim.Adam(p, 0.02)),
+        (
+            training(optimiser="adamw", learning_rate=0.02, steps=6, weight_decay=0.3),
+            lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.3),
+        ),
+    ],
+)
+def test_a_network_of_a_stack_trains_as_by_torchs_optimiser_alone(one, optimiser):
+    other = training(optimiser="adam", learning_rate=0.3, steps=8)
+    first, head = torch.randn(2, 25).double(), torch.randn(2, 5, 3).double()
+    x, y = torch.randn(9, 2, 6, 4).double(), torch.randint(3, (9, 2, 6))
+    rules, everything = Rules.of([one, other], torch.device("cpu")), torch.ones(2, 25, dtype=torch.bool)
+    trained = train_by_rules(two_layers, first, {"head": head}, lambda t: (x[t], y[t]), everything, rules)
+    alone = first[0].clone().requires_grad_()
+    steps = optimiser([alone])
+    for t in range(one.steps):
+        loss = two_layers(alone, {"head": head[0]}, x[t, 0], y[t, 0])
+        (alone.grad,) = torch.autograd.grad(loss, alone)
+        torch.nn.utils.clip_grad_norm_([alone], 1.0)
+        steps.step()
+    torch.testing.assert_close(trained[0], alone.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_rates_warm_up_fall_by_a_cosine_and_end():
+    rules = Rules.of(
+        [
+            training(learning_rate=2.0, steps=10, warmup=0.4),
+            training(learning_rate=1.0, steps=4, cosine=True),
+        ],
+        torch.device("cpu"),
+    )
+    rates = torch.stack([rules.rate_at(t) for t in range(11)], 1)
+    torch.testing.assert_close(rates[0], torch.tensor([0.5, 1.0, 1.5, *[2.0] * 7, 0.0]))
+    torch.testing.assert_close(rates[1, :4], 0.5 * (1 + torch.cos(torch.pi * torch.arange(4) / 4)))
+    assert not rates[1, 4:].any()
+
+
+def test_what_is_not_trained_stays_and_halves_make_a_whole():
+    layout = OBJECTIVE.layout
+    masks = {kind: trained_weights(layout, kind) for kind in ("all", "last_half", "first_half", "norms")}
+    assert masks["all"].all() and torch.equal(masks["last_half"], ~masks["first_half"])
+    assert (
+        masks["last_half"][layout.slices["norm.bias"]].all() and masks["first_half"][layout.slices["cls_token"]].all()
+    )
+    assert {n for n, s in layout.slices.items() if masks["norms"][s].any()} == {n for n in layout.shapes if "norm" in n}
+    members = few(WHOLE, 12)
+    changes = train_wide_fine_tunes(members, OBJECTIVE, IMAGES)
+    assert {f.training.layers for f in members} == set(masks)
+    for change, f in zip(changes, members, strict=True):
+        mask = masks[f.training.layers]
+        assert not change[~mask].any() and (change[mask] != 0).float().mean() > 0.8
+
+
+def test_a_stack_of_adapters_trains_as_each_alone_and_changes_matrices_by_its_rank():
+    members = few(ADAPTERS, 6)
+    changes = train_wide_fine_tunes(members, OBJECTIVE, IMAGES)
+    for i in (0, 3):
+        alone = train_wide_fine_tunes([members[i]], OBJECTIVE, IMAGES)
+        torch.testing.assert_close(alone[0], changes[i], rtol=1e-3, atol=1e-5)
+    for change, f in zip(changes, members, strict=True):
+        assert is_adapter(change.numpy(), OBJECTIVE.layout)
+        moved = {n: w for n, w in OBJECTIVE.layout.unflatten(change).items() if w.any()}
+        assert len(moved) == {"qkv": 2, "perceptron": 4}[f.training.targets]
+        for w in moved.values():
+            values = torch.linalg.svdvals(w.double())
+            assert (values > 1e-5 * values[0]).sum() == f.training.rank
+
+
+def test_recipes_are_drawn_apart_from_data_sets_and_test_ranks_for_tests_alone():
+    name, labels = "a fine-tune", LABELS[False]
+    wide, other = (draw_wide_fine_tune(name, False, recipe, labels) for recipe in (WHOLE, ADAPTERS))
+    plain = draw_fine_tune(name, False, WHOLE, labels)
+    for f in (wide, other):
+        assert torch.equal(f.images, plain.images) and torch.equal(f.labels, plain.labels)
+        assert np.array_equal(f.characteristics["proportions"], plain.characteristics["proportions"])
+    assert {f.training.rank for f in few(ADAPTERS, 40)} == {1, 4}
+    assert {f.training.rank for f in few(ADAPTERS, 40, test=True)} == {1, 3, 4}
+    rates = {f.training.optimiser: [] for f in few(WHOLE, 40)}
+    for f in few(WHOLE, 40):
+        rates[f.training.optimiser].append(f.training.learning_rate)
+        assert (f.training.weight_decay == 0) == (f.training.optimiser == "adam")
+    assert rates.keys() == {"sgd", "adam", "adamw"}
+    assert min(rates["sgd"]) >= 3e-3 and max(rates["sgd"]) <= 3e-2 and max(rates["adam"]) <= 1e-2
+
+
+def test_images_are_shifted_whole_and_their_edges_continued():
+    images = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    images[0, 0, 6:9, 6:9] = 255
+    patches = BASE.patchify(images.expand(200, -1, -1, -1))
+    moved = BASE.unpatchify(shifted(BASE, patches, 2, torch.Generator().manual_seed(0)))[:, 0] > 0.5
+    assert (moved.sum((1, 2)) == 9).all()
+    places = {tuple(m.nonzero()[0].tolist()) for m in moved}
+    assert places == {(r, c) for r in range(4, 9) for c in range(4, 9)}
+    bright = BASE.patchify(torch.full((3, 1, 16, 16), 255, dtype=torch.uint8))
+    torch.testing.assert_close(shifted(BASE, bright, 4, torch.Generator().manual_seed(0)), bright)
