@@ -55,6 +55,7 @@ COMMANDS = {
     "audit",
     "decompose",
     "forecast_snapshots",
+    "leave_snapshots",
     "predict",
     "publish",
     "remember",
@@ -352,9 +353,12 @@ def test_plots_at_the_top_are_of_outputs_and_have_their_templates(stages):
 
 def test_artifacts_are_released_models_with_cards():
     artifacts = yaml.safe_load(TEXT)["artifacts"]
-    released = {path for path in tracked() if path.startswith("models/released/") and not path.endswith(".json")}
-    assert {artifact["path"] for artifact in artifacts.values()} == released
-    for path in released:
-        card = json.loads((ROOT / path).with_suffix(".json").read_text())
-        assert card["sha256"] == hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
-        assert {"learned_from", "scores", "limits"} <= set(card)
+    cards = {path for path in tracked() if re.fullmatch(r"models/released/(\w+|(\w+)/\2)\.json", path)}
+    assert {artifact["path"].replace(".safetensors", ".json") for artifact in artifacts.values()} == cards
+    for path in map(Path, cards):
+        card = json.loads((ROOT / path).read_text())
+        hashes = card["sha256"] if isinstance(card["sha256"], dict) else {card["file"]: card["sha256"]}
+        for name, sha256 in hashes.items():
+            assert sha256 == hashlib.sha256((ROOT / path.parent / name).read_bytes()).hexdigest(), name
+        assert "learned_from" in card
+        assert {"scores", "measured"} & set(card)

@@ -17,7 +17,9 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DEMONSTRATION = re.compile(
     r"^```python\n(?P<code>(?:(?!^```).)*)^```\n\n```text\n(?P<printed>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<printed>(?:(?!^\$ ).*\n)*)", re.MULTILINE)
+COMMAND = re.compile(  # a line, more of them after a backslash, or what stands before END
+    r"^\$ (?P<command>.*<<'END'\n(?s:.*?)^END|(?:.*\\\n)*.*)\n(?P<printed>(?:(?!^\$ ).*\n)*)", re.MULTILINE
+)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 CLOSE = 0.02  # of a number on another processor: two points of a hundred, or 2 %
 
