@@ -67,7 +67,6 @@ class Task(StageParams):
 class Params(StageParams):
     """How methods race."""
 
-    raced: list[str]  # the tasks that DVC runs
     seeds: list[NonNegativeInt]
     steps: PositiveInt  # at most
     batch_size: PositiveInt
