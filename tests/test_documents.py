@@ -75,6 +75,15 @@ def test_pages_are_short(page):
     assert not [line for line in lines if len(line) > WIDEST and not line.startswith(("|", "![", "<!--"))]
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.parent.name)
+def test_a_systems_page_says_what_it_asks_finds_and_does_not_find(page):
+    headings = re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    first, own, last = headings[:3], headings[3:-2], headings[-2:]
+    assert first == ["The idea", "Results", "What did not work"]
+    assert len(own) == 1 and own[0].startswith("Your own")
+    assert last == ["Files", "Papers"]
+
+
 def test_what_is_quoted_of_the_published_report_is_what_it_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     for path, text in publish.documents(REPORT).items():

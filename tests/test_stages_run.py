@@ -13,6 +13,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import browser
 import documents
 import pytest
 import torch
@@ -211,6 +212,13 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert {row[2] for row in relabelled[1:]} == {"less than 10⁻¹²"}  # relabelled neurons change nothing
     for link in (line.split("](")[1].rstrip(")") for line in markdown.splitlines() if line.startswith("![")):
         assert (finished / "reports/build_report" / link).is_file()
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+def test_the_report_fits_a_phone(finished):
+    seen, console = browser.look(finished / "reports/index.html", 390)
+    assert seen.width <= 390, seen.outside
+    assert not (seen.dangling or seen.faint or seen.unseen or console)
 
 
 def test_each_headline_says_of_how_many_its_numbers_are(finished):

@@ -74,8 +74,8 @@ def verdict(summary: dict[str, Any]) -> tuple[str, str]:
     return (
         f"{count} eigenvectors a class, read from the weights alone, classify {percent(acc['mean']).text} of test images "
         f"({whole['n']} seeds)",
-        f"any {count} have {percent(chance['mean']).text}, a linear classifier {percent(linear['mean']).text}, the whole network "
-        f"{percent(whole['mean']).text}",
+        f"any {count} eigenvectors have {percent(chance['mean']).text}, a linear classifier {percent(linear['mean']).text}, the "
+        f"whole network {percent(whole['mean']).text}",
     )
 
 

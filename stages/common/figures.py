@@ -10,8 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import NullFormatter
 
 from stages.common.files import atomic_path
 
@@ -33,6 +35,13 @@ def save_figure(path: Path, figure: Figure) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+
+
+def plain_ticks(*axes: Axis) -> None:
+    """Write the ticks of logarithmic axes as the numbers they are, 100 and no power of ten, and those between not at all."""
+    for axis in axes:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def legible(names: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from stages.common.figures import save_figure
+from stages.common.figures import plain_ticks, save_figure
 from stages.common.vectors import principal_components
 from stages.forecast.captions import FORECASTERS, METHODS, REGIMES
 from stages.forecast.trajectory import WINDOW, Trajectory
@@ -74,7 +74,7 @@ def draw_horizons(path: Path, ratios: pd.DataFrame, value: str = "mean", ylabel:
                     continue
                 draw_curve(ax, name, curve, value, low, high)
             n = table[table.regime == regime]["n"].iloc[0]
-            ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}\n{phase} half, n = {n}")
+            ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}\n{phase} half, n = {n:.0f}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.supxlabel("horizon, snapshots")
     figure.supylabel(f"{ylabel} / that of keeping the last weights")
@@ -142,7 +142,7 @@ def draw_accuracies(path: Path, losses: pd.DataFrame, regime: str) -> None:
         )
         ax.set(
             ylim=(lowest.min() - 1, max(highest.max(), 0) + 1),
-            title=f"{REGIMES.get(regime, regime)}, {phase} half (n = {table['n'].iloc[0]})",
+            title=f"{REGIMES.get(regime, regime)}, {phase} half (n = {table['n'].iloc[0]:.0f})",
             xlabel="horizon, snapshots",
         )
     axes[0].set_ylabel("test accuracy minus that of\nthe last weights, points")
@@ -193,6 +193,7 @@ def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, A
     right.plot([int(k) for k in random], list(random.values()), color="grey", label="random subspace")
     right.set(xscale="log", title="share of an unseen run's movement in the span", xlabel="components")
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    plain_ticks(left.xaxis, right.xaxis)
     save_figure(path, figure)
 
 

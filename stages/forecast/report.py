@@ -127,7 +127,7 @@ def verdict(ratios: Rows) -> tuple[str, str]:
     return (
         f"Weights {h} snapshots ahead are forecast with {late['transformer'].mean()} of the squared error of keeping the last weights "
         f"(transformer, {n} unseen runs)",
-        f"keeping the last weights has 1, the mean of the last 3 has {late['average_3'].mean()}, linear extrapolation "
+        f"keeping the last weights has 1, the mean of the last three snapshots {late['average_3'].mean()}, linear extrapolation "
         f"{late['linear'].mean()}",
     )
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
 
-from stages.common.figures import image_grid, legible, save_figure, show_image, show_signed
+from stages.common.figures import image_grid, legible, plain_ticks, save_figure, show_image, show_signed
 from stages.recall.captions import caption
 
 SHOWN = 10
@@ -59,6 +59,7 @@ def draw_explained_variance(path: Path, ratios: dict[str, dict[str, dict[str, fl
             values = [by_kind[kind] for by_kind in by_count.values()]
             ax.plot(counts, values, style, color=f"C{color}", label=name if kind == "unseen" else None)
     ax.set(xscale="log", xlabel="principal components", ylabel="share of the change (dotted: training)", ylim=(0, 1))
+    plain_ticks(ax.xaxis)
     ax.legend(fontsize=7)
     save_figure(path, figure)
 

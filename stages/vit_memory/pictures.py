@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.common.figures import image_grid, legible, save_figure, show_image
+from stages.common.figures import image_grid, legible, plain_ticks, save_figure, show_image
 from stages.vit_memory.captions import caption
 
 Rows = list[dict[str, Any]]
@@ -107,6 +107,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
         xscale="log", xlabel=f"bipolar patterns of {capacity[0]['dim']} bits", ylabel="share retrieved without error"
     )
     axes[1].set_title("capacity; line: the theory of the classical network")
+    plain_ticks(axes[0].xaxis, axes[1].xaxis)
     axes[1].legend(fontsize=7)
     save_figure(path, figure)
 
