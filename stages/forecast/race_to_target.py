@@ -209,7 +209,9 @@ def train(
 
     optimizer: Any = bare
     if model is not None:
-        optimizer = NowcastOptimizer(bare, model, validation_loss, params.nowcast_every, patience=params.steps)
+        optimizer = NowcastOptimizer(
+            bare, model, validation_loss, params.nowcast_every, patience=params.steps, decay=params.decay
+        )
     moves = nino_moves(nino, layout, params.nino_every, params.nino_horizons) if nino else lambda _, __: False
     reached: dict[str, set[str]] = {name: set() for name in readers}
     order = batches(len(x), params.batch_size, generator(seed, "batches of a race"))
