@@ -85,9 +85,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the user's code
-            own = copied(model).double().eval()
-            write_out_attention(own)
-            recorder, output = record(own, input_shape, 2, lambda *_: None)
+            recorder, output = record(copied(model), input_shape, 2, lambda *_: None)
+            own = copied(model)  # another: some keep results for the next time
             weights = {key: value[None] for key, value in float_state(own).items()}
             layout = Layout({key: tuple(value.shape[1:]) for key, value in weights.items()})
             program = Program(tuple(recorder.steps), layout, whole=recorder.whole)
@@ -108,11 +107,13 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a module; InputError if it has tensors that are made of others."""
+    """Return a copy of a module in float64 to use, not train; InputError if it has tensors that are made of others."""
     try:
-        return copy.deepcopy(model)
+        own = copy.deepcopy(model).double().eval()
     except RuntimeError as error:
         raise InputError(f"it cannot be copied ({plain(error)}): take weight norms and the like off first") from None
+    write_out_attention(own)
+    return own
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
