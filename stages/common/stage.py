@@ -14,11 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 PARAMS = Path("params.yaml")
-READ_BY_DVC = (
-    "datasets",
-    "backbones",
-    "overrides",
-)  # the items of matrices; `overrides` is laid over what a stage reads
+# Which variants DVC makes, where not all of them: no stage reads these lists.
+VARIANT_LISTS = ("backbones", "learned", "raced")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 
 
@@ -53,13 +50,14 @@ class StageParams(BaseModel):
     @classmethod
     def load(cls, section: str, dataset: str | None = None, variant: str | None = None) -> Self:
         """Read `section` of params.yaml, for one item of its matrix if it has one; InputError names every problem."""
-        values = {key: value for key, value in lookup(section).items() if key not in READ_BY_DVC}
-        overrides: dict[str, Any] = {}
+        values, overrides = lookup(section), {}
         if dataset is not None:
             overrides = lookup(f"{section}.overrides.{dataset}")
+            values = {key: value for key, value in values.items() if key not in ("datasets", "overrides")}
             values = _merge(values, overrides, f"{section}.overrides.{dataset}")
         if variant is not None:
             lookup(f"{section}.variants.{variant}")  # names the variants there are if this is none of them
+            values = {key: value for key, value in values.items() if key not in VARIANT_LISTS}
             values["variant"] = values.pop("variants")[variant]
 
         def where(path: list[str]) -> str:

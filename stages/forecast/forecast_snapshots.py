@@ -10,6 +10,8 @@ Writes  OUTPUT/forecast-<h>.safetensors   the state_dict h snapshots after the l
 Snapshots are ordered by what their names count (epoch, step, ...), and taken to lie at even intervals; what is ambiguous or
 uneven is refused. Floating-point tensors are forecast, but for running statistics. These and all others are those of the last
 snapshot, and so is each weight that did not move lately; tensors that were equal in all snapshots stay equal.
+
+Of a curve of measurements (--curve), such as test loss at each snapshot, it says where it is expected to go.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
 from stages.forecast.baselines import Extrapolation
+from stages.forecast.curves import Curve, carry_on, read_curve, worth
 from stages.forecast.forecasters import load_forecaster
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.released import RELEASED, load_released
@@ -185,6 +188,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--order", help=f"{order}; default: what the names count")
     parser.add_argument("--even", action="store_true", help="of uneven steps, take the most snapshots that are even")
+    parser.add_argument(
+        "--curve",
+        type=Path,
+        metavar="CSV",
+        help="measurements, a row for each snapshot: are they worth training on for?",
+    )
+    parser.add_argument("--column", help="of the curve; default: the last one of numbers")
     return parser.parse_args()
 
 
@@ -215,12 +225,29 @@ def print_errors(rows: list[dict[str, Any]], snapshots: int) -> None:
     print(trust(ratios, origins, snapshots))
 
 
+def print_curve(curve: Curve, horizons: list[int]) -> None:
+    """Print where a measured curve is expected to go, beside keeping its last value."""
+    rows = carry_on(curve, horizons)
+    if rows:
+        print(
+            f"{'snapshots ahead':>16} {'expected':>9} {'90 % of past errors':>22} {'by':>10} {'error':>8} {'keeping':>8} {'origins':>8}"
+        )
+    for row in rows:
+        between = f"{row['low']:.4g} to {row['high']:.4g}"
+        print(
+            f"{row['h']:>16} {row['expected']:>9.4g} {between:>22} {row['way']:>10} "
+            f"{row['error']:>8.2g} {row['error_keep']:>8.2g} {row['origins']:>8}"
+        )
+    print(worth(rows, curve))
+
+
 def main() -> None:
     arguments = parse()
     pin_threads()
     snapshots = find_snapshots(arguments.path, WINDOW + 1, arguments.order, arguments.even)
     print(snapshots)
     model, prior, horizons = load_weights_forecaster(arguments.forecaster, arguments.horizons)
+    curve = read_curve(arguments.curve, arguments.column, len(snapshots.paths)) if arguments.curve else None
     recorded = read_trajectory(snapshots.paths)
     run = recorded.trajectory
 
@@ -239,6 +266,8 @@ def main() -> None:
     if rows:
         save_csv(arguments.output / "errors.csv", rows)
     print_errors(rows, len(run))
+    if curve is not None:
+        print_curve(curve, horizons)
     print(f"forecasts{'' if arguments.raw else ', shrunk as far as the past says,'} are in {arguments.output}")
 
 

@@ -60,7 +60,6 @@ class Variant(StageParams):
 class Params(StageParams):
     """What is learned from, and how."""
 
-    learned: list[str]  # the variants that DVC makes
     datasets: Annotated[list[str], Field(min_length=2)]
     seed: NonNegativeInt
     horizons: list[PositiveInt]  # snapshots ahead

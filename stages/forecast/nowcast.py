@@ -44,7 +44,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
     forecaster: `default_forecaster()`, which serves any run, or that of tune_jump, on the processor; None proposes the mean alone.
     The default proposes weights at each of its horizons, and knows strides of 5 to 400 steps. validation_loss: returns the model's
     loss, as it is now, on images that it is not trained on, the same at every call of a proposal. evaluation_cost, forecast_cost:
-    in optimiser steps; `charged_steps` counts what was spent on them.
+    in optimiser steps; `charged_steps` counts what was spent on them. decay: of an exponential average of the weights, of which
+    snapshots are taken then: forecasts of an average go further than those of weights, whose noise they need not undo.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class NowcastOptimizer(torch.optim.Optimizer):
         patience: int = 3,
         evaluation_cost: float = 0.0,
         forecast_cost: float = 0.0,
+        decay: float = 0.0,
     ) -> None:
         check_parts(optimizer, forecaster)
+        if not 0 <= decay < 1:
+            raise ValueError(f"expected decay in 0 to 1, got {decay}")
         if every < 1 or patience < 1:
             raise ValueError(f"expected positive every and patience, got {every} and {patience}")
         # All that Optimizer's own __init__ does, except that groups and state are not made: they are the bare optimiser's.
@@ -65,6 +69,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.forecaster, self.validation_loss = forecaster, validation_loss
         self.every, self.patience = every, patience
         self.evaluation_cost, self.forecast_cost = evaluation_cost, forecast_cost
+        self.decay = decay
         self.reads_state = forecaster is not None and forecaster.reads["with_state"]
         if self.reads_state and not knows_direction(optimizer):
             warnings.warn(
@@ -75,6 +80,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.tracked: list[Tensor] = []  # parameters of which snapshots are taken
         self.layout = Layout({})
         self.start: Snapshot | None = None
+        self.smoothed: Float[Tensor, " p"] | None = None  # the exponential average, if snapshots are taken of it
         self.recent: deque[Snapshot] = deque(maxlen=HISTORY)
         self.steps, self.strikes, self.charged_steps = 0, 0, 0.0
         self.last: tuple[int, float] | None = None  # step and loss after the proposal before
@@ -128,6 +134,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
             self._start_anew()
         loss = self.optimizer.step(closure)
         self.steps += 1
+        if self.on and self.decay:
+            self._smooth()
         if self.on and self.steps % self.every == 0:
             self._record()
             if self.steps // self.every % (WINDOW + 1) == 0 and len(self.recent) > WINDOW:
@@ -144,20 +152,36 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.layout = Layout.of({str(i): p for i, p in enumerate(self.tracked)})
         self.recent.clear()
         self.start = self._snapshot() if self.tracked else None
+        self.smoothed = None
+
+    def _same(self) -> bool:
+        """Whether the parameters that may be moved are those of which snapshots are taken."""
+        return list(map(id, self._trained())) == list(map(id, self.tracked))
+
+    def _smooth(self) -> None:
+        """Take the weights into the exponential average."""
+        if self.start is None or not self._same():
+            return
+        weights = self._weights()
+        self.smoothed = weights if self.smoothed is None else self.smoothed.lerp(weights, 1 - self.decay)
 
     def _record(self) -> None:
-        same = list(map(id, self._trained())) == list(map(id, self.tracked))
-        if self.start is not None and same:
-            self.recent.append(self._snapshot())
+        if self.start is not None and self._same():
+            weights, states = self._snapshot()
+            self.recent.append((weights if self.smoothed is None else self.smoothed, states))
         else:
             self._start_anew()
 
-    def _snapshot(self) -> Snapshot:
-        """Return weights in float32, or in float64 if some are: no bit of a parameter is lost. Directions are float32."""
+    def _weights(self) -> Float[Tensor, " p"]:
+        """Return weights in float32, or in float64 if some are: no bit of a parameter is lost."""
         device = self.tracked[0].device
         double = any(p.dtype == torch.float64 for p in self.tracked)
         dtype = torch.float64 if double else torch.float32
-        weights = torch.cat([p.detach().reshape(-1).to(device, dtype) for p in self.tracked])
+        return torch.cat([p.detach().reshape(-1).to(device, dtype) for p in self.tracked])
+
+    def _snapshot(self) -> Snapshot:
+        """Return weights, and directions in float32."""
+        device, weights = self.tracked[0].device, self._weights()
         if not self.reads_state:
             return weights, None
         group_of = {p: group for group in self.param_groups for p in group["params"]}
@@ -173,7 +197,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
         movable = self._movable(weights[-WINDOW - 1 :])
         if not movable:
             return
-        candidates = {"stay": weights[-1], "average": weights[-WINDOW - 1 :].mean(0), **self._forecasts(weights)}
+        stay = weights[-1] if self.smoothed is None else self._weights()
+        candidates = {"stay": stay, "average": weights[-WINDOW - 1 :].mean(0), **self._forecasts(weights)}
         try:
             losses = {}
             for name, candidate in candidates.items():
@@ -193,6 +218,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.last = (self.steps, losses[best])
         if best != "stay":
             self.recent.clear()  # the path before the move says nothing of the one after it
+            self.smoothed = None if self.smoothed is None else candidates[best].clone()
 
     def _movable(self, window: Float[Tensor, "t p"]) -> list[tuple[Tensor, slice]]:
         """Return the parameters that have a gradient and moved in the window, and where they lie in it."""
@@ -235,7 +261,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
             hook(self)
         nowcast = {name: getattr(self, name) for name in PROGRESS} | {"chosen": list(self.chosen)}
         shapes = [list(shape) for shape in self.layout.shapes.values()]
-        nowcast |= {"shapes": shapes, "start": self.start, "recent": list(self.recent)}
+        nowcast |= {"shapes": shapes, "start": self.start, "recent": list(self.recent), "smoothed": self.smoothed}
         state = self.optimizer.state_dict() | {"nowcast": nowcast}
         for hook in self._optimizer_state_dict_post_hooks.values():
             replaced = hook(self, state)
@@ -253,14 +279,17 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state)
         self._start_anew()
         if self.start is not None:
-            self._restore_snapshots(nowcast.get("shapes"), [nowcast.get("start"), *nowcast.get("recent", [])])
+            snapshots = [nowcast.get("start"), *nowcast.get("recent", [])]
+            self._restore_snapshots(nowcast.get("shapes"), snapshots, nowcast.get("smoothed"))
         for name in PROGRESS:
             value = nowcast[name]
             setattr(self, name, list(value) if name == "chosen" else value)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _restore_snapshots(self, shapes: list[list[int]] | None, snapshots: list[Any]) -> None:
+    def _restore_snapshots(
+        self, shapes: list[list[int]] | None, snapshots: list[Any], smoothed: Float[Tensor, " p"] | None
+    ) -> None:
         """Take a state's snapshots, the run's first one in front; begin anew if they are of other parameters or lack what is read."""
         reference, _ = self.start
         self.start = None
@@ -273,6 +302,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
             (weights.to(reference), None if states is None else states.to(device)) for weights, states in snapshots
         )
         self.recent.extend(recent)
+        self.smoothed = None if smoothed is None else smoothed.to(reference)
 
 
 def check_parts(optimizer: Any, forecaster: Any) -> None:

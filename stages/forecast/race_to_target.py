@@ -67,7 +67,6 @@ class Task(StageParams):
 class Params(StageParams):
     """How methods race."""
 
-    raced: list[str]  # the tasks that DVC runs
     seeds: list[NonNegativeInt]
     steps: PositiveInt  # at most
     batch_size: PositiveInt
@@ -210,7 +209,9 @@ def train(
 
     optimizer: Any = bare
     if model is not None:
-        optimizer = NowcastOptimizer(bare, model, validation_loss, params.nowcast_every, patience=params.steps)
+        optimizer = NowcastOptimizer(
+            bare, model, validation_loss, params.nowcast_every, patience=params.steps, decay=params.decay
+        )
     moves = nino_moves(nino, layout, params.nino_every, params.nino_horizons) if nino else lambda _, __: False
     reached: dict[str, set[str]] = {name: set() for name in readers}
     order = batches(len(x), params.batch_size, generator(seed, "batches of a race"))

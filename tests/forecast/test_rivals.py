@@ -115,3 +115,40 @@ def test_the_optimiser_takes_the_forecast_that_validates_best_and_nothing_worse(
     assert nn.functional.mse_loss(model(x), y).item() == min(losses)
     assert optimizer.chosen[0] in ("stay", "average", "ahead 1", "ahead 5")
     assert optimizer.record.startswith("1 times it proposed")
+
+
+def test_snapshots_of_an_average_are_those_of_every_step_and_a_state_keeps_them():
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 3), torch.randn(64, 4)
+
+    def around(model, **settings):
+        loss = lambda: 0.0  # noqa: E731 (every proposal is as good as to stay)
+        return NowcastOptimizer(
+            torch.optim.Adam(model.parameters(), 0.05), moving(), loss, every=2, patience=100, **settings
+        )
+
+    def steps(model, optimizer, n):
+        path = []
+        for _ in range(n):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            path.append(weights_of(model))
+        return path
+
+    model = nn.Linear(3, 4)
+    twin, bare = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer, other = around(model, decay=0.9), around(twin, decay=0.9)
+    path = steps(model, optimizer, 20)
+    assert optimizer.chosen == ["stay"]
+    for name, value in zip(path, steps(bare, torch.optim.Adam(bare.parameters(), 0.05), 20), strict=True):
+        assert torch.equal(name, value)  # training takes no notice of the average
+    assert torch.allclose(optimizer.recent[-1][0], read(ExponentialAverage(0.9), path), atol=1e-6)
+
+    steps(twin, other, 9)
+    resumed = around(twin, decay=0.9)
+    resumed.load_state_dict(copy.deepcopy(other.state_dict()))
+    steps(twin, resumed, 11)
+    assert torch.equal(resumed.recent[-1][0], optimizer.recent[-1][0])
+    with pytest.raises(ValueError, match="expected decay in 0 to 1, got 1"):
+        around(model, decay=1)

@@ -1,16 +1,20 @@
 """Marks are of functions, not of weights; the consensus passes its own exam; kernel ridge leaves out exactly what it says."""
 
+import hashlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from reproduction import ROOT
 from safetensors.torch import save_file
 from test_weightnet import ask, relabelled, seeded, zoo_networks
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
+from stages.weightnet.predict import describe, load_known
 from stages.weightnet.predictors.data import augmented
 from stages.weightnet.predictors.exam import (
     AGREEMENT,
@@ -38,6 +42,7 @@ from stages.weightnet.zoo.properties import PROPERTIES
 
 PARAMS = ExamParams(
     inputs=24,
+    grid=8,
     committees=2,
     members=4,
     better=0.5,
@@ -287,3 +292,29 @@ def test_the_exam_needs_the_zoo_s_classes_and_images(project, monkeypatch, capsy
         ask(monkeypatch, capsys, *words)
     with pytest.raises(InputError, match="the exam's inputs have the zoo's shape"):
         ask(monkeypatch, capsys, *words, "--input-shape", "1", "28", "28")
+
+
+@pytest.mark.parametrize("family", ["exam", "weightnet"])
+def test_a_released_predictor_is_as_small_as_it_says_and_answers(family):
+    card = json.loads((ROOT / f"models/released/digits-{family}.json").read_text())
+    path = ROOT / "models/released" / card["file"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == card["sha256"]
+    assert path.stat().st_size < 1e6
+    known = load_known(path, family)
+    assert card["learned_from"].startswith(f"{len(known.predictor.names)} networks")
+    assert known.shape == (1, 8, 8) and known.classes == 10
+    result = describe(known, in_float32(zoo_networks("cnn3", 1)))  # weights as no training leaves them
+    assert set(result["properties"]) == set(PROPERTIES)
+    assert result["properties"]["test_acc"]["value"] < 0.5 or not result["trusted"]
+
+
+def test_inputs_on_a_coarse_grid_are_smooth():
+    networks, labels = in_float32(zoo_networks("cnn3", 4)), torch.arange(20) % 10
+    start = torch.randn(20, 1, 4, 4, generator=seeded())
+    drawn = draw_by([networks], start, labels, PARAMS, seeded())
+    assert drawn.shape == (20, 1, 8, 8)
+    coarse = avg_pool2d(drawn, 2)  # what varies between neighbours is a small part of what varies between cells
+    fine = drawn - coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    noise = torch.randn(20, 1, 8, 8, generator=seeded())
+    rough = noise - avg_pool2d(noise, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert fine.var() / drawn.var() < 0.3 < rough.var() / noise.var()

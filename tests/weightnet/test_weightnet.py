@@ -606,7 +606,7 @@ def test_accuracy_under_fgsm_is_no_function_of_accuracy(built):
 
 
 def plan(architectures: list[str], main: str, **changes) -> TaskParams:
-    values = {"splits": 1, "seeds": 1, "shares": [], "share_of_others": 0.25}
+    values = {"splits": 1, "seeds": 1, "shares": [], "hold_out": True, "share_of_others": 0.25}
     return TaskParams(architectures=architectures, main=main, **values | changes)
 
 
@@ -620,6 +620,7 @@ def test_a_held_out_architecture_is_never_learnt_from_and_all_others_are():
         assert tasks[f"to_{name}"].test == [name]
         assert name not in tasks[f"to_{name}"].train
     assert list(plan_tasks(plan(["b"], "b"))) == ["b", ALL]
+    assert list(plan_tasks(plan(names, "b", hold_out=False))) == ["b", ALL]
     with pytest.raises(InputError, match="main is d, but"):
         plan_tasks(plan(names, "d"))
 

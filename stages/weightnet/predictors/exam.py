@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from stages.common.drawings import Glyphs
 from stages.common.randomness import generator
@@ -36,6 +36,7 @@ class ExamParams(StageParams):
     """How the exam is drawn. Inputs are in units of the zoo's images."""
 
     inputs: PositiveInt  # of a paper
+    grid: PositiveInt  # points of a side on which inputs are drawn, at most: finer images are smooth, as real ones are
     committees: PositiveInt  # that draw a share of them each
     members: PositiveInt  # of a committee
     better: PositiveFloat  # share of the networks learned from whose mean answer is the consensus
@@ -58,9 +59,8 @@ class Exam:
     attack: float
 
 
-def draw_glyphs(shape: tuple[int, ...], n: int, random: torch.Generator) -> Float[Tensor, "n c h w"]:
+def draw_glyphs(channels: int, side: int, n: int, random: torch.Generator) -> Float[Tensor, "n c s s"]:
     """Return images of Bézier strokes around 0, with a deviation of 1."""
-    channels, side, _ = shape
     ink = Glyphs(CHARACTERS).draw(torch.arange(n) % CHARACTERS, FINER * side, random).float()
     small = avg_pool2d(ink, FINER).expand(-1, channels, -1, -1)
     return (small - small.mean()) / small.std()
@@ -73,7 +73,11 @@ def draw_by(
     params: ExamParams,
     random: torch.Generator,
 ) -> Float[Tensor, "b c h w"]:
-    """Return inputs that a committee takes for the labels, some barely (few steps of Adam) and some surely (many)."""
+    """Return inputs that a committee takes for the labels, some barely (few steps of Adam) and some surely (many).
+
+    start: on the grid, from which the committee's inputs are made smooth.
+    """
+    (_, side, _) = committee[0].program.input_shape
     stops, members = sorted(params.steps), sum(map(len, committee))
     parts = [part.clone().requires_grad_() for part in start.tensor_split(len(stops))]
     targets = labels.tensor_split(len(stops))
@@ -81,7 +85,7 @@ def draw_by(
     for step in range(stops[-1]):
         going = [i for i, stop in enumerate(stops) if step < stop]
         x, target = torch.cat([parts[i] for i in going]), torch.cat([targets[i] for i in going])
-        seen = x + params.jitter * torch.randn(x.shape, generator=random)
+        seen = smooth(x + params.jitter * torch.randn(x.shape, generator=random), side)
         loss = params.decay * x.square().sum()
         for some in committee:
             logits = run_stack(some.program, some.weights, seen, some.tanh).flatten(0, 1)
@@ -89,7 +93,12 @@ def draw_by(
         optimizer.zero_grad()  # to None: what has stopped stays where it is
         loss.backward()
         optimizer.step()
-    return torch.cat(parts).detach()
+    return smooth(torch.cat(parts).detach(), side)
+
+
+def smooth(x: Float[Tensor, "b c g g"], side: int) -> Float[Tensor, "b c h h"]:
+    """Return images of `side` pixels between whose grid points colours go over linearly."""
+    return x if x.shape[-1] == side else interpolate(x, size=(side, side), mode="bilinear")
 
 
 def draw_exam(
@@ -98,7 +107,8 @@ def draw_exam(
     """Draw the inputs, and let the better networks answer them. choose: gives networks by their place among the `better` ones."""
     random = generator(drawing, "exam")
     program = choose(torch.tensor([0]))[0].program
-    glyphs = draw_glyphs(program.input_shape, params.inputs, random)
+    channels, side, _ = program.input_shape
+    glyphs = draw_glyphs(channels, min(side, params.grid), params.inputs, random)
     noise = torch.randn(glyphs.shape, generator=random)
     labels = torch.randperm(params.inputs, generator=random) % program.steps[-1].shape[0]
     drawn = []
@@ -108,7 +118,7 @@ def draw_exam(
         ):
             committee = choose(torch.randperm(better, generator=random)[: params.members])
             drawn.append(draw_by(committee, start, target, params, random))
-    inputs = torch.stack([torch.cat(drawn), glyphs, noise])
+    inputs = torch.stack([torch.cat(drawn), smooth(glyphs, side), smooth(noise, side)])
     total = torch.zeros(*inputs.shape[:2], program.steps[-1].shape[0])
     for places in torch.arange(better).split(params.members):
         for some in choose(places):

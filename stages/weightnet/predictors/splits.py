@@ -42,7 +42,8 @@ class TaskParams(StageParams):
     splits: PositiveInt  # of its runs
     seeds: PositiveInt  # predictors of its tasks that are trained alike, from other first weights: their mean predicts
     shares: list[Share]  # of its runs to learn from, for a learning curve
-    share_of_others: Share  # of the runs to learn from where an architecture is held out
+    hold_out: bool  # each architecture once, learnt from all others
+    share_of_others: Share  # of the runs to learn from there
 
 
 def plan_tasks(params: TaskParams) -> dict[str, Task]:
@@ -60,7 +61,7 @@ def plan_tasks(params: TaskParams) -> dict[str, Task]:
         f"{main}_{share:g}": Task([main], [main], 1, params.seeds, share, pooled=False) for share in params.shares
     }
     tasks[ALL] = Task(architectures, architectures)
-    for held_out in architectures:
+    for held_out in architectures if params.hold_out else []:
         if others := [name for name in architectures if name != held_out]:
             tasks[HELD_OUT + held_out] = Task(others, [held_out], share=params.share_of_others)
     return tasks

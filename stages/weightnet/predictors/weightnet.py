@@ -42,7 +42,13 @@ def read_edge(networks: Networks, edge: Edge, embed: Callable[[Tensor], Tensor])
     embed: what is made of it, of a few rows at a time: of all, it would not fit into memory for large networks.
     """
     weight = without_groups(networks.weights[edge.tensor], edge.blocks)[:, edge.rows, edge.columns]
-    weight = weight.unflatten(2, (-1, *edge.taps)) if weight.dim() == 3 else weight
+    weight = (
+        weight.unflatten(2, (-1, *edge.taps))
+        if weight.dim() == 3
+        else weight.unflatten(3, (*edge.taps,))
+        if weight.dim() == 4
+        else weight
+    )
     rows, columns = (cosines(size).to(weight) for size in edge.taps)
     fan_in = networks.weights[edge.tensor][0, 0].numel()
     numbers = weight.flatten(1)

@@ -119,7 +119,8 @@ def refined(colours: Array, pairs: Int[np.ndarray, "2 k"], stays: Bool[np.ndarra
         hashes = mixed(colours, 1)
         below = mixed(np.where(stays[parents], parents, colours[parents]), np.where(stays[parents], 2, 3))
         np.add.at(hashes, children, below)
-        np.add.at(hashes, parents, mixed(colours[children], 4))
+        moving = ~stays[parents]  # of those that stay, each is itself
+        np.add.at(hashes, parents[moving], mixed(colours[children[moving]], 4))
         finer = np.unique(hashes, return_inverse=True)[1]
         if finer.max(initial=0) == colours.max(initial=0):
             return finer

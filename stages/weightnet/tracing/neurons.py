@@ -140,8 +140,13 @@ class Derivation:
     def blocks(self, ids: Ids, inside: list[int]) -> Ids:
         """Return a parent for each block of neurons that lie along the axes `inside`, which have size one then.
 
-        Where there is but one block, no parent is needed: the ids are nobody's.
+        Where there is but one block, no parent is needed: the ids are nobody's. Blocks whose neurons do not lie together (those of
+        the branches that a sum joins) are tied, like the terms of a sum.
         """
+        inside, wide = sorted(inside), axes_of(ids)
+        if wide - set(inside) and min(wide & set(inside), default=ids.dim()) < max(wide - set(inside)):
+            first = ids.amax(inside, keepdim=True)
+            return self.tie(first, ids).amax(inside, keepdim=True)
         outside = [axis for axis in range(ids.dim()) if axis not in inside]
         shape = [1 if axis in inside else size for axis, size in enumerate(ids.shape)]
         rows = ids.permute(*outside, *inside).reshape(int(np.prod(shape)), -1)
@@ -316,6 +321,14 @@ def follow_conv(d: Derivation, step: Step, x: Numbers) -> Numbers:
         d.add_members(parents, neurons.view(groups, -1))
     d.add_vectors(step, ("bias",), "writes", neurons, Numbers(neurons))
     return Numbers(neurons.view(-1, *[1] * (len(step.shape) - 1)))
+
+
+def follow_conv1d(d: Derivation, step: Step, x: Numbers) -> Numbers:
+    """Like a convolution of images; neurons along the axis over which the kernel moves stay where they are."""
+    if x.axes in ([], [0]):
+        return follow_conv(d, step, x)
+    d.pin(x)
+    return follow_conv(d, step, Numbers(torch.full([1] * x.ids.dim(), NOBODY)))
 
 
 def follow_linear(d: Derivation, step: Step, x: Numbers) -> Numbers:
@@ -543,6 +556,7 @@ RULES: dict[str, Callable[..., Numbers]] = {
     "constant": follow_constant,
     "parameter": follow_parameter,
     "conv": follow_conv,
+    "conv1d": follow_conv1d,
     "linear": follow_linear,
     **dict.fromkeys(("batch_norm", "group_norm", "instance_norm"), follow_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), follow_layer_norm),

@@ -140,6 +140,12 @@ def run_conv(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return y
 
 
+def run_conv1d(step: Step, x: Float[Tensor, "n b c t"], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a convolution along one axis."""
+    y = torch.stack([F.conv1d(x[min(i, len(x) - 1)], one, None, **step.options) for i, one in enumerate(weight)])
+    return y if bias is None else y + bias[:, None, :, None]
+
+
 def run_linear(_step: Step, x: Tensor, weight: Float[Tensor, "n k f"], bias: Tensor | None = None) -> Tensor:
     """Return a linear map of the last axis."""
     rows = torch_order(x)
@@ -322,6 +328,7 @@ def run_same(_step: Step, x: Tensor) -> Tensor:
 
 RUN: dict[str, Callable[..., Tensor]] = {
     "conv": run_conv,
+    "conv1d": run_conv1d,
     "linear": run_linear,
     "batch_norm": run_batch_norm,
     "group_norm": run_group_norm,

@@ -25,6 +25,14 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return both[0], both[-1]
 
 
+def _alike(r: Recorder, x: Operand) -> Operand:
+    """Return a constant that is made for each image of a batch as what is given to each of them, and all else as it is."""
+    constant = x.place is None and x.name is None and x.batch.axis is None and x.shape[0] == r.batch
+    if constant and bool((x.tensor == x.tensor[:1]).all()):
+        return Operand(x.tensor, x.shape, batch=Batch())
+    return x
+
+
 def _plain(x: Operand) -> None:
     """Refuse what layers of images do not expect."""
     if not x.plain:
@@ -47,6 +55,7 @@ def read_conv(
     groups: int = 1,
 ) -> None:
     """torch.conv2d. Padding "same" is one pixel larger behind than before if its size is odd: that pixel is a step."""
+    x = _alike(r, x)
     _plain(x)
     tensors, source = r.weights(weight=weight, bias=bias), x
     stride, dilation = _pair(stride), _pair(dilation)
@@ -58,6 +67,25 @@ def read_conv(
             source = r.add("pad", [x], pad(x.tensor, border), {"pad": border, "mode": "constant", "value": 0.0})
     options = {"stride": stride, "padding": _pair(padding), "groups": groups}
     r.add("conv", [source], y, options | ({"dilation": dilation} if dilation != (1, 1) else {}), tensors)
+
+
+def read_conv1d(
+    r: Recorder,
+    y: Tensor,
+    x: Operand,
+    weight: Operand,
+    bias: Layer = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> None:
+    """torch.conv1d."""
+    _plain(x)
+    if isinstance(padding, str):
+        raise NotFollowed("padding by its name is not supported")
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    r.add("conv1d", [x], y, options, r.weights(weight=weight, bias=bias))
 
 
 def read_linear(r: Recorder, y: Tensor, x: Operand, weight: Operand, bias: Layer = None) -> None:
@@ -225,6 +253,23 @@ def read_adaptive_mean(r: Recorder, y: Tensor, x: Operand, output_size: Any) -> 
     r.add("reduction", [x], y, {"of": "mean", "dims": (x.axis(-1),), "keepdim": True})
 
 
+def read_mean_pool(
+    r: Recorder, y: Tensor, x: Operand, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *_: Any
+) -> None:
+    """torch.avg_pool1d of windows that lie side by side: they become an axis, over which the mean goes."""
+    sizes = [
+        value[0] if isinstance(value, (tuple, list)) and value else value for value in (kernel_size, stride, padding)
+    ]
+    size, step, border = sizes
+    if step not in (None, (), size) or border != 0:
+        raise NotFollowed("pools along one axis that overlap are not supported")
+    used = x.tensor.detach()[..., : y.shape[-1] * size]
+    windows = used.unflatten(-1, (-1, size))
+    _part(r, used, x, -1, slice(0, used.shape[-1]))
+    long = r.add("reshape", [r.operand(used)], windows)
+    r.add("reduction", [long], y, {"of": "mean", "dims": (long.axis(-1),), "keepdim": False})
+
+
 def read_max(
     r: Recorder, y: Any, x: Operand, other: Any = None, keepdim: bool = False, *, dim: int | None = None
 ) -> None:
@@ -260,6 +305,34 @@ def read_repeat(r: Recorder, y: Tensor, x: Operand, *sizes: Any) -> None:
         raise NotFollowed("images of a batch are repeated")
     own = [size for axis, size in enumerate(sizes) if axis != x.batch.axis]
     r.add("repeat", [x], y, {"sizes": (*[1] * (x.batch.parts > 1), *own)})
+
+
+def read_repeat_interleave(r: Recorder, y: Tensor, x: Operand, repeats: int, dim: int | None = None, **_: Any) -> None:
+    """torch.repeat_interleave along an axis: of the batch, every image is given to each of its parts."""
+    if dim is None or not isinstance(repeats, int):
+        raise NotFollowed("it is called in a way that is not supported")
+    if repeats == 1:
+        r.same(x, y)
+    elif dim % len(x.shape) == x.batch.axis == 0 and x.batch.parts == 1:
+        r.add("expand", [x], y, batch=Batch(0, repeats))
+    else:
+        places = [place for place in range(x.shape[dim]) for _ in range(repeats)]
+        r.add("index", [x], y, {"axis": x.axis(dim), "places": places})
+
+
+def read_unfold(
+    r: Recorder, y: Tensor, x: Operand, dim: Any, size: Any = None, step: Any = None, **options: Any
+) -> None:
+    """torch.Tensor.unfold: windows along an axis, whose places are the last axis."""
+    if options or not all(isinstance(value, int) for value in (dim, size, step)):
+        raise NotFollowed("patches of images by unfold are not supported")
+    dim = dim % len(x.shape)
+    places = [start * step + i for start in range(y.shape[dim]) for i in range(size)]
+    taken = x.tensor.detach().index_select(dim, torch.tensor(places))
+    windows = taken.unflatten(dim, (-1, size))
+    long = r.add("index", [x], taken, {"axis": x.axis(dim), "places": places})
+    read_reshape(r, windows, long)
+    read_movedim(r, y, r.operand(windows), dim + 1, -1)
 
 
 def _batch_of(operands: Sequence[Any]) -> Batch:
@@ -608,6 +681,7 @@ OPERATORS = {  # function -> kind, and whether the operands are swapped
 READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(OPERATORS, read_arithmetic),
     "conv2d": read_conv,
+    "conv1d": read_conv1d,
     "linear": read_linear,
     "batch_norm": read_batch_norm,
     "group_norm": read_group_norm,
@@ -639,6 +713,7 @@ READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), read_norm),
     "normalize": read_normalize,
     "rms_norm": read_rms_norm,
+    "avg_pool1d": read_mean_pool,
     "adaptive_avg_pool1d": read_adaptive_mean,
     "stack": read_stack,
     "zero": read_zero,
@@ -647,6 +722,8 @@ READERS: dict[str, Callable[..., None]] = {
     "einsum": read_einsum,
     "scaled_dot_product_attention": read_attention,
     "index_select": read_index_select,
+    "repeat_interleave": read_repeat_interleave,
+    "unfold": read_unfold,
     "flip": read_flip,
     "roll": read_roll,
     "glu": read_glu,

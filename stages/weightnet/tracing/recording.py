@@ -204,7 +204,10 @@ class Recorder(TorchFunctionMode):
             if version != tensor._version:
                 raise NotFollowed("it reads what was changed in place since, through another view of it")
             return Operand(tensor, shape, place=place, batch=batch)
-        return Operand(tensor, shape, name=self.names.get(tensor), batch=NOWHERE)
+        if tensor in self.names:
+            return Operand(tensor, shape, name=self.names[tensor], batch=NOWHERE)
+        given = tensor.dim() > 1 and len(tensor) == self.batch and tensor.stride(0) == 0  # expanded: to each image
+        return Operand(tensor, shape, batch=ALONG_ROWS if given else NOWHERE)
 
     def same(self, operand: Operand, result: Tensor) -> None:
         """Note that a result is an earlier one."""
@@ -257,7 +260,9 @@ class Recorder(TorchFunctionMode):
         if operand.place is not None:
             return operand.place
         if operand.name is None:
-            if len(operand.tensor) == self.batch and (operand.tensor != operand.tensor[:1]).any():
+            if operand.batch.axis == 0:
+                operand = Operand(operand.tensor[0], operand.shape[1:], batch=NOWHERE)
+            elif operand.shape[:1] == (self.batch,) and (operand.tensor != operand.tensor[:1]).any():
                 raise NotFollowed(
                     "it reads what was made outside of torch's functions, such as by TorchScript or numpy"
                 )
@@ -273,10 +278,10 @@ class Recorder(TorchFunctionMode):
         """Return where a value is that is broadcast over results of so many axes, whose images lie as `batch` says."""
         if not isinstance(operand, Operand):
             return self.append(Step("constant", self.where, (), (), {"value": float(operand)}))
-        if operand.place is not None and operand.batch.axis is not None:
+        if operand.batch.axis is not None:
             if operand.batch != batch or len(operand.shape) != dims:
                 raise NotFollowed("images of a batch are mixed")
-            return operand.place
+            return self.source(operand)
         along = None if batch.axis is None else batch.axis - (dims - len(operand.shape))
         if along is None or along < 0 or (batch.parts > 1 and along == 0 and operand.shape[0] == 1):
             return self.source(operand)

@@ -206,9 +206,9 @@ def derive_symmetry(program: Program) -> Symmetry:
         parents={names[parent]: sizes[names[parent]] for parent in moving.values()},
         rigid=frozenset(names[i] for i in np.unique(number[flags(found.rigid, found.neurons)])),
         kernels={
-            step.tensors["weight"]: program.layout.shapes[step.tensors["weight"]][2:]
+            step.tensors["weight"]: (1, 1, *program.layout.shapes[step.tensors["weight"]][2:])[-2:]
             for step in program.steps
-            if step.kind == "conv" and step.name in found.layers
+            if step.kind in ("conv", "conv1d") and step.name in found.layers
         },
         fixed=frozenset(names[i] for i, group in enumerate(groups.neurons) if groups.pinned[group].any()),
     )
