@@ -26,11 +26,13 @@ import math
 import multiprocessing
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -42,6 +44,7 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.weightnet.predictors.ensemble import Ensemble, revive
+from stages.weightnet.predictors.exam import Exam, mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import own_units
@@ -59,6 +62,8 @@ WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no uppe
 RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 WARNING = "do not trust this"
+
+T = TypeVar("T")
 
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
@@ -78,15 +83,43 @@ def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_co
 
 
 def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> Program:
-    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none.
+    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none."""
 
-    What is not the zoo's own runs in a process of its own: what it imports (torchvision: 160 MB) ends with it, and so do crashes.
-    """
-    if arch in ARCHITECTURES:
+    def follow() -> Program:
         return trace(build_user_network(arch, shape, classes, allow_code), shape)
+
+    return follow() if arch in ARCHITECTURES else in_own_process(follow, arch)
+
+
+def user_marks(exam: Exam, path: Path, arch: str, allow_code: bool) -> Float[Tensor, "1 m"]:
+    """Return the marks of a network whose steps are not known, by its outputs alone; InputError if they are no logits."""
+    shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
+
+    def ask_module() -> list[list[float]]:
+        module = build_user_network(arch, shape, classes, allow_code).eval()
+        own = {name: tuple(t.shape) for name, t in module.state_dict().items() if t.is_floating_point()}
+        found, _ = load_weights(path, own, (), torch.float32, f"--arch {arch}")
+        module.load_state_dict(found, strict=False)  # it counts batches
+        with torch.no_grad():
+            outputs = module(exam.inputs[0])
+        if not isinstance(outputs, Tensor) or outputs.shape != (len(exam.inputs[0]), classes):
+            got = list(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise InputError(f"{path}: the exam needs {classes} logits for an image, and {arch} gives {got}")
+        if (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(len(outputs))):
+            raise InputError(f"{path}: {arch} gives probabilities: leave out its softmax, since the exam needs logits")
+        return mark(exam, module).flatten(1).tolist()
+
+    return torch.tensor(in_own_process(ask_module, arch))
+
+
+def in_own_process(compute: Callable[[], T], arch: str) -> T:
+    """Return what is computed with others' code, in a process of its own; InputError if that fails, whatever it does.
+
+    What it imports (torchvision: 160 MB) ends with the process, and so do crashes.
+    """
     receive, send = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")  # a new interpreter would import torch again
-    child = fork.Process(target=_send_program, args=(receive, send, arch, shape, classes, allow_code))
+    child = fork.Process(target=_send_result, args=(receive, send, compute, arch))
     child.start()
     send.close()
     try:
@@ -101,14 +134,12 @@ def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bo
     return result
 
 
-def _send_program(
-    receive: Connection, send: Connection, arch: str, shape: tuple[int, ...], classes: int, allow_code: bool
-) -> None:
+def _send_result(receive: Connection, send: Connection, compute: Callable[[], T], arch: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is reported once, by the parent
     receive.close()
     try:
         with redirect_stdout(sys.stderr):  # what others' code prints is no answer of ours
-            result: Program | InputError = trace(build_user_network(arch, shape, classes, allow_code), shape)
+            result: T | InputError = compute()
     except InputError as error:
         result = error
     except Exception as error:  # others' code may raise anything
@@ -284,10 +315,11 @@ def nearest_networks(known: Known, distances: Float[Tensor, " n"]) -> list[dict[
     ]
 
 
-def describe(known: Known, networks: Networks) -> dict[str, Any]:
-    """Return the predictions for one network, with intervals, and what of it the zoo's networks are like and unlike."""
+def describe(
+    known: Known, intervals: Float[Tensor, "3 1 k"], read: Float[Tensor, "1 r"], outside: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """Return the predictions for one network, and by what was read of it, which of the zoo's networks it is like and how unlike."""
     predictor = known.predictor
-    intervals, read = predictor.intervals(networks), predictor.read(networks)
     if not (intervals.isfinite().all() and read.isfinite().all()):
         raise InputError("its weights are so large that the predictions are no finite numbers")
     properties = {
@@ -297,50 +329,79 @@ def describe(known: Known, networks: Networks) -> dict[str, Any]:
     distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
     unlike = (own < distances.amin()).double().mean().item()
     if unlike > TRUSTED:  # errors on networks like the zoo's say nothing of this one's
+        said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
+        notes = [said, *notes]
         for name, found in properties.items():
             least, most = range_of(name)
             found["low"], found["high"] = least, most if math.isfinite(most) else max(found["high"], WORST_LOSS)
-    shape, zoo = networks.program.input_shape, known.shape
-    said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
     return {
         "properties": properties,
         "unlike": unlike,
         "trusted": unlike <= TRUSTED,
         "nearest": nearest_networks(known, distances),
-        "outside": [
-            *what_is_outside(pooled_statistics(networks)[0], known.ranges),
-            *([f"images of {'x'.join(map(str, shape))}, the zoo's {'x'.join(map(str, zoo))}"] if shape != zoo else []),
-        ],
-        "notes": [*([said] if unlike > TRUSTED else []), *list_notes(networks.program)],
+        "outside": outside,
+        "notes": notes,
     }
+
+
+def describe_networks(known: Known, networks: Networks) -> dict[str, Any]:
+    """Return what is said of one network whose steps are known."""
+    shape, zoo = ("x".join(map(str, images)) for images in (networks.program.input_shape, known.shape))
+    outside = what_is_outside(pooled_statistics(networks)[0], known.ranges)
+    outside += [f"images of {shape}, the zoo's {zoo}"] if shape != zoo else []
+    intervals, read = known.predictor.intervals(networks), known.predictor.read(networks)
+    return describe(known, intervals, read, outside, list_notes(networks.program))
+
+
+def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, allow_code: bool) -> dict[str, Any]:
+    """Return what is said of one network whose steps are not known: by its outputs alone."""
+    marks = user_marks(examiner.exam, path, arch, allow_code)
+    notes = ["its steps cannot be followed: judged by its outputs alone"]
+    return describe(known, examiner.intervals_by(marks), examiner.ridge.standardised(marks), [], notes)
+
+
+def predict_one(
+    known: Known, path: Path, arch: str, program: Program | InputError, tanh: bool, allow_code: bool
+) -> dict[str, Any]:
+    """Return what is said of the network of a file; program: of its architecture, or why there is none."""
+    examiner = known.predictor if isinstance(known.predictor, Examiner) else None
+    if isinstance(program, InputError):
+        if examiner is None:
+            raise program
+        return describe_outputs(known, examiner, path, arch, allow_code)
+    outputs = program.steps[-1].shape
+    if examiner and outputs != (known.classes,):
+        got = ", ".join(map(str, outputs))
+        raise InputError(f"the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out")
+    return describe_networks(known, read_network(path, arch, program, tanh, run=examiner is not None))
 
 
 def predict_all(
     known: Known, models: dict[Path, dict[str, Any]], arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Return what is predicted of each model, with what was measured of it."""
-    shape, run_it = tuple(arguments.input_shape or known.shape), isinstance(known.predictor, Examiner)
-    if run_it and shape != known.shape:
+    shape = tuple(arguments.input_shape or known.shape)
+    if isinstance(known.predictor, Examiner) and shape != known.shape:
         raise InputError(f"the exam's inputs have the zoo's shape {known.shape}, not {shape}: leave --allow-probe out")
     results: dict[str, dict[str, Any]] = {}
-    programs: dict[str, Program] = {}
+
+    @cache
+    def program_of(arch: str) -> Program | InputError:
+        try:
+            return user_program(arch, shape, known.classes, arguments.allow_code)
+        except InputError as error:
+            return error
+
     for file, said in models.items():
         arch, tanh = said.get("arch", arguments.arch), arguments.tanh or said.get("activation") == "tanh"
         if arch is None:
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
-        if arch not in programs:
-            programs[arch] = user_program(arch, shape, known.classes, arguments.allow_code)
-        outputs = programs[arch].steps[-1].shape
-        if run_it and outputs != (known.classes,):
-            got = ", ".join(map(str, outputs))
-            raise InputError(
-                f"{file}: the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out"
-            )
-        networks = read_network(file, arch, programs[arch], tanh, run_it)
+        program = program_of(arch)
         try:
-            results[str(file)] = describe(known, networks)
+            results[str(file)] = predict_one(known, file, arch, program, tanh, arguments.allow_code)
         except InputError as error:
-            raise InputError(f"{file}: {error}") from None
+            named = str(error).startswith((str(file), "--arch")) or error is program
+            raise error if named else InputError(f"{file}: {error}") from None
         results[str(file)]["measured"] = {name: float(said[name]) for name in PROPERTIES if name in said}
     return results
 
