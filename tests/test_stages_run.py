@@ -58,7 +58,14 @@ PIPELINE = [
     ),
     *(
         (f"stages.recall.{stage}", {})
-        for stage in ("vary_recipes", "train_auditor", "condense_changes", "recover_memory", "map_weight_space")
+        for stage in (
+            "vary_recipes",
+            "train_auditor",
+            "condense_changes",
+            "recover_memory",
+            "recover_images",
+            "map_weight_space",
+        )
     ),
     ("stages.report.build_report", {}),
 ]
@@ -194,9 +201,21 @@ def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline
     assert {"weightnet", "hybrid", "stats_gbm"} <= {row[0] for row in held_out if len(row) == len(ARCHITECTURES) + 2}
     assert all(0 <= float(share) <= 1 for row in held for share in row[1:])
     assert all(float(row[2]) < 1e-6 for row in moved)  # relabelled neurons change nothing
-    (header, *recalled), (_, *controls), (_, *written), _, (_, *masked), (_, *images), _ = sections["Recall"]
+    (
+        (header, *recalled),
+        (_, *controls),
+        (_, *written),
+        _,
+        (_, *masked),
+        (_, *images),
+        (_, *audited),
+        _,
+        (_, *refused),
+    ) = sections["Recall"]
     assert header[-1] == "ignoring the network"
     assert all(0 <= float(row[-1]) < 0.75 and "[" in row[1] for row in recalled)
+    assert len(audited) == 8 and all("[" in row[1] for row in audited)
+    assert [row[0] for row in refused if "honest" in row[0]] == ["whole: honest", "adapter: honest"]
     assert {row[2] for row in controls} == {"50%"}
     assert {"written", "nearest trained rule, copied", "base", "constant answer"} <= {row[0] for row in written}
     assert {"fine-tuned", "from scratch", "random encoder", "most frequent class"} <= {row[0] for row in masked}

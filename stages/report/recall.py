@@ -15,14 +15,17 @@ def recall_section(dataset: str) -> Section:
     """Return the section of what is recalled; its masked autoencoder and classifiers are those of one data set."""
     recovered = load_json(REPORTS / "recover_memory/summary.json")
     space = load_json(REPORTS / "map_weight_space/summary.json")
+    audited = load_json(REPORTS / "train_auditor/summary.json")
     tables = [
         decoded_table(recovered["decoded"]),
         control_table(recovered),
         written_table(space),
         arithmetic_table(space["arithmetic"]),
         masked_table(load_json(REPORTS / "classify_masked" / dataset / "summary.json")),
-        image_table(recovered["images"]),
-        calibration_table(recovered["calibration"]),
+        image_table(load_json(REPORTS / "recover_images/summary.json")),
+        auditor_table(audited["recalled"]),
+        recipe_table(audited["recalled"]),
+        refusal_table(audited["refusals"]),
     ]
     captions = {
         f"train_mae/{dataset}/reconstructions.png": "What a masked autoencoder sees and fills in.",
@@ -31,7 +34,7 @@ def recall_section(dataset: str) -> Section:
         "recover_memory/representations.png": "What is recalled, from what: 95 % intervals; dotted: what ignores the network.",
         "recover_memory/growth.png": "More fine-tunes to learn from help.",
         "recover_memory/mean_images.png": "Mean images of data sets never seen, minus the fleet's, and what the weights tell of them.",
-        "recover_memory/images.png": "Images recovered from a classifier's answers: alignment alone fools the classifier, not the eye.",
+        "recover_images/images.png": "Images recovered from a classifier's answers: alignment alone fools the classifier, not the eye.",
         "condense_changes/variance.png": "How many principal components hold changes of weights.",
         "map_weight_space/space.png": "Networks that follow alike rules lie alike.",
         "map_weight_space/written.png": "Networks written for rules never trained.",
@@ -126,17 +129,64 @@ def image_table(images: dict[str, Any]) -> Table:
     return Table(["decoder", "cycle R²", "judge agrees", "pixel R²"], rows, explained)
 
 
-def calibration_table(calibration: dict[str, Any]) -> Table:
-    """Return how true the audit's intervals and probabilities are."""
+def auditor_table(recalled: dict[str, Any]) -> Table:
+    """Return what the auditor tells of fine-tunes by recipes inside the ranges, and what of it could be the recipe's."""
     rows = [
         [
-            key.replace("_", " "),
-            f"{measured['coverage']:.1%}" if "coverage" in measured else "",
-            f"{measured['coverage_present']:.1%}" if "coverage_present" in measured else "",
-            f"{measured['half_width']:.2f}" if "half_width" in measured else "",
-            f"{measured['calibration_error']:.3f}" if "calibration_error" in measured else "",
+            f"{kind}: {key.replace('_', ' ')}, {MEASURES[measure]}",
+            interval(by[measure]),
+            f"{by[f'{measure}_ignoring_the_network']:.2f}",
+            f"{by[f'{measure}_of_the_recipe_alone']:.2f}",
+            f"{by['r2_recipe_removed']:.2f}" if "r2_recipe_removed" in by else "",
+            f"{by['coverage']:.1%}" if "coverage" in by else "",
+            f"{by['coverage_present']:.1%}" if "coverage_present" in by else "",
+            f"{by['calibration_error']:.3f}" if "calibration_error" in by else "",
         ]
-        for key, measured in calibration.items()
+        for kind, groups in recalled.items()
+        for key, by in groups["inside"].items()
+        for measure in ("bits" if "bits" in by else "r2",)
     ]
-    header = ["characteristic", "inside 90 % intervals", "of classes present", "half-width", "calibration error"]
-    return Table(header, rows, "The audit's intervals and probabilities on fine-tunes never seen.")
+    header = ["characteristic", "recalled", "ignoring the network", "from the recipe alone", "R², recipe removed"]
+    header += ["inside 90 % intervals", "of classes present", "calibration error"]
+    explained = "The auditor on fine-tunes never seen, by recipes drawn wide, whole and as low-rank adapters: 95 % intervals over them."
+    return Table(header, rows, explained)
+
+
+def recipe_table(recalled: dict[str, Any]) -> Table:
+    """Return what the auditor tells of fine-tunes by other recipes: scores, and how often intervals hold."""
+    keys = list(next(iter(recalled.values()))["inside"])
+    rows = [
+        [f"{kind}: {caption(group)}", *(recipe_cell(by[key]) for key in keys)]
+        for kind, groups in recalled.items()
+        for group, by in groups.items()
+    ]
+    header = ["recipes", *(f"{key.replace('_', ' ')}" for key in keys)]
+    explained = (
+        "The same by recipes inside the ranges and outside: bits right or R², and how many values lie inside intervals of 90 %. "
+        "Hotter and colder: learning rates beyond the ranges; elsewhere: small batches, large shifts, the first half of the layers."
+    )
+    return Table(header, rows, explained)
+
+
+def recipe_cell(by: dict[str, Any]) -> str:
+    """Return a score, and the coverage of its intervals if it has any."""
+    score = by["bits"] if "bits" in by else by["r2"]
+    return f"{score['mean']:.2f}" + (f" ({by['coverage']:.0%})" if "coverage" in by else "")
+
+
+def refusal_table(refusals: dict[str, Any]) -> Table:
+    """Return how often the auditor refuses honest fine-tunes, altered ones, and those by recipes outside the ranges."""
+    rows = [
+        [
+            f"{kind}: {caption(name)}",
+            f"{measured['refused']:.1%}",
+            f"{measured['auroc']:.2f}" if name != "honest" else "",
+        ]
+        for kind, by in refusals.items()
+        for name, measured in by.items()
+    ]
+    explained = (
+        "What the auditor refuses: of honest fine-tunes these are false alarms. AUROC: how its measure of oddness alone, without marks on "
+        "single weights, ranks them against honest ones."
+    )
+    return Table(["fine-tunes never seen", "refused", "AUROC"], rows, explained)
