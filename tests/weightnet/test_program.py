@@ -182,9 +182,12 @@ def attends_to_another(self: Body, x: Tensor) -> Tensor:
 
 
 REFUSED = {
-    "longer": (Longer(), "step relu: forward takes another way"),
-    "noise": (Body(lambda _, x: x + torch.rand(16)), "step add: what is run differs from the module's own by"),
-    "state": (Counting(), "step mul: what is run differs"),
+    "longer": (Longer(), "it gives other results for the same images when it is called again"),
+    "noise": (
+        Body(lambda _, x: x + torch.rand(16)),
+        "it gives other results for the same images when it is called again",
+    ),
+    "state": (Counting(), "it gives other results for the same images when it is called again"),
     "batch": (Positional(), "step mul: forward takes another way for other images or weights"),
     "values": (Body(lambda _, x: x if x.mean((1, 2, 3))[0] > 0 else -x), "single images of a batch are taken"),
     "truth": (Body(lambda _, x: x if (x.mean((1, 2, 3)) * 1).any() else -x), "any, which is not supported"),

@@ -155,12 +155,16 @@ def record(
     randomise(float_state(model), random)
     images = torch.randn(batch, *input_shape, generator=random, dtype=torch.float64)
     recorder = Recorder(model, state_tensors(model), images, READERS, watch)
+    same = images.clone()
     with recorder:
         result = model(images)
+    again = model(same) if isinstance(result, Tensor) else result
     if not isinstance(result, Tensor):
         raise InputError(f"it returns a {type(result).__name__}: expected a tensor of one number for each class")
     if result not in recorder.places:
         raise InputError("what it returns was not made by steps that can be followed")
+    if not torch.allclose(again, result, rtol=ROUNDING, atol=ROUNDING * result.abs().amax().item(), equal_nan=True):
+        raise InputError("it gives other results for the same images when it is called again")
     place, version, batch = recorder.places[result]
     if version != result._version:
         raise InputError("what it returns was changed in place, through another view of it")
@@ -186,11 +190,11 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
             if known.kind not in ("constant", "parameter"):
                 break
             results[place] = own.to(expected)
-            sizes.append(own.abs().amax().item())
+            sizes.append(largest(own))
         if len(sizes) == len(program.steps) or step != program.steps[len(sizes)]:
             raise InputError(f"step {step.name}: forward takes another way for other images or weights")
         read = max((sizes[i] for i in step.inputs), default=0.0)
-        sizes.append(max(expected.abs().amax().item(), CANCELLED * read))
+        sizes.append(max(largest(expected), CANCELLED * read))
         found = torch_order(own)[0]
         found = found.expand_as(expected) if found.shape[1:] == expected.shape[1:] else found  # what all images share
         error = difference(found, expected) / max(sizes[-1], 1e-300)
@@ -206,10 +210,16 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
 
 
 def difference(x: Tensor, expected: Tensor) -> float:
-    """Return the largest difference between numbers; infinity if they are not as many, or not finite."""
-    if x.shape != expected.shape or not expected.isfinite().all():
+    """Return the largest difference between numbers; infinity if they are not as many, or not finite (of a border, for a maximum)."""
+    if x.shape != expected.shape:
         return math.inf
-    return (x - expected).abs().amax().item()
+    apart = torch.where(x == expected, 0.0, x - expected).abs().amax().item()
+    return apart if math.isfinite(apart) else math.inf
+
+
+def largest(x: Tensor) -> float:
+    """Return the size of the largest number that is finite."""
+    return x.abs().nan_to_num(0.0, posinf=0.0).amax().item()
 
 
 def without_unused(program: Program, output: int) -> Program:

@@ -1,0 +1,112 @@
+"""Networks that users name: torchvision's, timm's, .json files of layers, functions of their own."""
+
+import importlib
+import multiprocessing
+import signal
+import sys
+from contextlib import redirect_stdout
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stages.common.checkpoints import load_weights
+from stages.common.files import load_json
+from stages.common.stage import InputError
+from stages.weightnet.tracing.program import Program, trace
+from stages.weightnet.tracing.recording import plain
+from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network
+
+
+def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
+    """Return an untrained network of the architecture that `arch` names; what others' code raises is not translated."""
+    if arch.endswith(".json"):
+        return build_from_spec(Path(arch))
+    origin, _, name = arch.rpartition(":")
+    if not origin:
+        return build_network(arch, shape[0], classes, shape[1])
+    if origin == "torchvision":
+        return importlib.import_module("torchvision.models").get_model(name, weights=None)
+    if origin == "timm":
+        return importlib.import_module("timm").create_model(name, pretrained=False)
+    if not allow_code:
+        raise InputError(f"--arch {arch} runs code of yours: allow it by --allow-code")
+    return getattr(importlib.import_module(origin), name)()
+
+
+def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> Program:
+    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none.
+
+    What is not the zoo's own runs in a process of its own: what it imports (torchvision: 160 MB) ends with it, and so do crashes.
+    """
+    if arch in ARCHITECTURES:
+        return trace(build_user_network(arch, shape, classes, allow_code), shape)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")  # a new interpreter would import torch again
+    child = fork.Process(target=_send_program, args=(receive, send, arch, shape, classes, allow_code))
+    child.start()
+    send.close()
+    try:
+        result = receive.recv()
+    except (EOFError, OSError):
+        result = InputError(f"--arch {arch}: its code ended the process that ran it")
+    finally:
+        child.kill()  # it may have threads that go on
+        child.join()
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def _send_program(
+    receive: Connection, send: Connection, arch: str, shape: tuple[int, ...], classes: int, allow_code: bool
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is reported once, by the parent
+    receive.close()
+    try:
+        with redirect_stdout(sys.stderr):  # what others' code prints is no answer of ours
+            result: Program | InputError = trace(build_user_network(arch, shape, classes, allow_code), shape)
+    except InputError as error:
+        result = error
+    except Exception as error:  # others' code may raise anything
+        result = InputError(f"--arch {arch}: {plain(error)}")
+    send.send(result)
+
+
+LAYERS: dict[str, type[nn.Module]] = {
+    layer.__name__: layer
+    for layer in (
+        *(nn.Conv2d, nn.Linear, nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad2d, nn.ReflectionPad2d, nn.Upsample),
+        *(nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.ReLU6, nn.Hardswish, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.PReLU),
+        *(nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.LogSoftmax, nn.Softmax),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d),
+    )
+}
+
+
+def build_from_spec(path: Path) -> nn.Module:
+    """Return the untrained network that a .json file describes; InputError if it does not."""
+    try:
+        layers = [(layer.pop("kind"), layer) for layer in load_json(path)["layers"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} describes no network ({plain(error)}): expected layers, each with its kind") from None
+    if unknown := [kind for kind, _ in layers if kind not in LAYERS]:
+        raise InputError(f"{path}: no layer {unknown[0]} is known (there: {', '.join(LAYERS)})")
+    try:
+        return nn.Sequential(*(LAYERS[kind](**options) for kind, options in layers))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {plain(error)}") from None
+
+
+def check_places(path: Path, arch: str, program: Program) -> None:
+    """Compare the tables of places that a program was read with with those of a file, if it has them; InputError if they differ."""
+    state = load_weights(path)[0] if program.whole else {}
+    for name, expected in program.whole.items():
+        for key, value in state.items():
+            if (key == name or key.endswith(f".{name}")) and not torch.equal(value.long(), expected.long()):
+                raise InputError(
+                    f"{path}: {key} holds other places than --arch {arch} has by itself: its steps are unknown"
+                )

@@ -1,0 +1,221 @@
+"""Classifiers with attention, windows, groups, shuffles, gates and tokens, as people write them: of 3 x 16 x 16 pixels, 10 classes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SequentialSoftmax(nn.Sequential):
+    """A tutorial's first network."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(
+                nn.Conv2d(3, 8, 3),
+                nn.LeakyReLU(0.1),
+                nn.MaxPool2d(2),
+                nn.Conv2d(8, 12, 3),
+                nn.ELU(),
+                nn.AdaptiveAvgPool2d(2),
+            ),
+            *(nn.Flatten(), nn.Linear(48, 20), nn.BatchNorm1d(20), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(20, 10)),
+            nn.Softmax(dim=1),
+        )
+
+
+class ModuleLists(nn.Module):
+    """Lists of modules in loops, features concatenated, squeezed, weights of a layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.mix, self.head = nn.Linear(24, 24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x)))
+            features.append(F.adaptive_avg_pool2d(x, 1).squeeze(3).squeeze(2))
+        y = torch.cat(features, 1)
+        for _ in range(2):
+            y = y + torch.tanh(self.mix(y))
+        return F.log_softmax(self.head(y), -1)
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values by three layers, several heads, products written out."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (f(x).view(b, t, self.heads, c // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * self.scale, dim=-1)
+        return self.out(torch.matmul(weights, v).transpose(1, 2).contiguous().view(b, t, c))
+
+
+class TinyVit(nn.Module):
+    """Patches by a convolution, a class token, learned positions, blocks of attention and of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 12, 4, 4), nn.Parameter(torch.zeros(1, 1, 12))
+        self.positions = nn.Parameter(0.1 * torch.randn(1, 17, 12))
+        self.norm1, self.norm2, self.norm = nn.LayerNorm(12), nn.LayerNorm(12), nn.LayerNorm(12)
+        self.attention = SelfAttention(12, 3)
+        self.mlp = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12))
+        self.gamma, self.head = nn.Parameter(0.1 * torch.ones(12)), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
+        x = x + self.gamma * self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return self.head(self.norm(x)[:, 0])
+
+
+class TorchEncoder(nn.Module):
+    """torch's own encoder on rows of pixels, averaged."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embed, self.batch_first = nn.Linear(48, 12), batch_first
+        layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=batch_first, dropout=0.1)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.permute(0, 2, 1, 3).flatten(2))
+        x = x if self.batch_first else x.permute(1, 0, 2)
+        x = self.encoder(x)
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+class FusedAttention(nn.Module):
+    """One layer for queries, keys and values, torch's fused function, positions relative by a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.out = nn.Conv2d(3, 12, 4, 4), nn.Linear(12, 36), nn.Linear(12, 12)
+        self.table = nn.Parameter(0.1 * torch.randn(49, 3))
+        places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")).flatten(1)
+        apart = places[:, :, None] - places[:, None] + 3
+        self.register_buffer("index", apart[0] * 7 + apart[1])
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.patches(x).flatten(2).transpose(1, 2))
+        b, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, t, 3, 3, c // 3).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(t, t, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.head((x + self.out(y.transpose(1, 2).reshape(b, t, c))).mean(1))
+
+
+class Windows(nn.Module):
+    """Attention inside windows, which are shifted, with a mask as Swin has it; patches are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.attention = nn.Conv2d(3, 12, 2, 2), nn.LayerNorm(12), SelfAttention(12, 2)
+        self.merge, self.head = nn.Linear(48, 16, bias=False), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        y = torch.roll(self.norm(x), shifts=(-2, -2), dims=(1, 2))
+        y = y.view(b, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        y = self.attention(y).view(b, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        x = x + torch.roll(y, (2, 2), (1, 2))
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        return self.head(self.merge(x).mean((1, 2)))
+
+
+class Shuffle(nn.Module):
+    """Half of the channels goes through a branch, then the halves are shuffled (ShuffleNet v2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, 2, 1), nn.Linear(16, 10)
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Conv2d(8, 8, 1))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for branch in self.branches:
+            first, second = x.chunk(2, dim=1)
+            x = torch.cat((first, branch(second)), dim=1)
+            b, c, h, w = x.size()
+            x = x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, -1, h, w)
+        return self.head(x.mean([2, 3]))
+
+
+class Grouped(nn.Module):
+    """ResNeXt's convolutions in groups, a gate of channels, GroupNorm in as many groups, depth multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.groups, self.expand = (
+            nn.Conv2d(3, 12, 1),
+            nn.Conv2d(12, 12, 3, 1, 1, groups=4),
+            nn.Conv2d(12, 16, 1),
+        )
+        self.norm, self.deep = nn.GroupNorm(4, 12), nn.Conv2d(16, 32, 3, 1, 1, groups=16)
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Conv2d(4, 16, 1), nn.Sigmoid()
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.groups(F.relu(self.reduce(x)))))
+        x = self.expand(x)
+        x = self.deep(x * self.gate(x))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class Mixer(nn.Module):
+    """Layers along patches, then along channels (MLP-Mixer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 12, 4, 4), nn.LayerNorm(12)
+        self.tokens = nn.Sequential(nn.Linear(16, 20), nn.GELU(), nn.Linear(20, 16))
+        self.channels, self.head = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        x = x + self.channels(x)
+        return self.head(x.mean(1))
+
+
+class LinearAttention(nn.Module):
+    """Keys times values first: an outer product, in which the keys' neurons stay where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.patches(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+        return self.head(torch.bmm(F.relu(q), torch.bmm(F.relu(k).transpose(1, 2), v)).mean(1))
+
+
+MODERN = {
+    "Sequential, softmax": SequentialSoftmax,
+    "module lists": ModuleLists,
+    "tiny ViT": TinyVit,
+    "torch's encoder": TorchEncoder,
+    "torch's encoder, batch second": lambda: TorchEncoder(batch_first=False),
+    "fused attention": FusedAttention,
+    "windows": Windows,
+    "shuffle": Shuffle,
+    "grouped": Grouped,
+    "Mixer": Mixer,
+    "linear attention": LinearAttention,
+}
