@@ -113,6 +113,7 @@ def recall_section(dataset: str) -> Section:
         for fold, some in PICTURES.items()
     }
     masked = masked_table(load_json(REPORTS / "classify_masked" / dataset / "summary.json"))
+    images = image_table(load_json(REPORTS / "recover_images/summary.json"))
     answer, baseline = verdict(recovered["decoded"], sizes)
     return Section(
         key="recall",

@@ -207,7 +207,7 @@ def load_known(path: Path, family: str) -> Known:
     """Return the predictor of a file."""
     state = load_torch(path, {family})[family]
     shape, classes = tuple(state["input_shape"]), state["classes"]
-    program, symmetry = zoo_program(ARCHITECTURES[0], shape[0], classes, shape[1])
+    program, symmetry = zoo_program(next(iter(ARCHITECTURES)), shape[0], classes, shape[1])
     zeros = {key: torch.zeros(1, *size) for key, size in program.layout.shapes.items()}
     example = Networks(program, symmetry, zeros, torch.tensor([False]))
     return Known(path, family, revive(state, example), shape, classes, state["ranges"])
