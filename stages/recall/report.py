@@ -141,7 +141,7 @@ def recall_section(dataset: str) -> Section:
             Detail("Masked images: the base of the fleets", [masked], shown["masked"]),
             Detail(
                 "Images from a classifier's answers",
-                [image_table(load_json(REPORTS / "recover_images/summary.json"))],
+                [images],
                 shown["images"],
             ),
         ],
