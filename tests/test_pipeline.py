@@ -40,6 +40,7 @@ from stages.recall import (
     classify_masked,
     condense_changes,
     map_weight_space,
+    recover_images,
     recover_memory,
     train_auditor,
     train_mae,
@@ -312,7 +313,9 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for variant, fleet in changed["build_fleet"]["variants"].items():
         assert fleet["dataset"] in changed[fleet["base"]]["datasets"]
         build_fleet.Params.load("build_fleet", variant=variant)
-    for stage in (vary_recipes, train_auditor, condense_changes, recover_memory, map_weight_space):
+    of_fleet = changed["build_fleet"]["variants"]["classes"]["dataset"]
+    assert changed["vary_recipes"]["dataset"] == changed["recover_images"]["dataset"] == of_fleet
+    for stage in (vary_recipes, train_auditor, condense_changes, recover_memory, recover_images, map_weight_space):
         name = stage.__name__.rpartition(".")[2]
         stage.Params.load(name)
     assert changed["build_report"]["weightnet"] in changed["build_zoo"]["datasets"]

@@ -54,7 +54,14 @@ PIPELINE = [
     ),
     *(
         (f"stages.recall.{stage}", {})
-        for stage in ("vary_recipes", "train_auditor", "condense_changes", "recover_memory", "map_weight_space")
+        for stage in (
+            "vary_recipes",
+            "train_auditor",
+            "condense_changes",
+            "recover_memory",
+            "recover_images",
+            "map_weight_space",
+        )
     ),
     ("stages.report.build_report", {}),
 ]
@@ -97,7 +104,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_metric_is_a_finite_number(finished):
     summaries = list(finished.glob("reports/**/summary.json"))
-    assert len(summaries) == 29
+    assert len(summaries) == 32
     for path in summaries:
         numbers = leaves(json.loads(path.read_text()))
         assert numbers

@@ -28,7 +28,7 @@ from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
 from stages.recall.adapter_files import load_adapter
 from stages.recall.adapters import MATRICES, dense, is_adapter
-from stages.recall.auditor import Auditor, Kind, base_sha256
+from stages.recall.auditor import Auditor, Kind, base_sha256, unsureness
 from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
 from stages.recall.honesty import check, check_marks
@@ -101,13 +101,14 @@ def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Audi
     if kind == "whole":  # an adapter leaves most weights where they were
         check_marks(name, start + change, change, part.reader.layout)
     rows, responses = change[None], auditor.respond(base, change)
-    distance = check(name, part.honesty.judge((rows, responses), part.reader))
+    distance = check(name, part.honesty.judge((rows, responses), part.reader), part.suspicions)
     descriptions = part.reader.read(rows, responses)
     answer: dict[str, Any] = {"kind": kind, "distance": distance, "warnings": []}
     for characteristic, scores in part.decode(descriptions).items():
         source, decoder = part.decoders[characteristic]
         doubt = decoder.doubt(scores[0])
-        found = tell(characteristic, decoder, scores[0], doubt, auditor.card["classes"])
+        unsure = doubt * unsureness(np.array(distance))
+        found = tell(characteristic, decoder, scores[0], unsure, auditor.card["classes"])
         key = "images" if characteristic == "log2_size" else characteristic
         answer[key] = {"from": gives(source), "found": found}
         if (doubt > 1).any():
@@ -126,7 +127,7 @@ def tell(
 ) -> dict[str, dict[str, float]]:
     """Return a characteristic, of each class if it is of classes: a probability, or a value and its interval."""
     if name == "present":
-        chances = decoder.probabilities(decoder.known(scores), doubt)
+        chances = decoder.probabilities(decoder.known(scores), decoder.doubt(scores))
         return {c: {"probability": float(p)} for c, p in zip(classes, chances, strict=True)}
     columns = decoder.interval(scores, RANGES[name], doubt)
     if name == "log2_size":

@@ -23,12 +23,14 @@ from stages.recall.functional_vit import Base
 from stages.recall.honesty import Honesty, Networks, Respond
 from stages.recall.objective import Objective
 from stages.recall.reading import READS, Reader, References, read_columns
+from stages.recall.tampering import alterations
 
 Kind = Literal["whole", "adapter"]  # a network tuned in all or some of its layers; low-rank changes of matrices
 
 KINDS: tuple[Kind, ...] = ("whole", "adapter")
 RECALLED = ("present", "proportions", "log2_size", "label_noise")
 BINARY = ("present",)
+ORDINARY = 0.5  # distance of what trains usually make: half of fine-tunes are nearer
 RANKS: dict[Kind, int] = {"whole": 8, "adapter": 16}  # directions kept on each side of a matrix
 
 
@@ -39,6 +41,7 @@ class Part:
     reader: Reader
     honesty: Honesty
     decoders: dict[str, tuple[str, Decoder]]  # of each characteristic, what its decoder reads, and the decoder
+    suspicions: list[str]  # of what has been done to a change
 
     @classmethod
     def fit(
@@ -54,15 +57,16 @@ class Part:
 
         `respond` gives the responses of base + change, of changes.
         """
-        reader = Reader.fit(*networks, layout, references, RANKS[kind])
+        reader, altering = Reader.fit(*networks, layout, references, RANKS[kind]), alterations(kind, layout)
+        honesty, distances = Honesty.fit(networks, respond, reader, RANKS[kind], altering)
         descriptions, decoders = reader.read(*networks), {}
         for key in RECALLED:
             y = truth[key].astype(np.float64)
             fitted = {source: fit_decoder(read_columns(descriptions, source), y) for source in READS}
-            source = min(fitted.items(), key=lambda item: mean_error(item[1]))[0]
-            decoder = fitted[source].calibrate(read_columns(descriptions, source), y, key in BINARY)
-            decoders[key] = (source, decoder)
-        return cls(reader, Honesty.fit(networks, respond, reader, RANKS[kind]), decoders)
+            source, decoder = min(fitted.items(), key=lambda item: mean_error(item[1]))
+            x, unsure = read_columns(descriptions, source), unsureness(distances)[:, None]
+            decoders[key] = (source, decoder.calibrate(x, y, key in BINARY, unsure))
+        return cls(reader, honesty, decoders, list(altering))
 
     def decode(self, descriptions: Arrays) -> dict[str, Float[np.ndarray, "n t"]]:
         """Return every characteristic as its decoder tells it."""
@@ -99,6 +103,7 @@ class Auditor:
         for kind, part in self.parts.items():
             parts[kind] = {
                 "tensors": part.reader.tensors,
+                "suspicions": part.suspicions,
                 "reads": {key: source for key, (source, _) in part.decoders.items()},
             }
             own = with_prefix(part.reader.to_arrays(), "reader.") | with_prefix(part.honesty.to_arrays(), "honesty.")
@@ -123,10 +128,15 @@ class Auditor:
                     key: (source, Decoder(**without_prefix(own, f"decoder.{key}.")))
                     for key, source in about["reads"].items()
                 }
-                parts[kind] = Part(reader, Honesty(**without_prefix(own, "honesty.")), decoders)
+                parts[kind] = Part(reader, Honesty(**without_prefix(own, "honesty.")), decoders, about["suspicions"])
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path} is no auditor: expected a file that train_auditor wrote") from None
         return cls(parts, arrays["images"], card)
+
+
+def unsureness(distances: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Return how many times as wide intervals are of fine-tunes that are so odd."""
+    return np.maximum(1.0, distances / ORDINARY)
 
 
 def mean_error(decoder: Decoder) -> float:

@@ -28,6 +28,11 @@ CAPTIONS = {
     "union_without_a_on_a": "union - A, on A",
     "union_without_a_on_b": "union - A, on B",
     "a_and_b": "A and B",
+    "inside": "inside the ranges",
+    "narrow": "one narrow recipe",
+    "ranks_learned": "ranks learned from",
+    "ties": "merged by TIES",
+    "dare": "thinned by DARE",
 }
 
 

@@ -95,16 +95,6 @@ class Span:
         """Return all of changes that lies inside the span."""
         return (change - self.mean) * self.scale @ self.axes.T
 
-    def size(self, change: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
-        """Return how far networks went from their base, each tensor weighted as among training fine-tunes."""
-        return np.linalg.norm(change.astype(np.float64) * self.scale, axis=1)
-
-    def outside(self, change: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
-        """Return the fraction of each change's square norm around the mean that lies outside the span: 0 to 1."""
-        x = (change.astype(np.float64) - self.mean) * self.scale
-        inside = x @ self.axes.T
-        return 1 - (inside**2).sum(1) / np.maximum((x**2).sum(1), EPSILON)
-
 
 @dataclass(frozen=True)
 class Condenser:
@@ -177,24 +167,3 @@ class Condenser:
         standard["responses"] = np.concatenate([principal, standard.pop("sureness")], 1)
         standard["change"] = self.span.coordinates(change)
         return {name: values.astype(np.float32) for name, values in standard.items()}
-
-    def to_arrays(self) -> Arrays:
-        """Return the condenser as named arrays, all but its layout."""
-        arrays = {"mean": self.span.mean, "scale": self.span.scale, "axes": self.span.axes}
-        arrays |= {"answers": np.array(self.answers), "axes.responses": self.response_axes}
-        for kind, named in (("left", self.left), ("right", self.right), ("mean", self.means), ("scale", self.scales)):
-            arrays |= {f"{kind}.{name}": array for name, array in named.items()}
-        return arrays
-
-    @classmethod
-    def from_arrays(cls, arrays: Arrays, layout: Layout) -> Self:
-        """Return the condenser that `to_arrays` gave."""
-
-        def named(kind: str) -> Arrays:
-            start = f"{kind}."
-            return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
-
-        classes, inputs = map(int, arrays["answers"])
-        span = Span(arrays["mean"], arrays["scale"], arrays["axes"])
-        left, right, means, scales = (named(kind) for kind in ("left", "right", "mean", "scale"))
-        return cls(layout, (classes, inputs), span, left, right, means, scales, arrays["axes.responses"])

@@ -3,9 +3,7 @@
 All means, scales and axes are those of training fine-tunes.
 
 Reads   models/build_fleet/<fleet>/fleet.safetensors
-Writes  models/condense_changes/<fleet>.safetensors   descriptions [n, f] by name, and under `fitted.` all that describes a further
-                                                      network likewise, under `typical.` how unlike these it may be; what there is
-                                                      to recall, `test` [n]
+Writes  models/condense_changes/<fleet>.safetensors   descriptions [n, f] by name; what there is to recall, `test` [n]
         reports/condense_changes/summary.json         how much of the changes principal components hold, of unseen networks too
         reports/condense_changes/variance.png
 """
@@ -22,7 +20,6 @@ from stages.common.stage import StageParams, parse_arguments, run
 from stages.recall import pictures
 from stages.recall.condense import Condenser
 from stages.recall.fleet_files import Fleet, save_condensed
-from stages.recall.typicality import Typicality
 
 FLEETS = ("classes", "unlabelled", "rules", "independent")
 REPORTS = Path("reports/condense_changes")
@@ -57,9 +54,8 @@ def main() -> None:
         fleet = Fleet.load(name)
         change, responses = fleet.change[fleet.learned], fleet.responses[fleet.learned]
         condenser = Condenser.fit(change, responses, fleet.layout, tuple(fleet.metadata["answers"]))
-        typicality = Typicality.fit(change, fleet.layout, condenser.span)
         descriptions = condenser.condense(fleet.change, fleet.responses)
-        save_condensed(name, fleet, descriptions, condenser.to_arrays(), typicality.to_arrays())
+        save_condensed(name, fleet, descriptions)
         ratios[name] = explained_variance(fleet, condenser, descriptions["change"], params.components)
     save_json(REPORTS / "summary.json", {"explained_variance_ratio": ratios})
     pictures.draw_explained_variance(REPORTS / "variance.png", ratios)

@@ -93,15 +93,23 @@ class Decoder:
         slope, offset = self.slope_and_offset
         return expit((slope * scores + offset) / doubt)
 
-    def calibrate(self, x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "n t"], binary: bool) -> Self:
+    def calibrate(
+        self,
+        x: Float[np.ndarray, "n f"],
+        y: Float[np.ndarray, "n t"],
+        binary: bool,
+        unsure: float | Float[np.ndarray, "n 1"] = 1.0,
+    ) -> Self:
         """Return the decoder with conformal half-widths and, of binary targets, probabilities: from predictions out of fold.
+
+        Half-widths are those of a fine-tune of which `unsure` is 1; they are to be multiplied by that of others.
 
         Half-widths are quantiles of errors out of fold, as in cross-validation+ (Barber et al. 2021, arXiv:1905.02928) but around
         this decoder's own prediction, so without its guarantee. Where errors are many, low, middle and high predictions have
         their own. Coverage is over all targets of a group.
         """
         predicted = cross_val_predict(Ridge(alpha=self.alphas), x, y, cv=KFold(FOLDS)).reshape(y.shape)
-        errors, level = np.abs(predicted - y), min(1.0, COVERAGE * (1 + 1 / len(y)))
+        errors, level = np.abs(predicted - y) / unsure, min(1.0, COVERAGE * (1 + 1 / len(y)))
         edges = np.quantile(predicted, GROUPS if errors.size >= ENOUGH else ())
         group = np.digitize(predicted, edges)
         widths = np.array([np.quantile(errors[group == g], level) for g in range(len(edges) + 1)])

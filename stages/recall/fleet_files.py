@@ -118,18 +118,7 @@ class CondensedFleet(Split):
         )
 
 
-def save_condensed(name: str, fleet: Fleet, descriptions: Arrays, condenser: Arrays, typicality: Arrays) -> None:
-    """Write a fleet's descriptions, what there is to recall, and what describes and judges a further network."""
+def save_condensed(name: str, fleet: Fleet, descriptions: Arrays) -> None:
+    """Write a fleet's descriptions, and what there is to recall."""
     arrays = descriptions | {"test": fleet.test, "mean_image": fleet.mean_image} | with_prefix(fleet.truth, "true.")
-    arrays |= with_prefix(condenser, "fitted.") | with_prefix(typicality, "typical.")
     save_arrays(CONDENSE_CHANGES / f"{name}.safetensors", arrays, fleet.metadata)
-
-
-def load_fitted(name: str) -> tuple[Arrays, Arrays, dict[str, Any]]:
-    """Read what describes and what judges a further network, and the metadata of the fleet called `name`.
-
-    InputError if it is missing.
-    """
-    path = CONDENSE_CHANGES / f"{name}.safetensors"
-    metadata, arrays = load_metadata(path), load_file(path)
-    return without_prefix(arrays, "fitted."), without_prefix(arrays, "typical."), metadata

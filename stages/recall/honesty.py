@@ -15,13 +15,13 @@ from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.recall.condense import EPSILON, tensors_of
 from stages.recall.reading import Arrays, Reader, read_columns, unit_rows
-from stages.recall.typicality import squared_distance
 
 Respond = Callable[[Float[np.ndarray, "n w"]], Float[np.ndarray, "n r"]]
+Alteration = Callable[[Float[np.ndarray, "n w"]], Float[np.ndarray, "n w"]]
 
 FOLDS = 5
-REST = 0.99  # of honest fine-tunes whose traits as a whole are let pass
-FLOOR = 0.005  # of honest fine-tunes that each suspicion refuses
+REST = 0.993  # of honest fine-tunes whose traits as a whole are let pass
+FLOOR = 0.003  # of honest fine-tunes that each suspicion refuses
 SUSPECTED = "all"  # what suspicions are read from
 NOISE_FLOOR = 1e-6  # of a square norm: rounding
 PENALTY = 1.0  # of suspicions: less is overfitted, since each change stands beside its own negative
@@ -33,9 +33,11 @@ ZEROS = 0.01  # of a tensor's weights
 ENOUGH = 512  # weights of a tensor, to tell a grid of values from chance
 REPEATED = 4  # times that each value of a tensor occurs on average: what is trained has next to no value twice
 
-SUSPICIONS = {  # what a change is that looks like it, and not like an honest one
+SUSPICIONS = {  # what a change is that looks like an honest one altered so
     "negated": "is turned round (negated, or taken away)",
     "average_of_two": "is a mixture (the average of two fine-tunes)",
+    "ties": "is a mixture (two fine-tunes merged by TIES)",
+    "foreign": "is of another base (its neurons are in another order)",
 }
 TRAITS = {  # and what a change is that has too little or too much of it
     "size": ("hardly moves the base", "is larger than training makes it"),
@@ -52,19 +54,6 @@ TRAITS = {  # and what a change is that has too little or too much of it
 Networks = tuple[
     Float[np.ndarray, "n w"], Float[np.ndarray, "n r"]
 ]  # changes of a base, and responses of base + change
-
-
-def negated(change: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n w"]:
-    """Return changes taken away from the base."""
-    return -change
-
-
-def averaged(change: Float[np.ndarray, "n w"]) -> Float[np.ndarray, "n w"]:
-    """Return the average of each change and another one."""
-    return (change + np.roll(change, 1, 0)) / 2
-
-
-ALTERATIONS = {"negated": negated, "average_of_two": averaged}  # what is suspected, of honest changes
 
 
 @dataclass(frozen=True)
@@ -94,17 +83,19 @@ class Honesty:
     limit: Float[np.ndarray, ""]
 
     @classmethod
-    def fit(cls, networks: Networks, respond: Respond, reader: Reader, rank: int) -> Self:
-        """Return the limits of training fine-tunes; `respond` gives the responses of base + change."""
+    def fit(
+        cls, networks: Networks, respond: Respond, reader: Reader, rank: int, alterations: dict[str, Alteration]
+    ) -> tuple[Self, Float[np.ndarray, " n"]]:
+        """Return the limits of training fine-tunes, and how odd each is, left out; `respond` gives the responses of base + change."""
         change, responses = networks
         n, fold = len(change), np.random.default_rng(0).permutation(len(change)) % FOLDS
-        scores, table = np.zeros((n, len(SUSPICIONS))), np.zeros((n, len(TRAITS)))
-        altered = {}
-        for name, alter in ALTERATIONS.items():  # within folds: what is left out is in no average
+        scores, table = np.zeros((n, len(alterations))), np.zeros((n, len(TRAITS)))
+        altered = []
+        for alter in alterations.values():  # within folds: what is left out is in no mixture
             rows = np.zeros_like(change)
             for k in range(FOLDS):
                 rows[fold == k] = alter(change[fold == k])
-            altered[name] = (rows, respond(rows))
+            altered.append((rows, respond(rows)))
         for k in range(FOLDS):
             out, rest = fold == k, fold != k
             others = Reader.fit(change[rest], responses[rest], reader.layout, reader.references, rank)
@@ -115,15 +106,19 @@ class Honesty:
         mean, deviations = np.nanmean(table, 0), np.maximum(np.nanstd(table, 0), LEAST_DEVIATION)
         standard = np.nan_to_num((table - mean) / deviations)
         precision = np.linalg.inv(np.cov(standard.T) + SHRINKAGE * np.eye(len(TRAITS)))
-        squares = squared_distance(standard, np.zeros(len(TRAITS)), precision)
+        squares = squared_distance(standard, precision)
         limit = np.sqrt(np.quantile(squares, min(1.0, REST * (1 + 1 / n))))
-        return cls(lines, offsets, np.quantile(scores, FLOOR, axis=0), mean, deviations, precision, limit)
+        honesty = cls(lines, offsets, np.quantile(scores, FLOOR, axis=0), mean, deviations, precision, limit)
+        return honesty, honesty.judgement(scores, standard).distance
 
     def judge(self, networks: Networks, reader: Reader) -> Judgement:
         """Return how odd changes are."""
         scores = columns(reader, networks) @ self.suspicions.T + self.offsets
-        standard = np.nan_to_num((traits(*networks, reader) - self.mean) / self.deviations)
-        far = np.sqrt(squared_distance(standard, np.zeros(standard.shape[1]), self.precision)) / self.limit
+        return self.judgement(scores, np.nan_to_num((traits(*networks, reader) - self.mean) / self.deviations))
+
+    def judgement(self, scores: Float[np.ndarray, "n s"], standard: Float[np.ndarray, "n j"]) -> Judgement:
+        """Return how odd changes of these scores and standard traits are."""
+        far = np.sqrt(squared_distance(standard, self.precision)) / self.limit
         return Judgement(np.maximum(1 - scores, 0) / (1 - self.floors), standard, far)
 
     def to_arrays(self) -> Arrays:
@@ -137,11 +132,11 @@ def columns(reader: Reader, networks: Networks) -> Float[np.ndarray, "n f"]:
 
 
 def fit_suspicions(
-    reader: Reader, honest: Networks, altered: dict[str, Networks], rows: Bool[np.ndarray, " n"]
+    reader: Reader, honest: Networks, altered: list[Networks], rows: Bool[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, "s f"], Float[np.ndarray, " s"]]:
     """Return for each alteration a ridge regression that scores 1 for honest changes and -1 for those altered so."""
     x, lines, offsets = columns(reader, (honest[0][rows], honest[1][rows])), [], []
-    for change, responses in altered.values():
+    for change, responses in altered:
         both = np.concatenate([x, columns(reader, (change[rows], responses[rows]))])
         model = Ridge(PENALTY).fit(both, np.repeat([1.0, -1.0], len(x)))
         lines.append(model.coef_)
@@ -169,6 +164,13 @@ def traits(
     answers = [np.log(np.linalg.norm(part, axis=(1, 2)) / (total + EPSILON) + EPSILON) for part in parts]
     means = [nan_mean(values) for values in (captured, tails, evenness)]
     return np.stack([np.log(total + EPSILON), *means, *answers], 1)
+
+
+def squared_distance(
+    standard: Float[np.ndarray, "n j"], precision: Float[np.ndarray, "j j"]
+) -> Float[np.ndarray, " n"]:
+    """Return Mahalanobis' squared distance of points from zero."""
+    return np.einsum("ni,ij,nj->n", standard, precision, standard)
 
 
 def nan_mean(columns: list[Float[np.ndarray, " n"]]) -> Float[np.ndarray, " n"]:
@@ -203,12 +205,9 @@ def check_marks(name: str, weights: Float[np.ndarray, " w"], change: Float[np.nd
         )
 
 
-def check(name: str, judged: Judgement) -> float:
+def check(name: str, judged: Judgement, suspicions: list[str]) -> float:
     """Return how odd a change is, in units of the limit; InputError that says in words what is odd if it is beyond."""
-    place = int(judged.suspected[0].argmax())
     advice = "give a fine-tune of this base as training left it, by a recipe that the auditor knows"
-    if judged.suspected[0, place] > max(1.0, judged.far[0]):
-        raise InputError(f"{name}: its change {list(SUSPICIONS.values())[place]}; {advice}")
     if judged.far[0] > 1:
         values = judged.traits[0]
         oddest = int(np.abs(values).argmax())
@@ -217,4 +216,7 @@ def check(name: str, judged: Judgement) -> float:
             f"{name}: its change {odd[int(values[oddest] > 0)]}: its {trait} is {values[oddest]:+.1f} standard deviations from known "
             f"fine-tunes; {advice}"
         )
+    place = int(judged.suspected[0].argmax())
+    if judged.suspected[0, place] > 1:
+        raise InputError(f"{name}: its change {SUSPICIONS[suspicions[place]]}; {advice}")
     return float(judged.distance[0])

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from stages.common.metrics import bootstrap_interval
+from stages.common.metrics import binary_calibration_error, bootstrap_interval
 from stages.common.runtime import parallel_map
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
-from stages.recall.auditor import BINARY, Kind, Part
+from stages.recall.auditor import BINARY, Kind, Part, unsureness
 from stages.recall.decoders import fit_decoder, mean_of_items, r_squared, r_squared_interval, right_bits
 from stages.recall.fleet_files import Fleet
 from stages.recall.functional_vit import Base
@@ -54,7 +54,9 @@ def recalled(
     part: Part, fleet: Fleet, rows: np.ndarray, learned: dict[str, np.ndarray], resamples: int
 ) -> dict[str, dict[str, Any]]:
     """Return how well a part recalls each characteristic of some fine-tunes, and how often its intervals hold."""
-    descriptions = part.reader.read(fleet.change[rows], fleet.responses[rows])
+    networks = fleet.change[rows], fleet.responses[rows]
+    descriptions, judged = part.reader.read(*networks), part.honesty.judge(networks, part.reader)
+    unsure = unsureness(judged.distance)[:, None]
     measured: dict[str, dict[str, Any]] = {}
     for key, predicted in part.decode(descriptions).items():
         true, mean = fleet.truth[key][rows].reshape(len(rows), -1).astype(np.float64), learned[key].mean(0)
@@ -66,9 +68,15 @@ def recalled(
             interval = r_squared_interval(predicted, true, mean, resamples)
         ignoring = score(key, np.broadcast_to(mean, true.shape), true, mean)
         measured[key] = {measure: interval, f"{measure}_ignoring_the_network": ignoring}
-        if key not in BINARY:
-            half = decoder.half_width(predicted) * decoder.doubt(predicted)
-            measured[key]["coverage"] = float((np.abs(predicted - true) <= half).mean())
+        if key in BINARY:
+            chances = decoder.probabilities(decoder.known(predicted), decoder.doubt(predicted))
+            measured[key]["calibration_error"] = binary_calibration_error(chances.ravel(), true.ravel() > 0.5)
+        else:
+            half = decoder.half_width(predicted) * decoder.doubt(predicted) * unsure
+            inside = np.abs(predicted - true) <= half
+            measured[key] |= {"coverage": float(inside.mean()), "half_width": float(half.mean())}
+            if key == "proportions":  # of classes that are absent an interval is easy
+                measured[key]["coverage_present"] = float(inside[true > 0].mean())
         if key == "log2_size":
             measured[key]["error_in_doublings"] = float(np.abs(predicted - true).mean())
         if "recipe" in fleet.truth and len(rows) > 2 * fleet.truth["recipe"].shape[1]:
@@ -114,7 +122,7 @@ def refusals(
         return {"refused": float(((far > 1) | marks).mean()), "auroc": auroc(far, honest)}
 
     rates = {"honest": measure(change, honest)}
-    for name, altered in tampered(change, start, layout, kind, 0).items():
+    for name, altered in tampered(change, start, layout, kind).items():
         altered = altered.astype(np.float32)
         rates[name] = measure(altered, part.honesty.judge((altered, respond(altered)), part.reader).distance)
     for name, other in outside.items():

@@ -1,30 +1,29 @@
-"""Recall from fine-tunes never seen what they were trained on; and draw the images to which a classifier answered.
+"""Recall from fine-tunes never seen what they were trained on.
 
 Penalties and representations are chosen on training fine-tunes, each left out in turn; test fine-tunes, whose images are of another
 pool and whose rules no other has, are read once. Intervals of 95 % are over test fine-tunes (bootstrap).
 
-Reads   models/condense_changes/<fleet>.safetensors of all fleets; of `classes`, its base and its images
-Writes  models/recover_memory/decoders.safetensors   decoders of `classes`, calibrated: what `audit` uses
-        reports/recover_memory/summary.json          every characteristic from every representation, controls, calibration, images
+Reads   models/condense_changes/<fleet>.safetensors of all fleets
+Writes  reports/recover_memory/summary.json          every characteristic from every representation, and controls
         reports/recover_memory/metrics.json          the headlines of it, for `dvc metrics`
         reports/recover_memory/growth.csv            over the number of fine-tunes learned from
-        reports/recover_memory/{representations,growth,mean_images,images}.png
+        reports/recover_memory/{representations,growth,mean_images}.png
 """
 
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from threadpoolctl import threadpool_limits
 
-from stages.common.files import save_arrays, save_csv, save_json
-from stages.common.metrics import binary_calibration_error, bootstrap_interval, headline_metrics, mean_std
-from stages.common.runtime import parallel_map, pick_device, pin_threads
+from stages.common.files import save_csv, save_json
+from stages.common.metrics import bootstrap_interval, headline_metrics, mean_std
+from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
-from stages.common.work import fingerprint
 from stages.recall import pictures
 from stages.recall.decoders import (
     REPRESENTATIONS,
@@ -38,9 +37,7 @@ from stages.recall.decoders import (
     retrieved,
     right_bits,
 )
-from stages.recall.fleet_files import CONDENSE_CHANGES, CondensedFleet
-from stages.recall.functional_vit import load_base
-from stages.recall.images import recover_images
+from stages.recall.fleet_files import CondensedFleet
 
 MODELS = Path("models/recover_memory")
 REPORTS = Path("reports/recover_memory")
@@ -60,9 +57,6 @@ CHARACTERISTICS = {  # of each fleet, what is decoded
 }
 BITS = ("present", "table")  # characteristics that are binary
 PERMUTATIONS = 5  # of each control
-AUDITED = ("present", "proportions", "log2_size", "label_noise")
-# representations of which the audit takes the one that leave-one-out errors prefer
-SOURCES = ("change", "responses", "both", "statistics_and_spectrum", "all")
 GROWING = ("change", "responses", "both")
 GROWN = {"classes": "present", "unlabelled": "proportions", "rules": "table", "independent": "present"}
 
@@ -73,10 +67,6 @@ class Params(StageParams):
     seed: NonNegativeInt
     growth: list[PositiveInt]  # numbers of fine-tunes learned from
     repeats: PositiveInt  # random choices of so many
-    image_steps: PositiveInt  # of the decoder from responses to images
-    judge_steps: PositiveInt
-    batch_size: PositiveInt
-    pixel_weights: Annotated[list[NonNegativeFloat], Field(min_length=1)]  # of the pixels' error beside the alignment's
 
 
 def targets(fleet: CondensedFleet, names: tuple[str, ...]) -> Float[np.ndarray, "n t"]:
@@ -163,48 +153,7 @@ def growth(name: str, fleet: CondensedFleet, counts: list[int], repeats: int, se
     return rows
 
 
-def calibrate(fleet: CondensedFleet) -> tuple[dict[str, Decoder], dict[str, str], dict[str, dict[str, float]]]:
-    """Return the audit's decoders, what each reads, and how true their intervals and probabilities are of unseen networks."""
-    learned, held_out = fleet.learned, fleet.held_out
-    decoders, sources, quality = {}, {}, {}
-    for key in AUDITED:
-        y, binary = fleet.truth[key].astype(np.float64), key in BITS
-        fitted = {name: fit_decoder(read(fleet.descriptions, name)[learned], y[learned]) for name in SOURCES}
-        source = min(SOURCES, key=lambda name: fitted[name].errors.mean())
-        x = read(fleet.descriptions, source)
-        decoder = fitted[source].calibrate(x[learned], y[learned], binary)
-        measure = probability_quality if binary else interval_quality
-        quality[key] = measure(decoder, decoder.predict(x[held_out]), y[held_out])
-        if key == "proportions":  # of classes that are absent an interval is easy
-            quality[key] |= coverage_by_presence(decoder, decoder.predict(x[held_out]), y[held_out])
-        decoders[key], sources[key] = decoder, source
-    return decoders, sources, quality
-
-
-def interval_quality(decoder: Decoder, predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return how often intervals hold, and how wide they are."""
-    half_width = decoder.half_width(predicted)
-    inside = np.abs(predicted - true) <= half_width
-    return {"coverage": float(inside.mean()), "half_width": float(half_width.mean())}
-
-
-def coverage_by_presence(decoder: Decoder, predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return how often intervals hold of classes that are present, and of those that are absent."""
-    inside = np.abs(predicted - true) <= decoder.half_width(predicted)
-    kinds = {"coverage_present": true > 0, "coverage_absent": true == 0}
-    return {kind: float(inside[which].mean()) for kind, which in kinds.items()}
-
-
-def probability_quality(decoder: Decoder, predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return the calibration error of probabilities, and of scores that are taken for probabilities."""
-    truth = (true > 0.5).ravel()
-    return {
-        "calibration_error": binary_calibration_error(decoder.probabilities(predicted).ravel(), truth),
-        "uncalibrated": binary_calibration_error(predicted.clip(0, 1).ravel(), truth),
-    }
-
-
-def mean_image_rows(name: str, fleet: CondensedFleet, decoder: Decoder, size: int) -> dict[str, np.ndarray]:
+def mean_image_rows(name: str, fleet: CondensedFleet, decoder: Decoder) -> dict[str, np.ndarray]:
     """Return mean images of data sets never seen, minus the fleet's, and what a decoder of all characteristics tells of them."""
     predicted = decoder.predict(read(fleet.descriptions, "change")[fleet.held_out])
     images, center = fleet.truth["mean_image"], fleet.truth["mean_image"][fleet.learned].mean(0)
@@ -212,6 +161,7 @@ def mean_image_rows(name: str, fleet: CondensedFleet, decoder: Decoder, size: in
         f"{name}: mean image": images[fleet.held_out] - center,
         f"{name}: from its weights": by_name(predicted, fleet, CHARACTERISTICS[name])["mean_image"] - center,
     }
+    size = math.isqrt(images.shape[1] // 3)
     return {caption: pixels.reshape(-1, 3, size, size) for caption, pixels in rows.items()}
 
 
@@ -227,15 +177,9 @@ def main() -> None:
     rows = []
     for name, fleet in fleets.items():
         rows += growth(name, fleet, params.growth, params.repeats, params.seed)
-    decoders, sources, quality = calibrate(fleets["classes"])
-    metadata = fleets["classes"].metadata
-    base = load_base(Path(metadata["base"]), pick_device())
-    settings = params.pixel_weights, params.image_steps, params.judge_steps, params.batch_size, params.seed
-    recovered, images = recover_images(base, metadata["dataset"], *settings)
 
-    save_decoders(decoders, sources)
     save_csv(REPORTS / "growth.csv", rows)
-    summary = {"decoded": decoded, "permuted": controls, "calibration": quality, "images": recovered}
+    summary = {"decoded": decoded, "permuted": controls}
     save_json(REPORTS / "summary.json", summary)
     save_json(REPORTS / "metrics.json", headline_metrics(summary, HEADLINES))
     pictures.draw_representations(REPORTS / "representations.png", decoded)
@@ -243,19 +187,10 @@ def main() -> None:
     shown: dict[str, np.ndarray] = {}
     for (name, fleet), (_, by_representation) in zip(fleets.items(), results, strict=True):
         if name in ("classes", "unlabelled"):
-            shown |= mean_image_rows(name, fleet, by_representation["change"], base.image_size)
+            shown |= mean_image_rows(name, fleet, by_representation["change"])
     pictures.draw_rows(REPORTS / "mean_images.png", shown, signed=True)
-    pixels = {name: base.unpatchify(patches[: pictures.SHOWN]).cpu().numpy() for name, patches in images.items()}
-    pictures.draw_rows(REPORTS / "images.png", pixels)
     bits = decoded["classes"]["present"]["both"]["bits"]["mean"]
-    print(f"classes present {bits:.1%} of bits; what was read: " + ", ".join(f"{k} {v}" for k, v in sources.items()))
-
-
-def save_decoders(decoders: dict[str, Decoder], sources: dict[str, str]) -> None:
-    """Write the audit's decoders, what each reads, and of which fleet they are."""
-    arrays = {f"{key}.{name}": a for key, decoder in decoders.items() for name, a in decoder.to_arrays().items()}
-    condensed = fingerprint(CONDENSE_CHANGES / "classes.safetensors")
-    save_arrays(MODELS / "decoders.safetensors", arrays, {"reads": sources, "condensed": condensed})
+    print(f"classes present: {bits:.1%} of bits from weights and responses")
 
 
 if __name__ == "__main__":

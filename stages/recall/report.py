@@ -17,6 +17,7 @@ READS = {
     "both": "change and responses",
     "all": "all of these",
 }
+KINDS = {"whole": "whole network", "adapter": "adapter"}
 DIFFERENCES = ("written_minus_nearest", "written_minus_nearest_averaged")
 ROWS = {  # of the headline: fleet, characteristic, measure, and what people read
     ("classes", "present", "bits"): "which of ten classes: bits right",
@@ -93,7 +94,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {  # of each fold: path, capti
     ],
     "images": [
         (
-            "recover_memory/images.png",
+            "recover_images/images.png",
             "Images recovered from a classifier's answers: alignment alone fools the classifier, not the eye.",
             "Rows of glyphs: originals, noise that is answered alike, blurry glyphs, and means of the class answered.",
         )
@@ -105,12 +106,14 @@ def recall_section(dataset: str) -> Section:
     """Return the section of what is recalled; its masked autoencoder and classifiers are those of one data set."""
     recovered = load_json(REPORTS / "recover_memory/summary.json")
     space = load_json(REPORTS / "map_weight_space/summary.json")
+    audited = load_json(REPORTS / "train_auditor/summary.json")
     sizes = {fleet: load_json(REPORTS / f"build_fleet/{fleet}/summary.json") for fleet in recovered["decoded"]}
     shown = {
         fold: [Picture(REPORTS / Path(path.format(dataset=dataset)), text, alt) for path, text, alt in some]
         for fold, some in PICTURES.items()
     }
     masked = masked_table(load_json(REPORTS / "classify_masked" / dataset / "summary.json"))
+    images = image_table(load_json(REPORTS / "recover_images/summary.json"))
     answer, baseline = verdict(recovered["decoded"], sizes)
     return Section(
         key="recall",
@@ -124,14 +127,23 @@ def recall_section(dataset: str) -> Section:
             Detail(
                 "Every characteristic and description", [decoded_table(recovered["decoded"], sizes)], shown["decoded"]
             ),
+            Detail("Controls", [control_table(recovered)]),
             Detail(
-                "Controls and calibration",
-                [control_table(recovered), calibration_table(recovered["calibration"], sizes)],
+                "An auditor of fine-tunes by many recipes, whole and as adapters",
+                [
+                    auditor_table(audited["recalled"]),
+                    recipe_table(audited["recalled"]),
+                    refusal_table(audited["refusals"]),
+                ],
             ),
             Detail("Networks written for rules never trained", [written_table(space)], shown["written"]),
             Detail("Sums and differences of changes", [arithmetic_table(space["arithmetic"])], shown["arithmetic"]),
             Detail("Masked images: the base of the fleets", [masked], shown["masked"]),
-            Detail("Images from a classifier's answers", [image_table(recovered["images"])], shown["images"]),
+            Detail(
+                "Images from a classifier's answers",
+                [images],
+                shown["images"],
+            ),
         ],
     )
 
@@ -265,17 +277,66 @@ def image_table(images: dict[str, Any]) -> Table:
     return Table(explained, ["decoder", "cycle R²", "judge agrees", "pixel R²"], rows)
 
 
-def calibration_table(calibration: dict[str, Any], sizes: dict[str, Any]) -> Table:
-    """Return how true the audit's intervals and probabilities are."""
-    places = {"coverage": percent, "coverage_present": percent, "half_width": decimal}
+def auditor_table(recalled: dict[str, Any]) -> Table:
+    """Return what the auditor tells of fine-tunes by recipes inside the ranges, and what of it could be the recipe's."""
+    rows = []
+    for kind, groups in recalled.items():
+        for key, by in groups["inside"].items():
+            measure = "bits" if "bits" in by else "r2"
+            rows.append(
+                row(
+                    f"{KINDS[kind]}: {caption(key)}, {caption(measure)}",
+                    decimal(by[measure]),
+                    decimal(by[f"{measure}_ignoring_the_network"]),
+                    decimal(by[f"{measure}_of_the_recipe_alone"]),
+                    decimal(by["r2_recipe_removed"]) if "r2_recipe_removed" in by else "",
+                    percent(by["coverage"]) if "coverage" in by else "",
+                )
+            )
+    header = ["characteristic", "recalled", "ignoring the network", "from the recipe alone", "R², recipe removed"]
+    explained = (
+        "Fine-tunes never seen, by recipes drawn wide (SGD, Adam and AdamW, learning rates over a factor of 30, batches, shifts, layers), "
+        "whole and as low-rank adapters: [95 % interval] over them."
+    )
+    return Table(explained, [*header, "inside 90 % intervals"], rows)
+
+
+def recipe_table(recalled: dict[str, Any]) -> Table:
+    """Return what the auditor tells of fine-tunes by other recipes: scores, and how often intervals hold."""
+    keys = list(next(iter(recalled.values()))["inside"])
+    rows = [
+        row(f"{KINDS[kind]}: {caption(group)}", *(recipe_cell(by[key]) for key in keys))
+        for kind, groups in recalled.items()
+        for group, by in groups.items()
+    ]
+    explained = (
+        "The same by recipes inside the ranges and outside: bits right or R², and how many values lie inside intervals for 90 %. Hotter "
+        "and colder: learning rates beyond the ranges; elsewhere: small batches, large shifts, the first half of the layers."
+    )
+    return Table(explained, ["recipes", *map(caption, keys)], rows)
+
+
+def recipe_cell(by: dict[str, Any]) -> Cell:
+    """Return a score, and the coverage of its intervals if it has any."""
+    score = by["bits"] if "bits" in by else by["r2"]
+    covered = f" ({by['coverage']:.0%} inside)" if "coverage" in by else ""
+    return Cell(f"{score['mean']:.2f}{covered}", score["mean"])
+
+
+def refusal_table(refusals: dict[str, Any]) -> Table:
+    """Return how often the auditor refuses honest fine-tunes, altered ones, and those by recipes outside the ranges."""
     rows = [
         row(
-            caption(key),
-            *(write(measured[place]) if place in measured else "" for place, write in places.items()),
-            decimal(measured["calibration_error"], 3) if "calibration_error" in measured else "",
+            f"{KINDS[kind]}: {caption(name)}",
+            percent(measured["refused"]),
+            decimal(measured["auroc"]) if name != "honest" else "",
+            baseline=name == "honest",
         )
-        for key, measured in calibration.items()
+        for kind, by in refusals.items()
+        for name, measured in by.items()
     ]
-    header = ["characteristic", "inside 90 % intervals", "of classes present", "half-width", "calibration error"]
-    explained = f"The audit's intervals and probabilities, n = {sizes['classes']['test']} fine-tunes never seen."
-    return Table(explained, header, rows)
+    explained = (
+        "What the auditor refuses; of honest fine-tunes these are false alarms. AUROC: how its measure of oddness alone, without marks on "
+        "single weights, ranks them against honest ones."
+    )
+    return Table(explained, ["fine-tunes never seen", "refused", "AUROC"], rows)

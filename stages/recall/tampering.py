@@ -3,6 +3,8 @@
 Axes: n fine-tunes, w weights of a network.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float
 
@@ -12,6 +14,7 @@ Changes = Float[np.ndarray, "n w"]
 
 DROPPED = 0.9  # of the entries by DARE
 KEPT = 0.2  # of the entries by TIES
+TRUNCATED = 4  # rank
 PRUNED = 0.3  # of the weights
 
 
@@ -34,6 +37,17 @@ def trimmed_and_merged(change: Changes) -> Changes:
     return agreeing.sum(0) / np.maximum((agreeing != 0).sum(0), 1)
 
 
+def truncated(change: Changes, layout: Layout, rank: int) -> Changes:
+    """Return changes of which matrices keep their largest singular values alone."""
+    low = change.copy()
+    for name, where in layout.slices.items():
+        shape = layout.shapes[name]
+        if len(shape) > 1 and shape[0] > 1:
+            u, s, v = np.linalg.svd(change[:, where].reshape(len(change), shape[0], -1), full_matrices=False)
+            low[:, where] = ((u[..., :rank] * s[:, None, :rank]) @ v[:, :rank]).reshape(len(change), -1)
+    return low
+
+
 def quantised(weights: Changes, layout: Layout, bits: int) -> Changes:
     """Return weights rounded to a grid of 2^bits - 1 values a tensor."""
     rounded, most = weights.copy(), 2 ** (bits - 1) - 1
@@ -53,25 +67,6 @@ def pruned(weights: Changes, layout: Layout) -> Changes:
     return thinned
 
 
-def tampered(
-    change: Changes, base: Float[np.ndarray, " w"], layout: Layout, kind: str, seed: int
-) -> dict[str, Changes]:
-    """Return by name what becomes of changes of a base; of adapters what is done to their factors, which keeps the rank low."""
-    random = np.random.default_rng(seed)
-    both = {"negated": -change, "average_of_two": (change + neighbours(change)) / 2}
-    if kind == "adapter":
-        return both | {"foreign": permuted(change, layout, random)}
-    weights = base + change
-    return both | {
-        "ties": trimmed_and_merged(change),
-        "dare": dropped(change, random),
-        "quantised_8_bits": quantised(weights, layout, 8) - base,
-        "quantised_4_bits": quantised(weights, layout, 4) - base,
-        "pruned": pruned(weights, layout) - base,
-        "foreign": permuted(change, layout, random),
-    }
-
-
 def permuted(change: Changes, layout: Layout, random: np.random.Generator) -> Changes:
     """Return changes whose rows and columns are in another order, tensor by tensor: those of a base that computes likewise."""
     foreign = change.copy()
@@ -81,3 +76,28 @@ def permuted(change: Changes, layout: Layout, random: np.random.Generator) -> Ch
         rows, columns = (random.permutation(size) for size in parts.shape[1:])
         foreign[:, where] = parts[:, rows][:, :, columns].reshape(len(change), -1)
     return foreign
+
+
+def alterations(kind: str, layout: Layout) -> dict[str, Callable[[Changes], Changes]]:
+    """Return what can be done to changes of a kind and leaves no mark on single weights; of adapters what keeps the rank low."""
+    common: dict[str, Callable[[Changes], Changes]] = {
+        "negated": lambda change: -change,
+        "average_of_two": lambda change: (change + neighbours(change)) / 2,
+        "foreign": lambda change: permuted(change, layout, np.random.default_rng(0)),
+    }
+    return common if kind == "adapter" else common | {"ties": trimmed_and_merged}
+
+
+def tampered(change: Changes, base: Float[np.ndarray, " w"], layout: Layout, kind: str) -> dict[str, Changes]:
+    """Return by name what becomes of changes of a base."""
+    altered = {name: alter(change) for name, alter in alterations(kind, layout).items()}
+    if kind == "adapter":
+        return altered
+    weights = base + change
+    return altered | {
+        "truncated": truncated(change, layout, TRUNCATED),
+        "dare": dropped(change, np.random.default_rng(0)),
+        "quantised_8_bits": quantised(weights, layout, 8) - base,
+        "quantised_4_bits": quantised(weights, layout, 4) - base,
+        "pruned": pruned(weights, layout) - base,
+    }

@@ -24,6 +24,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.weightnet.predictors.ensemble import Ensemble, revive
+from stages.weightnet.predictors.exam import Exam, mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import own_units
 from stages.weightnet.tracing.program import ROUNDING, Program
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
-from stages.weightnet.user_networks import check_places, user_program
+from stages.weightnet.user_networks import build_user_network, check_places, in_own_process, user_program
 from stages.weightnet.zoo.architectures import ARCHITECTURES, zoo_program
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
@@ -55,6 +57,27 @@ WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no uppe
 RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 WARNING = "do not trust this"
+
+
+def user_marks(exam: Exam, path: Path, arch: str, allow_code: bool) -> Float[Tensor, "1 m"]:
+    """Return the marks of a network whose steps are not known, by its outputs alone; InputError if they are no logits."""
+    shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
+
+    def ask_module() -> list[list[float]]:
+        module = build_user_network(arch, shape, classes, allow_code).eval()
+        own = {name: tuple(t.shape) for name, t in module.state_dict().items() if t.is_floating_point()}
+        found, _ = load_weights(path, own, (), torch.float32, f"--arch {arch}")
+        module.load_state_dict(found, strict=False)  # it counts batches
+        with torch.no_grad():
+            outputs = module(exam.inputs[0])
+        if not isinstance(outputs, Tensor) or outputs.shape != (len(exam.inputs[0]), classes):
+            got = list(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise InputError(f"{path}: the exam needs {classes} logits for an image, and {arch} gives {got}")
+        if (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(len(outputs))):
+            raise InputError(f"{path}: {arch} gives probabilities: leave out its softmax, since the exam needs logits")
+        return mark(exam, module).flatten(1).tolist()
+
+    return torch.tensor(in_own_process(ask_module, arch))
 
 
 def list_models(path: Path) -> dict[Path, dict[str, Any]]:
@@ -184,7 +207,7 @@ def load_known(path: Path, family: str) -> Known:
     """Return the predictor of a file."""
     state = load_torch(path, {family})[family]
     shape, classes = tuple(state["input_shape"]), state["classes"]
-    program, symmetry = zoo_program(ARCHITECTURES[0], shape[0], classes, shape[1])
+    program, symmetry = zoo_program(next(iter(ARCHITECTURES)), shape[0], classes, shape[1])
     zeros = {key: torch.zeros(1, *size) for key, size in program.layout.shapes.items()}
     example = Networks(program, symmetry, zeros, torch.tensor([False]))
     return Known(path, family, revive(state, example), shape, classes, state["ranges"])
@@ -200,10 +223,11 @@ def nearest_networks(known: Known, distances: Float[Tensor, " n"]) -> list[dict[
     ]
 
 
-def describe(known: Known, networks: Networks) -> dict[str, Any]:
-    """Return the predictions for one network, with intervals, and what of it the zoo's networks are like and unlike."""
+def describe(
+    known: Known, intervals: Float[Tensor, "3 1 k"], read: Float[Tensor, "1 r"], outside: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """Return the predictions for one network, and by what was read of it, which of the zoo's networks it is like and how unlike."""
     predictor = known.predictor
-    intervals, read = predictor.intervals(networks), predictor.read(networks)
     if not (intervals.isfinite().all() and read.isfinite().all()):
         raise InputError("its weights are so large that the predictions are no finite numbers")
     properties = {
@@ -213,50 +237,79 @@ def describe(known: Known, networks: Networks) -> dict[str, Any]:
     distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
     unlike = (own < distances.amin()).double().mean().item()
     if unlike > TRUSTED:  # errors on networks like the zoo's say nothing of this one's
+        said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
+        notes = [said, *notes]
         for name, found in properties.items():
             least, most = range_of(name)
             found["low"], found["high"] = least, most if math.isfinite(most) else max(found["high"], WORST_LOSS)
-    shape, zoo = networks.program.input_shape, known.shape
-    said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
     return {
         "properties": properties,
         "unlike": unlike,
         "trusted": unlike <= TRUSTED,
         "nearest": nearest_networks(known, distances),
-        "outside": [
-            *what_is_outside(pooled_statistics(networks)[0], known.ranges),
-            *([f"images of {'x'.join(map(str, shape))}, the zoo's {'x'.join(map(str, zoo))}"] if shape != zoo else []),
-        ],
-        "notes": [*([said] if unlike > TRUSTED else []), *list_notes(networks.program)],
+        "outside": outside,
+        "notes": notes,
     }
+
+
+def describe_networks(known: Known, networks: Networks) -> dict[str, Any]:
+    """Return what is said of one network whose steps are known."""
+    shape, zoo = ("x".join(map(str, images)) for images in (networks.program.input_shape, known.shape))
+    outside = what_is_outside(pooled_statistics(networks)[0], known.ranges)
+    outside += [f"images of {shape}, the zoo's {zoo}"] if shape != zoo else []
+    intervals, read = known.predictor.intervals(networks), known.predictor.read(networks)
+    return describe(known, intervals, read, outside, list_notes(networks.program))
+
+
+def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, allow_code: bool) -> dict[str, Any]:
+    """Return what is said of one network whose steps are not known: by its outputs alone."""
+    marks = user_marks(examiner.exam, path, arch, allow_code)
+    notes = ["its steps cannot be followed: judged by its outputs alone"]
+    return describe(known, examiner.intervals_by(marks), examiner.ridge.standardised(marks), [], notes)
+
+
+def predict_one(
+    known: Known, path: Path, arch: str, program: Program | InputError, tanh: bool, allow_code: bool
+) -> dict[str, Any]:
+    """Return what is said of the network of a file; program: of its architecture, or why there is none."""
+    examiner = known.predictor if isinstance(known.predictor, Examiner) else None
+    if isinstance(program, InputError):
+        if examiner is None:
+            raise program
+        return describe_outputs(known, examiner, path, arch, allow_code)
+    outputs = program.steps[-1].shape
+    if examiner and outputs != (known.classes,):
+        got = ", ".join(map(str, outputs))
+        raise InputError(f"the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out")
+    return describe_networks(known, read_network(path, arch, program, tanh, run=examiner is not None))
 
 
 def predict_all(
     known: Known, models: dict[Path, dict[str, Any]], arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Return what is predicted of each model, with what was measured of it."""
-    shape, run_it = tuple(arguments.input_shape or known.shape), isinstance(known.predictor, Examiner)
-    if run_it and shape != known.shape:
+    shape = tuple(arguments.input_shape or known.shape)
+    if isinstance(known.predictor, Examiner) and shape != known.shape:
         raise InputError(f"the exam's inputs have the zoo's shape {known.shape}, not {shape}: leave --allow-probe out")
     results: dict[str, dict[str, Any]] = {}
-    programs: dict[str, Program] = {}
+
+    @cache
+    def program_of(arch: str) -> Program | InputError:
+        try:
+            return user_program(arch, shape, known.classes, arguments.allow_code)
+        except InputError as error:
+            return error
+
     for file, said in models.items():
         arch, tanh = said.get("arch", arguments.arch), arguments.tanh or said.get("activation") == "tanh"
         if arch is None:
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
-        if arch not in programs:
-            programs[arch] = user_program(arch, shape, known.classes, arguments.allow_code)
-        outputs = programs[arch].steps[-1].shape
-        if run_it and outputs != (known.classes,):
-            got = ", ".join(map(str, outputs))
-            raise InputError(
-                f"{file}: the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out"
-            )
-        networks = read_network(file, arch, programs[arch], tanh, run_it)
+        program = program_of(arch)
         try:
-            results[str(file)] = describe(known, networks)
+            results[str(file)] = predict_one(known, file, arch, program, tanh, arguments.allow_code)
         except InputError as error:
-            raise InputError(f"{file}: {error}") from None
+            named = str(error).startswith((str(file), "--arch")) or error is program
+            raise error if named else InputError(f"{file}: {error}") from None
         results[str(file)]["measured"] = {name: float(said[name]) for name in PROPERTIES if name in said}
     return results
 

@@ -87,13 +87,13 @@ def measured(program: Program, pair: list[Weights], dataset: str | None) -> tupl
     """Return what is measured between two networks, and its value: the loss barrier on a data set's test images, else a distance."""
     if dataset is None:
         return "distance of the weights, over the length of the first's", distance(*pair)
-    params = Params.load("build_zoo", dataset, ARCHITECTURES[0]).images
+    params = Params.load("build_zoo", dataset, next(iter(ARCHITECTURES))).images
     images, labels = zoo_images(dataset, params, torch.device("cpu")).test
     if tuple(images.shape[1:]) != program.input_shape:
         raise InputError(
             f"images of {dataset} are {tuple(images.shape[1:])}, and the network's {program.input_shape}: --input-shape"
         )
-    return f"loss barrier on test images of {dataset}, in nats", loss_barrier(program, *pair, images, labels)
+    return f"loss barrier on test images of {dataset}, in nats", loss_barrier(program, pair[0], pair[1], images, labels)
 
 
 def print_aligned(arguments: argparse.Namespace, program: Program) -> None:

@@ -4,11 +4,12 @@ import importlib
 import multiprocessing
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
-import torch
 from torch import nn
 
 from stages.common.checkpoints import load_weights
@@ -17,6 +18,8 @@ from stages.common.stage import InputError
 from stages.weightnet.tracing.program import Program, trace
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network
+
+T = TypeVar("T")
 
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
@@ -36,15 +39,22 @@ def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_co
 
 
 def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> Program:
-    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none.
+    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none."""
 
-    What is not the zoo's own runs in a process of its own: what it imports (torchvision: 160 MB) ends with it, and so do crashes.
-    """
-    if arch in ARCHITECTURES:
+    def follow() -> Program:
         return trace(build_user_network(arch, shape, classes, allow_code), shape)
+
+    return follow() if arch in ARCHITECTURES else in_own_process(follow, arch)
+
+
+def in_own_process(compute: Callable[[], T], arch: str) -> T:
+    """Return what is computed with others' code, in a process of its own; InputError if that fails, whatever it does.
+
+    What it imports (torchvision: 160 MB) ends with the process, and so do crashes.
+    """
     receive, send = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")  # a new interpreter would import torch again
-    child = fork.Process(target=_send_program, args=(receive, send, arch, shape, classes, allow_code))
+    child = fork.Process(target=_send_result, args=(receive, send, compute, arch))
     child.start()
     send.close()
     try:
@@ -59,14 +69,12 @@ def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bo
     return result
 
 
-def _send_program(
-    receive: Connection, send: Connection, arch: str, shape: tuple[int, ...], classes: int, allow_code: bool
-) -> None:
+def _send_result(receive: Connection, send: Connection, compute: Callable[[], T], arch: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is reported once, by the parent
     receive.close()
     try:
         with redirect_stdout(sys.stderr):  # what others' code prints is no answer of ours
-            result: Program | InputError = trace(build_user_network(arch, shape, classes, allow_code), shape)
+            result: T | InputError = compute()
     except InputError as error:
         result = error
     except Exception as error:  # others' code may raise anything
@@ -106,7 +114,7 @@ def check_places(path: Path, arch: str, program: Program) -> None:
     state = load_weights(path)[0] if program.whole else {}
     for name, expected in program.whole.items():
         for key, value in state.items():
-            if (key == name or key.endswith(f".{name}")) and not torch.equal(value.long(), expected.long()):
+            if (key == name or key.endswith(f".{name}")) and value.tolist() != expected:
                 raise InputError(
                     f"{path}: {key} holds other places than --arch {arch} has by itself: its steps are unknown"
                 )

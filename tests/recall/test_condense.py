@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from known_fleets import ANSWERS, BITS, CENTER, LAYOUT, PARAMETERS, condenser_of, draw, linear_fleet, norms
+from known_fleets import ANSWERS, BITS, LAYOUT, PARAMETERS, condenser_of, draw, linear_fleet, norms
 
 from stages.recall.condense import Condenser, Span, sureness
 
@@ -64,36 +64,6 @@ def test_renaming_hidden_neurons_changes_no_statistics_and_no_spectrum():
         np.testing.assert_allclose(first[name], second[name], atol=1e-3)
     for name in ("change", "low_rank"):
         assert norms(first[name] - second[name]) > 0.5 * norms(first[name])
-
-
-def test_outside_is_how_much_of_a_change_no_training_fine_tune_explains():
-    drawn = linear_fleet(noise=0.0)
-    train, test = drawn.change[drawn.learned], drawn.change[drawn.held_out]
-    span = Span.fit(train, LAYOUT)
-    assert np.abs(span.outside(test)).max() < 1e-4
-    random = np.random.default_rng(0)
-    mixed = random.dirichlet(np.ones(len(train)), 20).astype(np.float32) @ train
-    assert np.abs(span.outside(mixed)).max() < 1e-4
-    strange = draw(random, 200, PARAMETERS) / span.scale
-    found = span.outside(CENTER + strange)
-    assert found.mean() == pytest.approx(1 - (BITS + 1) / PARAMETERS, abs=0.01)
-    # half of the square of one inside, half of the square of one outside
-    inside = test[:1] - span.mean
-    off = strange[:1] * span.scale
-    off -= off @ span.axes.T @ span.axes
-    off *= np.linalg.norm(inside * span.scale) / np.linalg.norm(off)
-    assert span.outside(span.mean + inside + off / span.scale) == pytest.approx(0.5, abs=1e-3)
-    assert span.size(inside) == pytest.approx(np.linalg.norm(inside * span.scale, axis=1), rel=1e-5)
-
-
-def test_a_condenser_is_all_in_its_arrays():
-    drawn = linear_fleet()
-    condenser = condenser_of(drawn)
-    again = Condenser.from_arrays(condenser.to_arrays(), LAYOUT)
-    assert again.answers == ANSWERS
-    first, second = (one.condense(drawn.change[:5], drawn.responses[:5]) for one in (condenser, again))
-    assert first.keys() == second.keys() == {"statistics", "spectrum", "low_rank", "responses", "change"}
-    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_sureness_is_of_the_probabilities_and_margins_of_the_reference_inputs():

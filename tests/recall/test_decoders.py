@@ -130,3 +130,14 @@ def test_calibration_keeps_what_was_known():
     assert set(decoder.to_arrays()) == {
         "weights", "offset", "edges", "half_widths", "predicted_range", "true_range",
     }  # fmt: skip
+
+
+def test_intervals_of_what_is_unsure_are_as_much_wider_and_hold_as_often():
+    random = np.random.default_rng(0)
+    x, unsure = random.standard_normal((2000, 3)), np.where(np.arange(2000) % 2, 3.0, 1.0)[:, None]
+    y = x @ np.array([[1.0], [-1.0], [0.5]]) + 0.3 * unsure * random.standard_normal((2000, 1))
+    decoder = fit_decoder(x[:1000], y[:1000]).calibrate(x[:1000], y[:1000], False, unsure[:1000])
+    predicted, true, times = decoder.predict(x[1000:]), y[1000:], unsure[1000:]
+    inside = np.abs(predicted - true) <= decoder.half_width(predicted) * times
+    for sure in (1.0, 3.0):
+        assert inside[times == sure].mean() == pytest.approx(0.9, abs=0.05)

@@ -3,11 +3,11 @@
 import numpy as np
 from known_fleets import LAYOUT, PARAMETERS, draw
 
-from stages.recall.tampering import DROPPED, KEPT, PRUNED, tampered
+from stages.recall.tampering import DROPPED, KEPT, PRUNED, TRUNCATED, tampered
 
 RANDOM = np.random.default_rng(0)
 BASE, CHANGE = draw(RANDOM, PARAMETERS), draw(RANDOM, 40, PARAMETERS)
-ALTERED = tampered(CHANGE, BASE, LAYOUT, "whole", 0)
+ALTERED = tampered(CHANGE, BASE, LAYOUT, "whole")
 
 
 def test_dare_keeps_the_mean_and_ties_what_agrees():
@@ -38,4 +38,14 @@ def test_a_foreign_change_has_the_same_singular_values_and_of_adapters_the_rank_
         ours, theirs = (c[:, LAYOUT.slices[name]].reshape(-1, *shape) for c in (CHANGE, ALTERED["foreign"]))
         assert np.allclose(*(np.linalg.svd(part, compute_uv=False) for part in (ours, theirs)), atol=1e-5)
         assert not np.allclose(ours, theirs)
-    assert set(tampered(CHANGE, BASE, LAYOUT, "adapter", 0)) == {"negated", "average_of_two", "foreign"}
+    assert set(tampered(CHANGE, BASE, LAYOUT, "adapter")) == {"negated", "average_of_two", "foreign"}
+
+
+def test_a_truncated_change_is_the_nearest_of_its_rank():
+    for name in ("first.weight", "second.weight"):
+        shape, where = LAYOUT.shapes[name], LAYOUT.slices[name]
+        ours, low = (c[0, where].reshape(shape) for c in (CHANGE, ALTERED["truncated"]))
+        values = np.linalg.svd(ours, compute_uv=False)
+        assert np.linalg.matrix_rank(low, tol=1e-4) == TRUNCATED
+        assert np.isclose(((ours - low) ** 2).sum(), (values[TRUNCATED:] ** 2).sum(), rtol=1e-4)
+    assert np.array_equal(ALTERED["truncated"][:, LAYOUT.slices["bias"]], CHANGE[:, LAYOUT.slices["bias"]])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.functional import avg_pool2d
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
-from stages.weightnet.predict import describe, load_known
+from stages.weightnet.predict import describe_networks, load_known
 from stages.weightnet.predictors.data import augmented
 from stages.weightnet.predictors.exam import (
     AGREEMENT,
@@ -294,6 +296,36 @@ def test_the_exam_needs_the_zoo_s_classes_and_images(project, monkeypatch, capsy
         ask(monkeypatch, capsys, *words, "--input-shape", "1", "28", "28")
 
 
+class Sorted(nn.Module):
+    """Steps that no tracer follows: rows of pixels are sorted by their sums."""
+
+    def __init__(self, soft: bool = False) -> None:
+        super().__init__()
+        self.head, self.soft = nn.Linear(64, 10), soft
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x[:, 0].sort(1).values.flatten(1)
+        return self.head(rows).softmax(1) if self.soft else self.head(rows)
+
+
+def test_a_network_that_cannot_be_followed_is_judged_by_its_outputs(project, monkeypatch, capsys):
+    examiner = keep_exam(project)
+    module = Sorted().eval()
+    save_file(module.state_dict(), project / "a.safetensors")
+    words = ("a.safetensors", "--arch", "mine:build", "--allow-probe", "--allow-code")
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=Sorted))
+    (result,) = ask(monkeypatch, capsys, *words)["networks"].values()
+    expected = examiner.intervals(module)[1, 0, 0].clamp(0, 1).item()
+    assert result["properties"]["test_acc"]["value"] == pytest.approx(expected, rel=1e-3)
+    assert "its steps cannot be followed: judged by its outputs alone" in result["notes"]
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=lambda: Sorted(soft=True)))
+    with pytest.raises(InputError, match="gives probabilities: leave out its softmax"):
+        ask(monkeypatch, capsys, *words)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=lambda: nn.Sequential(Sorted(), nn.Linear(10, 3))))
+    with pytest.raises(InputError, match=r"has no 0.head.weight"):
+        ask(monkeypatch, capsys, *words)
+
+
 @pytest.mark.parametrize("family", ["exam", "weightnet"])
 def test_a_released_predictor_is_as_small_as_it_says_and_answers(family):
     card = json.loads((ROOT / f"models/released/digits-{family}.json").read_text())
@@ -303,7 +335,7 @@ def test_a_released_predictor_is_as_small_as_it_says_and_answers(family):
     known = load_known(path, family)
     assert card["learned_from"].startswith(f"{len(known.predictor.names)} networks")
     assert known.shape == (1, 8, 8) and known.classes == 10
-    result = describe(known, in_float32(zoo_networks("cnn3", 1)))  # weights as no training leaves them
+    result = describe_networks(known, in_float32(zoo_networks("cnn3", 1)))  # weights as no training leaves them
     assert set(result["properties"]) == set(PROPERTIES)
     assert result["properties"]["test_acc"]["value"] < 0.5 or not result["trusted"]
 

@@ -15,7 +15,7 @@ from stages.weightnet.tracing.symmetry import derive_symmetry, permute, random_p
 
 def moved_by(model: nn.Module, orders: dict[str, Tensor] | None = None) -> float:
     """How far a relabelling, by default one of every group, moves the outputs, over their size."""
-    _, symmetry, _ = followed(model)
+    program, symmetry, weights = followed(model)
     orders = random_permutations(symmetry, seeded()) if orders is None else orders
     images = torch.randn(4, *SHAPE, generator=seeded()).double()
     before, after = (run_stack(program, w, images) for w in (weights, permute(weights, symmetry, orders)))

@@ -10,9 +10,13 @@ from safetensors.torch import save_file
 from test_weightnet import ask, keep_untrained
 from torch import nn
 from weightnet.classifiers import CLASSIFIERS
+from weightnet.modern import MODERN
 
+from stages.common.randomness import generator
 from stages.common.stage import InputError
 from stages.weightnet import predict
+from stages.weightnet.tracing.program import trace
+from stages.weightnet.tracing.symmetry import derive_symmetry, permute, random_permutations
 from stages.weightnet.zoo.architectures import build_network
 from stages.weightnet.zoo.properties import PROPERTIES
 
@@ -49,6 +53,38 @@ def test_an_ordinary_classifier_gets_a_prediction(project, monkeypatch, capsys, 
     assert set(result["properties"]) == set(PROPERTIES)
     for found in result["properties"].values():  # an end may be the end of what there is
         assert found["low"] <= found["value"] <= found["high"] and found["low"] < found["high"]
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_classifiers_with_attention_and_groups_get_the_same_prediction_in_any_order(
+    project, monkeypatch, capsys, arch, name
+):
+    keep_untrained(project)
+    torch.manual_seed(0)
+    model = MODERN[name]()
+    program = trace(model, (3, 16, 16))
+    symmetry = derive_symmetry(program)
+    state = model.state_dict()
+    moved = permute(
+        {key: state[key][None] for key in program.layout.shapes},
+        symmetry,
+        random_permutations(symmetry, generator(0, "it")),
+    )
+    save_file({key: value.contiguous() for key, value in state.items()}, project / "a.safetensors")
+    save_file(state | {key: value[0].contiguous() for key, value in moved.items()}, project / "b.safetensors")
+    words = ["a.safetensors", "b.safetensors", "--arch", arch(MODERN[name]), *FLAGS]
+    first, second = ask(monkeypatch, capsys, *words)["networks"].values()
+    for key, found in first["properties"].items():
+        assert found["value"] == pytest.approx(second["properties"][key]["value"], rel=1e-4)
+
+
+def test_a_file_with_other_places_in_a_table_than_the_network_has_is_refused(project, monkeypatch, capsys, arch):
+    keep_untrained(project)
+    build = MODERN["fused attention"]
+    state = build().state_dict()
+    save_file(state | {"index": state["index"].flip(0)}, project / "a.safetensors")
+    with pytest.raises(InputError, match="index holds other places than --arch"):
+        ask(monkeypatch, capsys, "a.safetensors", "--arch", arch(build), *FLAGS)
 
 
 def test_activations_that_the_zoo_lacks_and_what_is_left_out_are_said(project, monkeypatch, capsys, arch):

@@ -178,7 +178,10 @@ class Examiner:
 
         They hold for 90 % of networks of architectures that were not learned from.
         """
-        marks = mark(self.exam, networks).flatten(1)
+        return self.intervals_by(mark(self.exam, networks).flatten(1))
+
+    def intervals_by(self, marks: Float[Tensor, "n r"]) -> Float[Tensor, "3 n k"]:
+        """Return the same by networks' marks."""
         center, half = self.ridge.predict(marks), self.half_width(familiar=False) * self.ridge.deviation(marks)
         return torch.stack([own_units(end, self.scale) for end in (center - half, center, center + half)])
 

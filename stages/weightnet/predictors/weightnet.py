@@ -73,14 +73,13 @@ Heard = dict[
 ]  # what comes to each group's neurons along several edges, several kinds of it
 
 
-def sums(heard: Heard, tokens: Float[Tensor, "n t d"]) -> list[Float[Tensor, "n t d"]]:
+def sums(heard: Heard, tokens: Float[Tensor, "n t d"], sizes: dict[str, int]) -> list[Float[Tensor, "n t d"]]:
     """Return the sum of each kind of what is heard ([n, d, neurons]) for the neurons of all groups, zero where nothing is."""
     result = []
-    sizes = [next(t.shape[2] for kind in kinds for t in kind) for kinds in heard.values()]
     for kind in range(len(next(iter(heard.values())))):
         parts = [
             torch.stack(kinds[kind]).sum(0) if kinds[kind] else tokens.new_zeros(len(tokens), tokens.shape[2], size)
-            for kinds, size in zip(heard.values(), sizes, strict=True)
+            for kinds, size in zip(heard.values(), sizes.values(), strict=True)
         ]
         result.append(torch.cat(parts, 2).mT)
     return result
@@ -114,7 +113,7 @@ class Round(nn.Module):
                 d, c = weight.shape[2:]
                 heard[edge.target][0].append((weight * forward[edge.source][:, :, None]).sum(3) / c**0.5)
                 heard[edge.source][1].append((weight * backward[edge.target][..., None]).sum(2) / d**0.5)
-            normed = [norm(x) for norm, x in zip(self.norms, (tokens, *sums(heard, tokens)), strict=True)]
+            normed = [norm(x) for norm, x in zip(self.norms, (tokens, *sums(heard, tokens, sizes)), strict=True)]
             tokens = tokens + self.update(torch.cat(normed, 2))
         if self.intra:
             layers = self.by_layer(self.query_key_value(self.norm(tokens)), sizes)
@@ -163,7 +162,7 @@ class WeightNet(nn.Module):
             layer = self.vector[role if role in ("bias", "weight") else "other"]
             vectors[vector.group][0].append(layer(torch.stack([values, signed_log(20 * values)], 2)).mT)
         tokens = self._places(networks, one)
-        tokens = tokens + self.encode(torch.cat([*sums(seen, tokens), *sums(vectors, tokens)], 2))
+        tokens = tokens + self.encode(torch.cat([*sums(seen, tokens, sizes), *sums(vectors, tokens, sizes)], 2))
         for round_ in self.rounds:
             tokens = round_(tokens, edges, sizes)
         layers = dict(zip(sizes, tokens.split(list(sizes.values()), 1), strict=True))

@@ -28,7 +28,7 @@ def align(target: Weights, other: Weights, symmetry: Symmetry, random: torch.Gen
     random: the order in which groups are gone through.
     """
     grouped = {axis.tensor: axis.blocks for axis in symmetry.axes if axis.blocks > 1}
-    pair = [
+    own, given = [
         {name: without_groups(value, grouped.get(name, 1))[0].double() for name, value in weights.items()}
         for weights in (target, other)
     ]
@@ -42,7 +42,7 @@ def align(target: Weights, other: Weights, symmetry: Symmetry, random: torch.Gen
         before = {group: order.clone() for group, order in orders.items()}
         for i in torch.randperm(len(names), generator=random).tolist():
             parent = names[i]
-            likeness = {group: similarity(*pair, axes, orders, group) for group in families[parent]}
+            likeness = {group: similarity(own, given, axes, orders, group) for group in families[parent]}
             blocks = symmetry.parents.get(parent)
             orders |= assign_blocks(likeness, blocks) if blocks else assign_all(likeness)
         if all(torch.equal(orders[group], order) for group, order in before.items()):

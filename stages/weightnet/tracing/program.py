@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -45,7 +46,7 @@ class Program:
     layout: Layout
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

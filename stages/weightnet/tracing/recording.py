@@ -116,7 +116,7 @@ class Recorder(TorchFunctionMode):
         self.hooks: list[RemovableHandle] = []
         self.places = WeakTensorKeyDictionary()  # of each result: its step, its version when it was made, its batch
         self.parameters: dict[str, int] = {}  # the steps of tensors that are used by themselves
-        self.whole: dict[str, Tensor] = {}  # tensors of whole numbers that are read
+        self.whole: dict[str, list[Any]] = {}  # tensors of whole numbers that are read
         self.names = WeakTensorKeyDictionary()
         self.others = WeakTensorKeyDictionary()  # that a file may hold with other values than those of a new module
         for name, tensor in state.items():
@@ -162,7 +162,7 @@ class Recorder(TorchFunctionMode):
         self.function = name
         try:
             for other in (self.others[t] for t in tensors if t in self.others):
-                self.whole[other] = self.state[other]
+                self.whole[other] = self.state[other].tolist()
             if not any(t in self.places or t in self.names for t in tensors):
                 return func(*args, **kwargs)
             if looks:

@@ -3,6 +3,7 @@
 Six small ones of our own, and torchvision's, whose millions of weights want an accelerator.
 """
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 
@@ -12,8 +13,6 @@ from torch import Tensor, nn
 from stages.common.stage import InputError
 from stages.weightnet.tracing.program import Program, trace
 from stages.weightnet.tracing.symmetry import Symmetry, derive_symmetry
-
-ARCHITECTURES = ("cnn3", "cnn4", "flat", "lenet", "residual", "wide")  # our own
 
 
 def convolutional(widths: list[int], strides: list[int], channels: int, classes: int) -> nn.Sequential:
@@ -65,21 +64,21 @@ class Residual(nn.Module):
         return self.head(self.pool(x))
 
 
+# our own, by name: what makes one for images [channels, side, side] and so many classes; a line here is all that another takes
+ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "cnn3": lambda channels, classes, _: convolutional([16, 16, 16], [2, 2, 2], channels, classes),
+    "cnn4": lambda channels, classes, _: convolutional([12, 12, 16, 16], [2, 1, 2, 1], channels, classes),
+    "flat": flattened,
+    "lenet": lenet,
+    "residual": lambda channels, classes, _: Residual(channels, classes),
+    "wide": lambda channels, classes, _: convolutional([24, 24, 24], [2, 2, 2], channels, classes),
+}
+
+
 def build_network(name: str, channels: int, classes: int, side: int) -> nn.Module:
     """Return the network called `name` for images [channels, side, side]: one of ours, or of torchvision's; else InputError."""
-    match name:
-        case "cnn3":
-            return convolutional([16, 16, 16], [2, 2, 2], channels, classes)
-        case "cnn4":
-            return convolutional([12, 12, 16, 16], [2, 1, 2, 1], channels, classes)
-        case "wide":
-            return convolutional([24, 24, 24], [2, 2, 2], channels, classes)
-        case "flat":
-            return flattened(channels, classes, side)
-        case "residual":
-            return Residual(channels, classes)
-        case "lenet":
-            return lenet(channels, classes, side)
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name](channels, classes, side)
     return of_torchvision(name, channels, classes)
 
 
