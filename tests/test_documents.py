@@ -1,7 +1,6 @@
 """What README and the systems' pages say is true: what they show prints that, what they name is there, what they quote is quoted."""
 
 import importlib.util
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -26,9 +25,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("shown", DEMONSTRATIONS, ids=lambda shown: f"{shown.page}: {shown.command[-1][:40]!r}")
 def test_what_is_shown_runs_in_a_fresh_clone_and_prints_what_is_said(clone, shown: Demonstration):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WEIGHTLENS_", "RAY_"))}
-    environment |= {"PYTHONPATH": str(clone)}
-    done = subprocess.run(shown.command, cwd=clone, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(
+        shown.command, cwd=clone, env=documents.environment(clone), capture_output=True, text=True, timeout=SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert documents.alike(shown.printed, done.stdout), done.stdout
 

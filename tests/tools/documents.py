@@ -3,10 +3,15 @@
 A block of Python that is followed by a block of text is a demonstration: it runs in a fresh clone and prints that text. Of a block of
 `console`, each line after "$ " is such a command, and what follows it is what it prints. Other blocks of Python need what the pipeline
 makes.
+
+python tests/tools/documents.py update     # run the commands of all blocks of console anew, and write there what they print
 """
 
+import os
 import re
 import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,3 +72,32 @@ def alike(said: str, printed: str) -> bool:
     if words[0] != words[1]:
         return False
     return all(abs(a - b) <= max(CLOSE, CLOSE * abs(a)) for a, b in zip(*numbers, strict=True))
+
+
+def environment(clone: Path) -> dict[str, str]:
+    """Return the environment of a user who has set nothing."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WEIGHTLENS_", "RAY_"))}
+    return kept | {"PYTHONPATH": str(clone)}
+
+
+def renewed(page: Path, clone: Path) -> str:
+    """Return a document's text in which every command of a block of console is followed by what it prints now."""
+    text = page.read_text(encoding="utf-8")
+    for shown in demonstrations(page):
+        kind, _, command = shown.command
+        if kind == "bash":
+            done = subprocess.run(
+                shown.command, cwd=clone, env=environment(clone), check=True, stdout=subprocess.PIPE, text=True
+            )
+            printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+            text = text.replace(f"$ {command}\n{shown.printed}", f"$ {command}\n{printed}")
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["update"]:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        clone = fresh_clone(Path(folder))
+        for page in PAGES:
+            page.write_text(renewed(page, clone), encoding="utf-8")
