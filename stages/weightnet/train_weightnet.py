@@ -261,13 +261,16 @@ def main() -> None:
     statistics = {(name, pooled): statistics_of(zoos[name], pooled) for name, pooled in sorted(needed)}
     data = fingerprint(*(path for zoo in zoos.values() for path in zoo.files))
 
-    def finish(job: Job) -> dict[str, Any]:
-        path = job_folder(job, params, data) / "result.pt"
-        if not path.is_file():
-            save_torch(path, train_and_predict(job, zoos, statistics, params))
-        return load_torch(path, {"tables", "history", "kept", "learnt"})
+    paths = [
+        job_folder(job, params, data) / "result.pt" for job in jobs
+    ]  # now: threads import modules while they train
 
-    results = parallel_map(finish, jobs, torch.device("cpu"), f"train {name}")
+    def finish(place: int) -> dict[str, Any]:
+        if not paths[place].is_file():
+            save_torch(paths[place], train_and_predict(jobs[place], zoos, statistics, params))
+        return load_torch(paths[place], {"tables", "history", "kept", "learnt"})
+
+    results = parallel_map(finish, range(len(jobs)), torch.device("cpu"), f"train {name}")
     both = list(zip(jobs, results, strict=True))
     save_table(MODELS / name / "predictions.parquet", [row for job, result in both for row in table_rows(job, result)])
     kept = {job.name: result["kept"] for job, result in both if result["kept"] is not None}

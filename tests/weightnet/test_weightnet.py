@@ -751,6 +751,21 @@ def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(proje
     assert predictions.read_bytes() == resumed
 
 
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("variants.baselines.members.nfn.kind=nothing", "variants.baselines.members.nfn.kind"),
+        ("variants.baselines.members.stats.epochs=0", "variants.baselines.members.stats.epochs"),
+        ("member.heads=0", "member.heads"),
+    ],
+)
+def test_a_mistake_in_a_member_is_named_where_it_was_made(project, setting, key):
+    apply_overrides(project / "params.yaml", [f"train_weightnet.{setting}"])
+    params = TrainParams.load("train_weightnet", "digits", "baselines")
+    with pytest.raises(InputError, match=rf"^params.yaml: train_weightnet.{key}: "):
+        train_weightnet.parse_members(params, "digits", "baselines")
+
+
 def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
     skipped = ["probe", "stats_gbm", "stats", "mlp", "nfn", "no_cross", "no_intra", "no_augmentation", "canonical"]
     apply_overrides(project / "params.yaml", [f"train_weightnet.skipped=[{','.join([*skipped, 'one_sided'])}]"])
