@@ -95,9 +95,10 @@ def main() -> None:
     save_json(REPORTS / "metrics.json", headline_metrics(summary, HEADLINES))
     effects = attribute_effects(fleet.truth["table"])
     pictures.draw_space(REPORTS / "space.png", fleet.change, fleet.test, pairs, effects)
-    pictures.draw_bars(REPORTS / "written.png", written["accuracy"], "accuracy on rules never trained")
-    bars = arithmetic["on_union_minus_on_others"] | arithmetic["negation"]
-    pictures.draw_bars(REPORTS / "arithmetic.png", bars, "accuracy on A and B minus on other classes; or accuracy")
+    pictures.draw_bars(REPORTS / "written.png", {"accuracy on rules never trained": written["accuracy"]})
+    difference, forgotten = arithmetic["on_union_minus_on_others"], arithmetic["negation"]
+    panels = {"accuracy on A and B minus on other classes": difference, "accuracy among all classes": forgotten}
+    pictures.draw_bars(REPORTS / "arithmetic.png", panels)
     accuracies = written["accuracy"].items()
     print(", ".join(f"{caption(name)} {found['mean']:.1%}" for name, found in accuracies))
 

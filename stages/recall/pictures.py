@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 
 from stages.common.figures import image_grid, legible, plain_ticks, save_figure, show_image, show_signed
 from stages.recall.captions import caption
@@ -126,16 +127,25 @@ def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
     save_figure(path, figure)
 
 
-def draw_bars(path: Path, measured: Mapping[str, Mapping[str, float]], label: str) -> None:
+def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Draw means with their 95 % intervals: below each other the quantities, by their labels, each on an axis of its own."""
+    heights = [0.35 * len(measured) + 0.8 for measured in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(5, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for ax, (label, measured) in zip(axes[:, 0], panels.items(), strict=True):
+        bars(ax, measured, label)
+    save_figure(path, figure)
+
+
+def bars(ax: Axes, measured: Mapping[str, Mapping[str, float]], label: str) -> None:
     """Draw means with their 95 % intervals."""
-    figure, ax = plt.subplots(figsize=(5, 0.35 * len(measured) + 0.8))
     places = np.arange(len(measured))[::-1]
     means = np.array([interval["mean"] for interval in measured.values()])
     half = [interval.get("high", interval["mean"]) - interval["mean"] for interval in measured.values()]
     ax.barh(places, means, xerr=half, color="C0", error_kw={"elinewidth": 0.7})
     ax.set_yticks(places, [caption(name) for name in measured])
     ax.set(xlabel=label, xlim=(0, 1))
-    save_figure(path, figure)
 
 
 def draw_space(

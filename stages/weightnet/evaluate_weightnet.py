@@ -314,7 +314,8 @@ def main() -> None:
     save_json(folder / "metrics.json", headline_metrics(summary | {"scores": scores["test_acc"]}, HEADLINES))
     draw_pictures(folder, table, zoos, main_name, kept)
     pictures.draw_scores(folder / "scores.png", scores["test_acc"])
-    pictures.draw_learning_curve(folder / "learning_curve.png", curve)
+    labelled = {"labelled_32": scores["test_acc"]["labelled_32"]["tau"]["mean"]}
+    pictures.draw_learning_curve(folder / "learning_curve.png", curve, labelled)
     taus = [f"{name} {scores['test_acc'][name]['tau']['mean']:.3f}" for name in SHOWN if name in scores["test_acc"]]
     print(f"{dataset}: Kendall's tau of test accuracy, {main_name}: {', '.join(taus)}")
 

@@ -60,13 +60,20 @@ def draw_scores(path: Path, scores: dict[str, dict[str, dict[str, float]]]) -> N
     save_figure(path, figure)
 
 
-def draw_learning_curve(path: Path, curve: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Draw Kendall's tau over the number of networks learnt from: predictor, number, mean and, if there is one, spread over splits."""
+def draw_learning_curve(
+    path: Path, curve: dict[str, dict[str, dict[str, float]]], references: dict[str, float]
+) -> None:
+    """Draw Kendall's tau over the number of networks learnt from: predictor, number, mean and, if there is one, spread over splits.
+
+    Dashed, by their names: references that learn from none.
+    """
     figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     for name, points in curve.items():
         spread = [point["std"] for point in points.values()] if all("std" in p for p in points.values()) else None
         means = [p["mean"] for p in points.values()]
         ax.errorbar([int(n) for n in points], means, spread, marker="o", label=predictor(name).partition(":")[0])
+    for name, tau in references.items():
+        ax.axhline(tau, color="grey", linestyle="--", linewidth=1, label=predictor(name))
     ticks = sorted({int(n) for points in curve.values() for n in points})
     ax.set_xscale("log")
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
