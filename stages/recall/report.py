@@ -336,7 +336,7 @@ def refusal_table(refusals: dict[str, Any]) -> Table:
         for name, measured in by.items()
     ]
     explained = (
-        "What the auditor refuses; of honest fine-tunes these are false alarms, many where it learned from a few dozen. AUROC: how its measure of oddness alone, without marks on "
-        "single weights, ranks them against honest ones."
+        "What the auditor refuses; of honest fine-tunes these are false alarms, many where it learned from a few dozen. "
+        "AUROC: how its measure of oddness alone, without marks on single weights, ranks them against honest ones."
     )
     return Table(explained, ["fine-tunes never seen", "refused", "AUROC"], rows)

@@ -115,6 +115,10 @@ PAIRS = {  # with an option, and without
     ),
     "parts": (Body(lambda _, x: x.split([3, 5], 1)[1], 5), Body(lambda _, x: x.split([5, 3], 1)[0], 5)),
     "border": (Body(lambda _, x: F.pad(x, (1, 1), value=2.0)), Body(lambda _, x: F.pad(x, (1, 1)))),
+    "constant kernels": (
+        Body(lambda _, x: F.conv2d(x, torch.arange(9.0).view(1, 1, 3, 3).to(x).expand(8, 1, 3, 3), groups=8)),
+        Body(lambda _, x: F.conv2d(x, torch.arange(72.0).view(8, 1, 3, 3).to(x), groups=8)),
+    ),
     "mode of a border": (
         Body(lambda _, x: F.pad(x, (2, 1, 0, 0), mode="reflect")),
         Body(lambda _, x: F.pad(x, (2, 1))),

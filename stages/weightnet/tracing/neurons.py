@@ -388,6 +388,14 @@ def follow_pool(d: Derivation, _step: Step, x: Numbers) -> Numbers:
     return Numbers(d.along(x, 0).view(-1, *[1] * (x.ids.dim() - 1)), x.pixels)
 
 
+def follow_filter(d: Derivation, step: Step, x: Numbers) -> Numbers:
+    """A constant kernel for every channel: where they differ, the channels stay."""
+    kernel = np.array(step.options["kernel"])
+    if (kernel != kernel[:1]).any():
+        d.pin(x)
+    return follow_pool(d, step, x)
+
+
 def follow_same(_d: Derivation, _step: Step, x: Numbers) -> Numbers:
     """What treats every number by itself."""
     return x
@@ -557,6 +565,7 @@ RULES: dict[str, Callable[..., Numbers]] = {
     "parameter": follow_parameter,
     "conv": follow_conv,
     "conv1d": follow_conv1d,
+    "filter": follow_filter,
     "linear": follow_linear,
     **dict.fromkeys(("batch_norm", "group_norm", "instance_norm"), follow_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), follow_layer_norm),

@@ -140,6 +140,12 @@ def run_conv(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return y
 
 
+def run_filter(step: Step, x: Float[Tensor, "n b h w c"]) -> Float[Tensor, "n b o p c"]:
+    """Return a convolution of every channel by itself with kernels that are constants."""
+    options = {key: value for key, value in step.options.items() if key != "kernel"}
+    return by_network(F.conv2d, x, torch.tensor(step.options["kernel"]).to(x), **options)
+
+
 def run_conv1d(step: Step, x: Float[Tensor, "n b c t"], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a convolution along one axis."""
     y = torch.stack([F.conv1d(x[min(i, len(x) - 1)], one, None, **step.options) for i, one in enumerate(weight)])
@@ -328,6 +334,7 @@ def run_same(_step: Step, x: Tensor) -> Tensor:
 
 RUN: dict[str, Callable[..., Tensor]] = {
     "conv": run_conv,
+    "filter": run_filter,
     "conv1d": run_conv1d,
     "linear": run_linear,
     "batch_norm": run_batch_norm,

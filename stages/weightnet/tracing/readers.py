@@ -56,7 +56,15 @@ def read_conv(
 ) -> None:
     """torch.conv2d. Padding "same" is one pixel larger behind than before if its size is odd: that pixel is a step."""
     x = _alike(r, x)
-    _plain(x)
+    shared = x.batch.axis is None and x.shape[0] == 1  # of no image: it is given to all of them later
+    if shared:
+        x = r.add("reshape", [x], x.tensor.detach().squeeze(0))
+    else:
+        _plain(x)
+    if weight.name is None and weight.place is None and bias is None and groups == len(weight.tensor) and not shared:
+        sizes = {"stride": _pair(stride), "padding": padding, "dilation": _pair(dilation), "groups": groups}
+        r.add("filter", [x], y, {"kernel": weight.tensor.tolist(), **sizes})
+        return
     tensors, source = r.weights(weight=weight, bias=bias), x
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
@@ -66,7 +74,11 @@ def read_conv(
             border = [0, taps[1] % 2, 0, taps[0] % 2]
             source = r.add("pad", [x], pad(x.tensor, border), {"pad": border, "mode": "constant", "value": 0.0})
     options = {"stride": stride, "padding": _pair(padding), "groups": groups}
-    r.add("conv", [source], y, options | ({"dilation": dilation} if dilation != (1, 1) else {}), tensors)
+    options |= {"dilation": dilation} if dilation != (1, 1) else {}
+    if shared:
+        r.add("reshape", [r.add("conv", [source], y.squeeze(0), options, tensors)], y)
+    else:
+        r.add("conv", [source], y, options, tensors)
 
 
 def read_conv1d(

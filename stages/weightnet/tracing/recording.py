@@ -175,7 +175,10 @@ class Recorder(TorchFunctionMode):
         """Return what a function gives for tensors that are followed, and note it; NotFollowed if that cannot be."""
         operands, named = _map(self.operand, args), _map(self.operand, kwargs)
         if name in CASTS and isinstance(args[0], Tensor):  # this run is in float64 throughout
-            if func(*args, **kwargs).dtype not in (torch.float32, torch.float64):
+            result = func(*args, **kwargs)
+            if args[0] not in self.places and args[0] not in self.names:  # a constant, as a result is
+                return result
+            if result.dtype not in (torch.float32, torch.float64):
                 raise NotFollowed("a change to another precision is not supported")
             return args[0]
         reader = self.readers.get(name)
