@@ -10,7 +10,7 @@ import pytest
 import torch
 from reproduction import ROOT
 from safetensors.torch import save_file
-from test_weightnet import ask, relabelled, seeded, zoo_networks
+from small_networks import ask, relabelled, seeded, zoo_networks
 from torch import nn
 from torch.nn.functional import avg_pool2d
 

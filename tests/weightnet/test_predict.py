@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_weightnet import ask, keep_untrained
+from small_networks import ask, keep_untrained
 from torch import nn
 from weightnet.classifiers import CLASSIFIERS
 from weightnet.modern import MODERN
