@@ -18,7 +18,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from stages.common.checkpoints import READABLE, load_weights
 from stages.common.files import atomic_path, save_csv
+from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
@@ -38,8 +39,11 @@ from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.released import RELEASED, load_released
 from stages.forecast.shared import SharedForecaster
 from stages.forecast.shrinkage import Agreement, Prior, causal_shrinkage, compare_with_past, shrinkage, trust
-from stages.forecast.snapshots import find_snapshots
+from stages.forecast.snapshots import Snapshots, find_snapshots
 from stages.forecast.trajectory import WINDOW, Forecast, Trajectory, moved_lately
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUNNING = ("running_mean", "running_var")
 
@@ -241,33 +245,83 @@ def print_curve(curve: Curve, horizons: list[int]) -> None:
     print(worth(rows, curve))
 
 
+@dataclass(frozen=True)
+class Forecasts:
+    """What is forecast of one run, and how well that would have worked so far."""
+
+    recorded: Recorded
+    horizons: list[int]  # snapshots ahead
+    weights: dict[int, Float[Tensor, " p"]]  # by horizon
+    errors: list[dict[str, Any]]  # see errors_so_far
+
+    def state(self, horizon: int) -> dict[str, Tensor]:
+        """Return the state_dict so many snapshots after the last one."""
+        return state_ahead(self.recorded, self.weights[horizon])
+
+    @property
+    def standing(self) -> int:
+        """How many weights have stood still lately, and are kept."""
+        run = self.recorded.trajectory
+        return run.layout.size - int(moved_lately(run, len(run) - 1).sum())
+
+
+def forecasts_of(snapshots: Snapshots, forecaster: Path, horizons: list[int] | None, raw: bool) -> Forecasts:
+    """Return the forecasts of a folder's snapshots; raw: as they are, however little the run's own past trusts them."""
+    model, prior, asked = load_weights_forecaster(published(forecaster), horizons)
+    recorded = read_trajectory(snapshots.paths)
+    run = recorded.trajectory
+    agreement = compare_with_past(model, run)
+    ahead = forecast(model, run, len(run) - 1)
+    if not raw:
+        ahead = shrink(ahead, run, shrinkage(agreement, prior))
+    weights = {h: ahead[model.horizons.index(h)] for h in asked}
+    return Forecasts(recorded, asked, weights, errors_so_far(agreement, run, prior))
+
+
+def forecast_snapshots(
+    path: str | Path,
+    *,
+    forecaster: str | Path = RELEASED,
+    horizons: list[int] | None = None,
+    order: str | None = None,
+    even: bool = False,
+    raw: bool = False,
+) -> tuple["pd.DataFrame", dict[int, dict[str, Tensor]]]:
+    """Return a row for each horizon with the errors so far, and the forecast state_dicts by horizon; arguments as the command has them.
+
+    h           snapshots ahead
+    forecast    squared error over that of keeping the last weights, of forecasts as they are; shrunk: as they would have been shrunk at
+                the time, which is what is returned; linear: of linear extrapolation
+    origins     snapshots from which the future is known; horizons of which none is have no row
+
+    InputError if the folder's snapshots cannot be read, or are too few, uneven or in no order.
+    """
+    import pandas as pd
+
+    found = forecasts_of(find_snapshots(Path(path), WINDOW + 1, order, even), Path(forecaster), horizons, raw)
+    columns = ["h", "forecast", "shrunk", "linear", "origins"]
+    return pd.DataFrame(found.errors, columns=columns), {h: found.state(h) for h in found.horizons}
+
+
 def main() -> None:
     arguments = parse()
     pin_threads()
     snapshots = find_snapshots(arguments.path, WINDOW + 1, arguments.order, arguments.even)
     print(snapshots)
-    model, prior, horizons = load_weights_forecaster(arguments.forecaster, arguments.horizons)
     curve = read_curve(arguments.curve, arguments.column, len(snapshots.paths)) if arguments.curve else None
-    recorded = read_trajectory(snapshots.paths)
-    run = recorded.trajectory
-
-    agreement = compare_with_past(model, run)
-    rows = errors_so_far(agreement, run, prior)
-    ahead = forecast(model, run, len(run) - 1)
-    if not arguments.raw:
-        ahead = shrink(ahead, run, shrinkage(agreement, prior))
-    for h in horizons:
+    found = forecasts_of(snapshots, arguments.forecaster, arguments.horizons, arguments.raw)
+    for h in found.horizons:
         with atomic_path(arguments.output / f"forecast-{h}.safetensors") as temporary:
-            save_file(state_ahead(recorded, ahead[model.horizons.index(h)]), temporary)
-    standing = run.layout.size - int(moved_lately(run, len(run) - 1).sum())
+            save_file(found.state(h), temporary)
+    run = found.recorded.trajectory
     print(
-        f"{run.layout.size:,} weights to forecast by {arguments.forecaster}, of which {standing:,} stand still and are kept"
+        f"{run.layout.size:,} weights to forecast by {arguments.forecaster}, of which {found.standing:,} stand still and are kept"
     )
-    if rows:
-        save_csv(arguments.output / "errors.csv", rows)
-    print_errors(rows, len(run))
+    if found.errors:
+        save_csv(arguments.output / "errors.csv", found.errors)
+    print_errors(found.errors, len(run))
     if curve is not None:
-        print_curve(curve, horizons)
+        print_curve(curve, found.horizons)
     print(f"forecasts{'' if arguments.raw else ', shrunk as far as the past says,'} are in {arguments.output}")
 
 

@@ -13,9 +13,10 @@ what was learned from, intervals are wider and the table says so: do not trust i
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from jaxtyping import Float
 
 from stages.common.checkpoints import READABLE, load_weights
 from stages.common.files import load_json
+from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
@@ -34,6 +36,9 @@ from stages.recall.functional_vit import FIXED, Base, load_base
 from stages.recall.honesty import check, check_marks
 from stages.recall.objective import Objective
 from stages.recall.reading import READS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OWN, RELEASED = Path("models/train_auditor"), Path("models/released/auditor")
 FILE = "auditor.safetensors"
@@ -48,12 +53,13 @@ def find_auditor(chosen: Path | None, base: Base | None) -> tuple[Path, Auditor]
     """Return the folder of the auditor that is chosen, and the auditor; by default, of those of this base, that which learned from most."""
     if chosen is not None:
         return chosen, Auditor.load(chosen / FILE)
-    there = {folder: Auditor.load(folder / FILE) for folder in (OWN, RELEASED) if (folder / FILE).is_file()}
+    folders = (OWN, published(RELEASED))
+    there = {folder: Auditor.load(folder / FILE) for folder in folders if (folder / FILE).is_file()}
     if not there:
         raise InputError(f"{RELEASED / FILE} is missing: run 'git checkout {RELEASED}'")
     fit = {f: a for f, a in there.items() if base is None or base_sha256(base) == a.card["base_sha256"]} or there
     folder = max(fit, key=lambda f: fit[f].learned_from)
-    whose = "published" if folder == RELEASED else "own"
+    whose = "own" if folder == OWN else "published"
     nothing = "" if OWN in there else ": none was made here"
     print(f"the {whose} auditor is used ({folder}, of {fit[folder].learned_from} fine-tunes){nothing}", file=sys.stderr)
     return folder, fit[folder]
@@ -222,23 +228,71 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None, chosen: Path | None) -> dict[str, Any]:
+    """Return everything that is recalled of a fine-tune, a checkpoint or an adapter, as --json prints it; InputError if it is refused."""
+    known = load_base(base) if base else None
+    folder, auditor = find_auditor(chosen, known)
+    start = base or folder / "base.safetensors"
+    known = known or load_base(start)
+    check_base(start, known, auditor, folder)
+    path = adapter or checkpoint
+    assert path is not None
+    change = read_adapter(path, known) if adapter else read_change(path, known)
+    kind: Kind = "adapter" if adapter or is_adapter(change, Layout.of(known.trained)) else "whole"
+    if kind == "adapter" and not adapter:
+        print(f"{path}: the change is of low rank, and is read as an adapter that was merged", file=sys.stderr)
+    return recall(change, str(path), kind, auditor, known)
+
+
+def audit(
+    checkpoint: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    auditor: str | Path | None = None,
+) -> "pd.DataFrame":
+    """Return a row for each class and characteristic that is recalled of one fine-tune, a checkpoint or a folder of an adapter.
+
+    characteristic    present, proportions, images or label_noise
+    label             the class, of the first two
+    value             a probability (present), a share from 0 to 1, or a number of images
+    low, high         the ends of its interval for 90 % of fine-tunes; NaN of a probability
+    source            whether weights or responses told
+    doubtful          whether what is decoded lies beyond all that the auditor learned from
+
+    base, auditor: as the command has them. InputError if it is refused: not a fine-tune of the base as training left it.
+    """
+    import pandas as pd
+
+    if (checkpoint is None) == (adapter is None):
+        raise InputError("expected one of checkpoint and adapter: name what is to be audited")
+    paths = (None if path is None else Path(path) for path in (base, checkpoint, adapter, auditor))
+    answer = answer_for(*paths)
+    warned = {warning.partition(":")[0].replace(" ", "_") for warning in answer["warnings"]}
+    rows = [
+        {
+            "characteristic": name,
+            "label": label if name in ("present", "proportions") else "",
+            "value": found.get("value", found.get("probability")),
+            "low": found.get("low", math.nan),
+            "high": found.get("high", math.nan),
+            "source": answer[name]["from"],
+            "doubtful": name in warned,
+        }
+        for name in ("present", "proportions", "images", "label_noise")
+        for label, found in answer[name]["found"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     arguments = parse()
     pin_threads()
-    base = load_base(arguments.base) if arguments.base else None
-    folder, auditor = find_auditor(arguments.auditor, base)
     if arguments.example:
-        show_examples(folder, auditor)
+        base = load_base(arguments.base) if arguments.base else None
+        show_examples(*find_auditor(arguments.auditor, base))
         return
-    if base is None:
-        base = load_base(folder / "base.safetensors")
-    check_base(arguments.base or folder / "base.safetensors", base, auditor, folder)
-    path = arguments.adapter or arguments.checkpoint
-    change = read_adapter(path, base) if arguments.adapter else read_change(path, base)
-    kind: Kind = "adapter" if arguments.adapter or is_adapter(change, Layout.of(base.trained)) else "whole"
-    if kind == "adapter" and arguments.checkpoint:
-        print(f"{path}: the change is of low rank, and is read as an adapter that was merged", file=sys.stderr)
-    answer = recall(change, str(path), kind, auditor, base)
+    answer = answer_for(arguments.base, arguments.checkpoint, arguments.adapter, arguments.auditor)
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)
         print()

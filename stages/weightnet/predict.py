@@ -23,10 +23,11 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ from torch import Tensor
 from stages.common.checkpoints import PRETRAINED, READABLE, SUFFIXES, load_torch, load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
+from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.weightnet.predictors.ensemble import Ensemble, revive
@@ -49,6 +51,9 @@ from stages.weightnet.user_networks import build_user_network, check_places, in_
 from stages.weightnet.zoo.architectures import ARCHITECTURES, zoo_program
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
@@ -188,7 +193,7 @@ def find_predictor(dataset: str, family: str) -> Path:
     trained, released = PREDICTORS / f"{dataset}-{family}" / "predictors.pt", RELEASED / f"{dataset}-{family}.pt"
     if trained.is_file() or not (found := there(family)):
         return trained
-    if released.is_file():
+    if published(released).is_file():
         return released
     raise InputError(
         f"no predictor of a zoo of {dataset} is there (there: {', '.join(found)}): "
@@ -199,7 +204,7 @@ def find_predictor(dataset: str, family: str) -> Path:
 def there(family: str) -> list[str]:
     """Return the data sets of which a predictor is there."""
     trained = [file.parent.name for file in PREDICTORS.glob(f"*-{family}/predictors.pt")]
-    names = [*trained, *(file.stem for file in RELEASED.glob(f"*-{family}.pt"))]
+    names = [*trained, *(file.stem for file in published(RELEASED).glob(f"*-{family}.pt"))]
     return sorted({name.removesuffix(f"-{family}") for name in names})
 
 
@@ -284,11 +289,19 @@ def predict_one(
     return describe_networks(known, read_network(path, arch, program, tanh, run=examiner is not None))
 
 
-def predict_all(
-    known: Known, models: dict[Path, dict[str, Any]], arguments: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """What a user says of the networks that are to be predicted."""
+
+    arch: str | None = None  # unless a metadata.json says it
+    input_shape: tuple[int, int, int] | None = None  # channels, height and width, if not the zoo's
+    tanh: bool = False  # a zoo architecture with tanh in place of ReLU
+    allow_code: bool = False  # to import and call package.module:function
+
+
+def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) -> dict[str, dict[str, Any]]:
     """Return what is predicted of each model, with what was measured of it."""
-    shape = tuple(arguments.input_shape or known.shape)
+    shape = tuple(asked.input_shape or known.shape)
     if isinstance(known.predictor, Examiner) and shape != known.shape:
         raise InputError(f"the exam's inputs have the zoo's shape {known.shape}, not {shape}: leave --allow-probe out")
     results: dict[str, dict[str, Any]] = {}
@@ -296,22 +309,74 @@ def predict_all(
     @cache
     def program_of(arch: str) -> Program | InputError:
         try:
-            return user_program(arch, shape, known.classes, arguments.allow_code)
+            return user_program(arch, shape, known.classes, asked.allow_code)
         except InputError as error:
             return error
 
     for file, said in models.items():
-        arch, tanh = said.get("arch", arguments.arch), arguments.tanh or said.get("activation") == "tanh"
+        arch, tanh = said.get("arch", asked.arch), asked.tanh or said.get("activation") == "tanh"
         if arch is None:
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
         program = program_of(arch)
         try:
-            results[str(file)] = predict_one(known, file, arch, program, tanh, arguments.allow_code)
+            results[str(file)] = predict_one(known, file, arch, program, tanh, asked.allow_code)
         except InputError as error:
             named = str(error).startswith((str(file), "--arch")) or error is program
             raise error if named else InputError(f"{file}: {error}") from None
         results[str(file)]["measured"] = {name: float(said[name]) for name in PROPERTIES if name in said}
     return results
+
+
+def answer_for(paths: Sequence[Path], dataset: str, allow_probe: bool, asked: Asked) -> dict[str, Any]:
+    """Return everything that is said of some networks, as --json prints it."""
+    family = "exam" if allow_probe else "weightnet"
+    known = load_known(published(find_predictor(dataset, family)), family)
+    models = {file: said for path in paths for file, said in list_models(path).items()}
+    results = predict_all(known, models, asked)
+    return {
+        "predictor": family,
+        "file": str(known.file),
+        "learned_from": len(known.predictor.names),
+        "networks": results,
+        "ranking": sorted(results, key=lambda file: -results[file]["properties"]["test_acc"]["value"]),
+        "agreement": agreement(results),
+    }
+
+
+def predict(
+    models: Sequence[str | Path] | str | Path,
+    arch: str | None = None,
+    *,
+    dataset: str = "digits",
+    allow_probe: bool = False,
+    input_shape: tuple[int, int, int] | None = None,
+    tanh: bool = False,
+    allow_code: bool = False,
+) -> "pd.DataFrame":
+    """Return a row for each network and property, the networks by predicted test accuracy, best first; arguments as the command has them.
+
+    model        the file
+    property     one of PROPERTIES
+    value        predicted, low and high: the ends of the interval for 90 % of networks
+    measured     what a metadata.json says, or NaN
+    unlike       the share of the zoo's own networks that are less unlike it than this one is, 0 to 1
+    trusted      whether that is small enough for the value to mean anything
+
+    InputError if a network cannot be read, followed or asked.
+    """
+    import pandas as pd
+
+    paths = [Path(models)] if isinstance(models, str | Path) else [Path(one) for one in models]
+    answer = answer_for(paths, dataset, allow_probe, Asked(arch, input_shape, tanh, allow_code))
+    rows = [
+        {"model": file, "property": name, **found, "measured": result["measured"].get(name, math.nan)}
+        | {key: result[key] for key in ("unlike", "trusted")}
+        for file in answer["ranking"]
+        for result in (answer["networks"][file],)
+        for name, found in result["properties"].items()
+    ]
+    columns = ["model", "property", "value", "low", "high", "measured", "unlike", "trusted"]
+    return pd.DataFrame(rows)[columns]
 
 
 def print_answer(answer: dict[str, Any]) -> None:
@@ -352,18 +417,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     pin_threads()
-    family = "exam" if arguments.allow_probe else "weightnet"
-    known = load_known(find_predictor(arguments.dataset, family), family)
-    models = {file: said for path in arguments.models for file, said in list_models(path).items()}
-    results = predict_all(known, models, arguments)
-    answer = {
-        "predictor": family,
-        "file": str(known.file),
-        "learned_from": len(known.predictor.names),
-        "networks": results,
-        "ranking": sorted(results, key=lambda file: -results[file]["properties"]["test_acc"]["value"]),
-        "agreement": agreement(results),
-    }
+    shape = tuple(arguments.input_shape) if arguments.input_shape else None
+    asked = Asked(arguments.arch, shape, arguments.tanh, arguments.allow_code)
+    answer = answer_for(arguments.models, arguments.dataset, arguments.allow_probe, asked)
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)
         print()

@@ -74,6 +74,12 @@ BASE = Path("models/classify_masked/tiny/backbone.safetensors")
 OWN = Path("models/train_auditor")
 
 
+@pytest.fixture(autouse=True)
+def own_alone(tmp_path, monkeypatch) -> None:
+    """No auditor is published but where a test says so."""
+    monkeypatch.setattr(audit, "RELEASED", tmp_path / "published nowhere")
+
+
 @pytest.fixture
 def checkpoint(trained, tmp_path, monkeypatch) -> "Checkpoint":
     monkeypatch.chdir(trained)
