@@ -15,7 +15,7 @@ import yaml
 from reproduction import FIXED, command, smoke_clone
 
 LONGEST = 25.0  # seconds until a kill: most stages take five
-WORDS = ["dvc", "repro", "--quiet", "--no-run-cache"]
+WORDS = ["dvc", "repro", "--no-run-cache"]
 ENVIRONMENT = os.environ | FIXED
 
 
@@ -27,10 +27,14 @@ def hashes(project: Path) -> dict[str, str]:
 
 def run_for(project: Path, seconds: float) -> bool:
     """Run the pipeline and kill it, with all its children, after `seconds`; return whether it had ended by then."""
-    process = subprocess.Popen(WORDS, cwd=project, env=ENVIRONMENT, start_new_session=True)
+    log = project.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            WORDS, cwd=project, env=ENVIRONMENT, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         if process.wait(seconds):
-            sys.exit("dvc repro failed")
+            sys.exit(f"dvc repro failed after a kill:\n{log.read_text()[-2000:]}")
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
