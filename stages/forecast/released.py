@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from stages.common.files import load_json, remedy, require
+from stages.common.released import PROJECT
 from stages.common.stage import InputError
 from stages.common.work import fingerprint
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.shrinkage import Prior
 
 RELEASED = Path("models/released/forecaster.safetensors")  # in the project's folder
-PROJECT = Path(__file__).parents[2]
 
 
 def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
