@@ -215,10 +215,11 @@ def run_smoke(environment: dict[str, str], quiet: bool = False, twice: bool = Fa
         project = smoke_clone(Path(folder, "clone"))
         log = project.with_name("opened")
         environment = environment | (opened.recording(log) if twice else {})
-        words, output = ["dvc", "repro", "--no-run-cache"], subprocess.PIPE if quiet else None
+        words = [sys.executable, str(ROOT / "stages/reproduce.py"), "--no-run-cache"]
+        output = subprocess.PIPE if quiet else None
         done = subprocess.run(words, cwd=project, env=os.environ | FIXED | environment, stdout=output, stderr=output)
         if done.returncode:
-            sys.exit(f"dvc repro failed{': ' + done.stderr.decode()[-2000:] if quiet else ''}")
+            sys.exit(f"the smoke scale failed{': ' + done.stdout.decode()[-2000:] if quiet else ''}")
         if twice and (lines := opened.slips(project, log)):
             sys.exit("\n".join(lines))
         if twice and "Running stage" in (again := command(project, "dvc", "repro")):
