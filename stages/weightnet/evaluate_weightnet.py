@@ -114,10 +114,11 @@ def find_zoos(dataset: str, table: Table) -> tuple[str, dict[str, Zoo]]:
 
 
 def score(truth: Float[np.ndarray, " n"], predicted: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """Return Kendall's tau, Spearman's rho and R² of predictions; of constant ones, tau and rho are 0."""
+    """Return Kendall's tau, Spearman's rho and R² of predictions; where either is constant, tau and rho are 0."""
+    varied = predicted.std() > 0 and truth.std() > 0
     values = {
         "tau": kendalltau(truth, predicted).statistic,
-        "rho": spearmanr(truth, predicted).statistic if predicted.std() > 0 else 0.0,
+        "rho": spearmanr(truth, predicted).statistic if varied else 0.0,
         "r2": r2_score(truth, predicted),
     }
     return {name: 0.0 if np.isnan(value) else float(value) for name, value in values.items()}
