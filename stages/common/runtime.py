@@ -70,11 +70,14 @@ def parallel_map(
     pool = fork_workers(count, function, items) if forks else ThreadPoolExecutor(count, initializer=pin_threads)
     results = map(pickle.loads, pool.map(_compute, range(len(items)))) if forks else pool.map(function, items)
     try:
-        return list(tqdm(results, progress, len(items), disable=None if progress else True))
+        done = list(tqdm(results, progress, len(items), disable=None if progress else True))
     except BrokenProcessPool:
         raise InputError("a process was killed while it computed: is there enough memory?") from None
-    finally:
+    except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
+        raise
+    pool.shutdown()  # the workers' seconds count as this process's from here on
+    return done
 
 
 def fork_workers(count: int, function: Callable[[Any], Any], items: Sequence[Any]) -> ProcessPoolExecutor:
