@@ -126,30 +126,17 @@ def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: N
         model.parameters(), lr=recipe["learning_rate"], weight_decay=recipe["weight_decay"], fused=True
     )
     schedule = LambdaLR(optimizer, warmup_cosine(recipe["epochs"] * len(data.train_loader), recipe["warmup_fraction"]))
-    criterion, clip = nn.CrossEntropyLoss(), recipe.get("gradient_clip")
+    criterion = nn.CrossEntropyLoss()
     history: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
 
     for epoch in range(1, recipe["epochs"] + 1):
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), device=device)
-        for images, labels in data.train_loader:
-            with autocast(device):
-                logits = model(images)
-            loss = cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.detach()
-            correct += (logits.argmax(1) == labels).float().mean()
+        train_loss, train_acc = train_epoch(model, data.train_loader, optimizer, schedule, recipe.get("gradient_clip"))
         val_loss, val_acc = evaluate(model, data.val_loader, criterion, device)
         metrics = {
             "epoch": epoch,
-            "train_loss": loss_sum.item() / len(data.train_loader),
-            "train_acc": correct.item() / len(data.train_loader),
+            "train_loss": train_loss,
+            "train_acc": train_acc,
             "val_loss": val_loss,
             "val_acc": val_acc,
             "lr": schedule.get_last_lr()[0],
@@ -166,6 +153,31 @@ def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: N
     model.load_state_dict(best["model_state_dict"])
     test_loss, test_acc = evaluate(model, data.test_loader, criterion, device)
     return TrainedRun(best, latest, history, {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
+
+
+def train_epoch(
+    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LambdaLR, clip: float | None
+) -> tuple[float, float]:
+    """Take a step for each batch; return the mean loss and accuracy (0 to 1) of the batches as they were learned from.
+
+    clip: the largest norm of a step's gradient; None: any.
+    """
+    device = batches.labels.device
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    for images, labels in batches:
+        with autocast(device):
+            logits = model(images)
+        loss = cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        loss_sum += loss.detach()
+        correct += (logits.argmax(1) == labels).float().mean()
+    return loss_sum.item() / len(batches), correct.item() / len(batches)
 
 
 @torch.no_grad()
