@@ -3,10 +3,12 @@
 Axes: c classes, d pixels times channels.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +20,7 @@ from stages.common.images import ImageSet
 
 MAX_CLASSES = 10  # in a picture
 EACH_SIGN = 3  # eigenvectors in the gallery
+MATCHED = 8  # eigenvectors of a class in the picture of two networks
 TICKS = [1, 2, 5, 10, 20, 50, 100]
 COLOURS = {"hidden": "tab:blue", "input": "tab:orange", "data": "tab:green"}
 
@@ -124,3 +127,36 @@ def draw_attributions(path: Path, model: BilinearImageClassifier, data: ImageSet
     for ax, label in zip(axes[:, 0], ("image", "adds to\nits logit"), strict=True):
         ax.set_ylabel(label, rotation=0, ha="right", va="center")
     save_figure(path, figure)
+
+
+def draw_matches(path: Path, a: DecompositionArtifacts, b: DecompositionArtifacts, matches: pd.DataFrame) -> None:
+    """Draw the strongest eigenvectors of each class of one network above their partners in the other; |cosine| above, bold if shared.
+
+    matches: of `stages.bilinear.compare.compare_eigenvectors`. Partners are turned to the sign of the eigenvectors above them.
+    """
+    shape = image_shape(a.eigenvectors_input.shape[2])
+    classes = sorted(matches["label"].unique())[:MAX_CLASSES]
+    columns = min(MATCHED, int(matches.groupby("label").size().min()))
+    figure, axes = image_grid(2 * len(classes), columns)
+    for row, c in enumerate(classes):
+        strongest = matches[matches["label"] == c].head(columns)
+        for column, match in enumerate(strongest.itertuples()):
+            above, below = a.eigenvectors_input[c, match.index_a], b.eigenvectors_input[c, match.partner]
+            show_signed(axes[2 * row, column], above.view(shape).cpu().numpy())
+            show_signed(axes[2 * row + 1, column], (below * (above @ below).sign()).view(shape).cpu().numpy())
+            weight = "bold" if match.shared else "normal"
+            axes[2 * row, column].set_title(
+                f"{match.eigenvalue:+.2f}: {match.cosine:.2f}", fontsize=6, pad=1, weight=weight
+            )
+        axes[2 * row, 0].set_ylabel(f"{c}, A", rotation=0, ha="right", va="center")
+        axes[2 * row + 1, 0].set_ylabel("B", rotation=0, ha="right", va="center")
+    save_figure(path, figure)
+
+
+def image_shape(pixels: int) -> tuple[int, int, int]:
+    """Return channels, height and width of a square image of so many numbers, grey or colour; else of one row."""
+    for channels in (1, 3):
+        side = math.isqrt(pixels // channels)
+        if channels * side * side == pixels:
+            return channels, side, side
+    return 1, 1, pixels

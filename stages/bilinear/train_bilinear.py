@@ -32,6 +32,7 @@ class Variant(StageParams):
     n_layer: NonNegativeInt  # 0: a linear classifier
     input_noise: NonNegativeFloat  # standard deviation, where the pixel range is 1
     shift: NonNegativeInt  # pixels
+    mirror: bool  # half of the images, left to right
 
 
 class Params(StageParams):
@@ -48,6 +49,10 @@ class Params(StageParams):
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat
     warmup_fraction: Fraction  # of all steps
+    gradient_clip: PositiveFloat | None  # largest norm of a step's gradient; null: any
+    noise_bank: (
+        PositiveInt | None
+    )  # batches of noise that are drawn once and given out in random slices; null: anew each step
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
 
     @field_validator("seeds")
@@ -62,6 +67,7 @@ def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, 
     """Return the config (see stages.bilinear.training) of one seed's run of the variant called `name`."""
     shared, variant = params.model_dump(), params.variants[name].model_dump()
     recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_fraction")
+    optional = {key: shared[key] for key in ("gradient_clip", "noise_bank")} | {"mirror": variant["mirror"] or None}
     return {
         "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
         "model": {"n_layer": variant["n_layer"], **{key: shared[key] for key in ("d_hidden", "bias", "residual")}},
@@ -69,6 +75,7 @@ def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, 
             **{key: shared[key] for key in recipe},
             "shift": variant["shift"],
             "input_noise": variant["input_noise"],
+            **{key: value for key, value in optional.items() if value is not None},
         },
         "seed": seed,
         "run_dir": str(MODELS / dataset / name / f"seed{seed}"),

@@ -3,7 +3,8 @@
 A run's `config` is a plain dictionary, kept in its checkpoints:
     dataset     name, validation_fraction, split_seed
     model       d_hidden, n_layer, bias, residual (d_input and d_output are the data set's)
-    train       epochs, batch_size, learning_rate, weight_decay, warmup_fraction, shift, input_noise
+    train       epochs, batch_size, learning_rate, weight_decay, warmup_fraction, shift, input_noise; and where they are wanted
+                gradient_clip (largest norm of a gradient), noise_bank and mirror (see stages.common.images.Batches)
     seed        of initial weights and batches
     run_dir     where the checkpoints and metrics go
 """
@@ -23,10 +24,9 @@ from stages.bilinear.model import BilinearImageClassifier, build_image_classifie
 from stages.common.checkpoints import load_torch, save_torch
 from stages.common.files import save_csv, save_json
 from stages.common.images import Batches, load_images, split_validation
-from stages.common.optim import warmup_cosine
+from stages.common.optim import require_convergence, warmup_cosine
 from stages.common.randomness import set_seed
 from stages.common.runtime import autocast, pick_device, resolve_device
-from stages.common.stage import InputError
 
 # The public names of the system's original interface: users import them from here, wherever the project keeps them.
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 IMAGES_AT_ONCE = 4096  # where nothing is trained: more would only take memory
+REMEDY = "lower train_bilinear.learning_rate or gradient_clip, or raise warmup_fraction"
 CHECKPOINT_KEYS = {"model_state_dict", "config", "epoch", "metrics"}
 
 
@@ -61,7 +62,15 @@ def build_image_dataloaders(dataset_cfg: dict[str, Any], train_cfg: dict[str, An
     train, test = load_images(dataset_cfg["name"], pick_device())
     train, validation = split_validation(train, dataset_cfg["validation_fraction"], dataset_cfg["split_seed"])
     return DatasetBundle(
-        train_loader=Batches(train, train_cfg["batch_size"], seed, train_cfg["shift"], train_cfg["input_noise"]),
+        train_loader=Batches(
+            train,
+            train_cfg["batch_size"],
+            seed,
+            train_cfg["shift"],
+            train_cfg["input_noise"],
+            train_cfg.get("noise_bank"),
+            train_cfg.get("mirror", False),
+        ),
         val_loader=Batches(validation, IMAGES_AT_ONCE),
         test_loader=Batches(test, IMAGES_AT_ONCE),
         input_shape=tuple(test.images.shape[1:]),
@@ -105,7 +114,7 @@ def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object
 def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> TrainedRun:
     """Train by `config`; validation chooses the best epoch, and the test set is read once, for that one.
 
-    InputError as soon as the loss is not finite.
+    InputError as soon as it diverges.
     """
     recipe, device = config["train"], pick_device()
     data = build_image_dataloaders(config["dataset"], recipe, config["seed"])
@@ -122,31 +131,19 @@ def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: N
     best: dict[str, Any] = {}
 
     for epoch in range(1, recipe["epochs"] + 1):
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), device=device)
-        for images, labels in data.train_loader:
-            with autocast(device):
-                logits = model(images)
-            loss = cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.detach()
-            correct += (logits.argmax(1) == labels).float().mean()
+        train_loss, train_acc = train_epoch(model, data.train_loader, optimizer, schedule, recipe.get("gradient_clip"))
         val_loss, val_acc = evaluate(model, data.val_loader, criterion, device)
         metrics = {
             "epoch": epoch,
-            "train_loss": loss_sum.item() / len(data.train_loader),
-            "train_acc": correct.item() / len(data.train_loader),
+            "train_loss": train_loss,
+            "train_acc": train_acc,
             "val_loss": val_loss,
             "val_acc": val_acc,
             "lr": schedule.get_last_lr()[0],
         }
-        if not math.isfinite(metrics["train_loss"] + val_loss):
-            raise InputError(
-                f"{config['run_dir']}: the loss is not finite in epoch {epoch}: lower train_bilinear.learning_rate"
-            )
+        where = f"{config['run_dir']}, epoch {epoch}"
+        require_convergence(metrics["train_loss"], math.log(data.num_classes), where, REMEDY)
+        require_convergence(val_loss, math.inf, where, REMEDY)  # of a few images it may be large
         history.append(metrics)
         latest = {"model_state_dict": _copy(model), "config": config, "epoch": epoch, "metrics": metrics}
         if not best or (val_acc, -val_loss) > (best["metrics"]["val_acc"], -best["metrics"]["val_loss"]):
@@ -156,6 +153,31 @@ def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: N
     model.load_state_dict(best["model_state_dict"])
     test_loss, test_acc = evaluate(model, data.test_loader, criterion, device)
     return TrainedRun(best, latest, history, {"best": best["metrics"], "test_loss": test_loss, "test_acc": test_acc})
+
+
+def train_epoch(
+    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LambdaLR, clip: float | None
+) -> tuple[float, float]:
+    """Take a step for each batch; return the mean loss and accuracy (0 to 1) of the batches as they were learned from.
+
+    clip: the largest norm of a step's gradient; None: any.
+    """
+    device = batches.labels.device
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    for images, labels in batches:
+        with autocast(device):
+            logits = model(images)
+        loss = cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        loss_sum += loss.detach()
+        correct += (logits.argmax(1) == labels).float().mean()
+    return loss_sum.item() / len(batches), correct.item() / len(batches)
 
 
 @torch.no_grad()

@@ -1,9 +1,13 @@
-"""Learning rates: their schedules, and setting them."""
+"""Training's bookkeeping: schedules of learning rates, and whether it converges."""
 
 import math
 from collections.abc import Callable
 
 import torch
+
+from stages.common.stage import InputError
+
+DIVERGED = 2.0  # times the loss that training began with
 
 
 def warmup_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
@@ -35,3 +39,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def require_convergence(loss: float, start: float, where: str, remedy: str) -> None:
+    """InputError if training has diverged: a loss that is not finite, or above twice that of the untrained network (`start`).
+
+    Such a network is no result, whatever becomes of it later. `loss` is a mean over many batches or over held-out data: that of one
+    batch may jump. where: of which training, and when; remedy: what the user may do, both for the message.
+    """
+    if not math.isfinite(loss):
+        raise InputError(f"{where}: training diverged, its loss is not finite: {remedy}")
+    if loss > DIVERGED * start:
+        raise InputError(f"{where}: training diverged, its loss is {loss:.3g} and was {start:.3g} untrained: {remedy}")

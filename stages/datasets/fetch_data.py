@@ -2,16 +2,22 @@
 
 Sources (params.yaml: fetch_data.sources.<dataset>): scikit-learn's bundled digits, glyphs and shapes that are drawn here,
 torchvision's MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 (downloaded and checked), or a folder or tar archive of images. A
-folder named by WEIGHTLENS_MIRROR is looked in first; it is laid out as torchvision lays out its root (MNIST/raw/...).
+folder named by WEIGHTLENS_MIRROR is looked in first; it is laid out as torchvision lays out its root (MNIST/raw/...), with MNIST's
+and Fashion-MNIST's files as they are downloaded (.gz), unpacked, or both.
 
 Writes  data/<dataset>.safetensors: uint8 train_images [n, c, h, w], int64 train_labels [n], test_images, test_labels;
         metadata {"classes": [name of label 0, name of label 1, ...]}
 """
 
+import gzip
 import hashlib
 import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -167,9 +173,10 @@ def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
         place = mirror / getattr(dataset, "base_folder", f"{source.name}/raw")
         if place.is_dir():  # there: if it is damaged, say so rather than quietly download another copy
             try:
-                check_mirrored_mnist(place)
-                return splits(mirror, download=False)
-            except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
+                with unpacked(mirror, place) as root:
+                    check_mirrored_mnist(root / place.relative_to(mirror))
+                    return splits(root, download=False)
+            except (RuntimeError, ValueError, AssertionError, EOFError, OSError, zlib.error) as error:
                 raise InputError(f"{source.name} in {place} is damaged or incomplete: {one_line(error)}") from None
         print(f"{source.name} is not in WEIGHTLENS_MIRROR={mirror}: downloading it")
     folder = DOWNLOADS / source.name
@@ -183,6 +190,28 @@ def fetch_torchvision(source: Torchvision, mirror: Path | None) -> Dataset:
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def unpacked(mirror: Path, place: Path) -> Iterator[Path]:
+    """Give the mirror, or, if `place` in it has MNIST's files only as they are downloaded (.gz), a copy of the mirror with them unpacked.
+
+    The copy is deleted afterwards; the mirror may be read-only.
+    """
+    if all((place / name).exists() for name in MNIST_SHA256) or not any(place.glob("*-ubyte.gz")):
+        yield mirror
+        return
+    with TemporaryDirectory() as root:
+        copy = Path(root) / place.relative_to(mirror)
+        copy.mkdir(parents=True)
+        for name in MNIST_SHA256:
+            plain = place / name
+            with (
+                plain.open("rb") if plain.exists() else gzip.open(f"{plain}.gz") as packed,
+                (copy / name).open("wb") as file,
+            ):
+                shutil.copyfileobj(packed, file)
+        yield Path(root)
 
 
 def check_mirrored_mnist(folder: Path) -> None:

@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from stages.common.files import atomic_path, save_csv, save_json
-from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -141,6 +141,9 @@ def learn(examples: Examples, params: Params) -> LayerForecaster:
         loss.backward()
         clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
         optimizer.step()
+    require_convergence(
+        loss.item(), 1.0, f"after {variant.steps} steps", "lower learn_world's learning_rate"
+    )  # 1: nothing moves
     return model.eval().requires_grad_(False)
 
 

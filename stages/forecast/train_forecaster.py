@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from stages.common.checkpoints import save_torch
 from stages.common.files import save_csv
-from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -41,6 +41,7 @@ CHECK_EVERY = 50  # steps between validations
 HELD_OUT = 16  # batches of a validation
 LARGEST_GRADIENT = 1.0  # its norm is cut there: a few weights that moved far make it jump
 COEFFICIENT_BATCH = 32  # sequences; as in the design that `pca_transformer` repeats
+REMEDY = "lower train_forecaster.variants.*.learning_rate"  # of training that diverges
 
 Rows = list[dict[str, Any]]
 Batch = tuple[Features, torch.Tensor]
@@ -140,6 +141,7 @@ def train_shared(
             if best is None or val_loss < min(row["val_loss"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
+            require_convergence(val_loss, history[0]["val_loss"], f"step {step}", REMEDY)
     return best, history
 
 
@@ -184,6 +186,7 @@ def train_coefficients(
             with torch.no_grad():
                 val_loss = mse_loss(model(held_out[0]), held_out[1]).item()
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
+            require_convergence(val_loss, history[0]["val_loss"], f"step {step}", REMEDY)
     return model.state_dict(), history
 
 

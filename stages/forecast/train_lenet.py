@@ -12,6 +12,7 @@ Finished runs wait in .work/train_lenet/ until all are, so that a stage that was
 Axes: t snapshots, p weights.
 """
 
+import math
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -25,7 +26,7 @@ from torch.nn.utils import parameters_to_vector
 
 from stages.common.files import load_metadata, save_arrays, save_csv, save_json
 from stages.common.metrics import accuracy, mean_std
-from stages.common.optim import set_learning_rate
+from stages.common.optim import require_convergence, set_learning_rate
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -98,6 +99,8 @@ def train_lenet(
                 "test_loss": cross_entropy(logits, test_labels).item(),
                 "test_acc": accuracy(logits, test_labels).item(),
             }
+            remedy = f"lower train_lenet.regimes.{regime_of(name)}.learning_rate"
+            require_convergence(row["test_loss"], math.log(len(data.classes)), f"{name}, step {step}", remedy)
             history.append(row)
             losses.zero_()
         if step == steps:

@@ -49,7 +49,7 @@ from stages.common.checkpoints import save_torch
 from stages.common.files import save_csv, save_json
 from stages.common.images import DATA, load_images, split_validation
 from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
-from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -203,6 +203,7 @@ def train_mae(
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             val_error = validation_error(model, validation, params.seed)
             history.append({"step": step + 1, "train_error": loss.item(), "val_error": val_error})
+            require_convergence(val_error, history[0]["val_error"], f"step {step + 1}", "lower train_mae.learning_rate")
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
             save_torch(work / "state.pt", state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})

@@ -31,7 +31,7 @@ from stages.common.drawings import Glyphs
 from stages.common.files import save_csv, save_json
 from stages.common.mae import MaskedAutoencoder
 from stages.common.metrics import accuracy
-from stages.common.optim import set_learning_rate, warmup_times_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_times_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -147,6 +147,8 @@ def pretrain(
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             row = {"step": step + 1, "classification_loss": classified.item(), "train_acc": accuracy(cosines, y).item()}
             history.append(row | {"reconstruction_loss": reconstructed.item()})
+            losses = classified.item(), history[0]["classification_loss"]
+            require_convergence(*losses, f"step {step + 1}", "lower pretrain_backbone's learning rates")
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
             state |= {"model": [part.state_dict() for part in model]}

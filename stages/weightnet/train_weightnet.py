@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from stages.common.checkpoints import load_torch, save_torch
 from stages.common.files import save_csv, save_table
-from stages.common.optim import set_learning_rate, warmup_times_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_times_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import StageParams, lookup, parse_arguments, run
@@ -51,6 +51,7 @@ REPORTS = Path("reports/train_weightnet")
 
 BLOCK = 64  # networks predicted at a time
 WARMUP_FRACTION = 0.15  # of the steps
+REMEDY = "lower train_weightnet.member.learning_rate"  # of training that diverges
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -140,6 +141,7 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
         who = {"predictor": job.name, "task": job.task_name, "split": job.split, "number": number}
         who["run"] = " ".join(map(str, who.values()))
         history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
+        require_convergence(total / n, history[0]["train_loss"], f"{who['run']}, epoch {epoch}", REMEDY)
     model.load_state_dict(best)
     return model, history
 

@@ -52,4 +52,4 @@ def test_the_command_prints_and_writes_the_table(checkpoint, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["decompose", str(path), "--each", "2", "--output", str(tmp_path / "all.csv")])
     command.main()
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * CONFIG["d_output"]
-    assert (tmp_path / "all.csv").read_text().startswith("label,eigenvalue,share\n")
+    assert (tmp_path / "all.csv").read_text().startswith("label,eigenvalue,share,constant\n")

@@ -16,6 +16,12 @@ def test_a_runs_config_is_made_of_params_and_its_seed():
     assert config["model"] == {"n_layer": 2, "d_hidden": 16, "bias": False, "residual": False}
     assert config["train"]["input_noise"] == params.variants["two_layer"].input_noise
     assert config["train"]["epochs"] == 2
+    assert (
+        not {"gradient_clip", "noise_bank", "mirror"} & config["train"].keys()
+    )  # as checkpoints were before there were such values
+    values = params.model_dump() | {"gradient_clip": 1.0}
+    clipped = Params.parse(values, lambda path: f"train_bilinear.{'.'.join(path)}")
+    assert run_config("digits", "two_layer", 7, clipped)["train"]["gradient_clip"] == 1.0
 
 
 @pytest.mark.usefixtures("project")

@@ -107,10 +107,45 @@ def test_the_same_config_gives_the_same_bytes_and_another_seed_others(config, pr
     assert a["metrics_path"].read_bytes() == b["metrics_path"].read_bytes() != c["metrics_path"].read_bytes()
 
 
-def test_a_loss_that_is_not_finite_is_named(config):
-    config["train"] |= {"learning_rate": 1e30, "weight_decay": 0.0}
-    with pytest.raises(InputError, match=r"not finite in epoch 1: lower train_bilinear.learning_rate"):
-        train_image_experiment(config)
+def test_training_that_diverges_is_named_and_leaves_no_result(config, project):
+    for rate, said in ((1e30, "is not finite"), (3.0, r"is \S+ and was 2\.3 untrained")):
+        config["train"] |= {"learning_rate": rate, "weight_decay": 0.0}
+        with pytest.raises(
+            InputError, match=rf"epoch \d: training diverged, its loss {said}: lower train_bilinear.learning_rate"
+        ):
+            train_image_experiment(config)
+    assert not (project / "run").exists()
+
+
+def test_a_clipped_gradient_is_no_longer_than_the_clip(config, monkeypatch):
+    """Plain gradient steps of rate 1 are the clipped gradients themselves."""
+    steps: list[float] = []
+
+    class Recording(torch.optim.SGD):
+        def __init__(self, parameters, lr, weight_decay, fused):
+            del weight_decay, fused
+            super().__init__(parameters, lr)
+
+        def step(self, closure=None):
+            steps.append(torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm().item())
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    config["train"] |= {"epochs": 1, "learning_rate": 1e-3}
+    train_image_experiment(config)
+    free, steps = steps, []
+    config["train"]["gradient_clip"] = min(free) / 2
+    train_image_experiment(config)
+    assert steps == pytest.approx([min(free) / 2] * len(free), rel=1e-4)
+
+
+def test_values_that_a_recipe_may_leave_out_count_where_it_has_them(config, project):
+    config["train"]["epochs"] = 1
+    plain = load_checkpoint(train_image_experiment(config)["latest_checkpoint_path"])["model_state_dict"]
+    for key, value in {"gradient_clip": 0.1, "noise_bank": 4, "mirror": True}.items():
+        other = config | {"train": config["train"] | {key: value}, "run_dir": str(project / key)}
+        weights = load_checkpoint(train_image_experiment(other)["latest_checkpoint_path"])["model_state_dict"]
+        assert not torch.equal(weights["embed.weight"], plain["embed.weight"])
 
 
 def test_evaluate_is_the_mean_over_images_for_any_batch_size(config):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from stages.common.optim import set_learning_rate, warmup_cosine, warmup_times_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine, warmup_times_cosine
+from stages.common.stage import InputError
 
 
 def test_warmup_cosine_rises_to_one_and_falls_to_zero():
@@ -35,3 +36,15 @@ def test_the_learning_rate_of_every_group_is_set():
         weight.grad = torch.ones(1)
     optimizer.step()
     assert [weight.item() for weight in weights] == [0.75, 0.75]
+
+
+def test_divergence_is_a_loss_far_above_that_of_the_untrained_network_or_no_number():
+    for loss in (0.0, 1.0, 2.3, 2 * 2.3):
+        require_convergence(loss, 2.3, "run 1", "lower the rate")
+    with pytest.raises(
+        InputError, match=r"^run 1: training diverged, its loss is 60 and was 2.3 untrained: lower the rate$"
+    ):
+        require_convergence(60.0, 2.3, "run 1", "lower the rate")
+    for loss in (math.nan, math.inf):
+        with pytest.raises(InputError, match=r"^run 1: training diverged, its loss is not finite: lower the rate$"):
+            require_convergence(loss, math.inf, "run 1", "lower the rate")

@@ -1,5 +1,6 @@
 """Data comes in whole, checked and unchanged, or not at all with one clear line."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -315,6 +316,35 @@ def test_the_mirror_is_read_as_torchvision_lays_it_out(project, mirror, monkeypa
     got = load_file(project / "data/fashion_mnist.safetensors")
     assert np.array_equal(got["train_images"][:, 0], mirror["train-images-idx3-ubyte"])
     assert np.array_equal(got["test_labels"], mirror["t10k-labels-idx1-ubyte"])
+
+
+@pytest.mark.parametrize("packed", [4, 2], ids=["all packed", "some packed"])
+def test_the_mirror_may_hold_the_files_as_they_are_downloaded(project, mirror, monkeypatch, packed):
+    monkeypatch.setenv("WEIGHTLENS_MIRROR", str(project / "mirror"))
+    run(monkeypatch, "fashion_mnist")
+    expected = (project / "data/fashion_mnist.safetensors").read_bytes()
+    raw = project / "mirror/FashionMNIST/raw"
+    for name in list(mirror)[:packed]:
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+    before = sorted(raw.iterdir())
+    run(monkeypatch, "fashion_mnist")
+    assert (project / "data/fashion_mnist.safetensors").read_bytes() == expected
+    assert sorted(raw.iterdir()) == before  # a mirror is only read
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:40] + b"damage" + raw[46:]])
+def test_damaged_packed_files_are_named(project, mirror, monkeypatch, damage):
+    monkeypatch.setenv("WEIGHTLENS_MIRROR", str(project / "mirror"))
+    raw = project / "mirror/FashionMNIST/raw"
+    for name in mirror:
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+    path = raw / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"FashionMNIST in .* is damaged or incomplete") as error:
+        run(monkeypatch, "fashion_mnist")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("mirror")
