@@ -35,7 +35,6 @@ from torch import Tensor
 
 from stages.common.checkpoints import PRETRAINED, READABLE, SUFFIXES, load_torch, load_weights
 from stages.common.files import load_json
-from stages.common.randomness import generator
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
@@ -44,13 +43,12 @@ from stages.weightnet.predictors.exam import Exam, mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import own_units
-from stages.weightnet.tracing.program import ROUNDING, Program
+from stages.weightnet.tracing.program import Program
 from stages.weightnet.tracing.recording import plain
-from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
-from stages.weightnet.user_networks import build_user_network, check_places, in_own_process, user_program
+from stages.weightnet.user_networks import build_user_network, in_own_process, read_network, user_program
 from stages.weightnet.zoo.architectures import ARCHITECTURES, zoo_program
 from stages.weightnet.zoo.networks import Networks
-from stages.weightnet.zoo.properties import PROPERTIES
+from stages.weightnet.zoo.properties import PROPERTIES, range_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +57,6 @@ PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
 NEAREST = 3  # networks of the zoo that are named
 WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
-RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 WARNING = "do not trust this"
 
@@ -119,11 +116,6 @@ def load_measured(path: Path) -> dict[str, dict[str, Any]]:
     return known
 
 
-def range_of(name: str) -> tuple[float, float]:
-    """Return the least and the largest value that a property can have."""
-    return RANGES.get(name, (0.0, 1.0))
-
-
 def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return Kendall's tau of predicted and measured values, for properties that were measured of at least three networks."""
     found = {}
@@ -139,27 +131,6 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if math.isfinite(tau):  # of values that are all the same there is none
             found[name] = {"tau": tau, "n": len(pairs)}
     return found
-
-
-def read_network(path: Path, arch: str, program: Program, tanh: bool, run: bool = False) -> Networks:
-    """Return one network with its derived symmetry; InputError if that does not hold, unless the network is only to be run."""
-    symmetry = derive_symmetry(program)
-    if not (symmetry.hidden or run):
-        raise InputError(f"{path}: {arch} has no hidden layer, and every network that was learned from has some")
-    beside = (*program.unused, *program.whole)
-    found, notes = load_weights(path, program.layout.shapes, beside, torch.float32, f"--arch {arch}")
-    for note in notes:
-        print(f"{path}: {note}", file=sys.stderr)
-    check_places(path, arch, program)
-    weights = {name: found[name][None] for name in program.layout.shapes}
-    if not run:
-        error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
-        if not error < ROUNDING:
-            raise InputError(
-                f"{path}: relabelling hidden neurons changes the outputs by {error:.1e}: its symmetry is unknown"
-            )
-    only_tanh = "tanh" in program.activations and "relu" not in program.activations
-    return Networks(program, symmetry, weights, torch.tensor([tanh or only_tanh]))
 
 
 def list_notes(program: Program) -> list[str]:

@@ -10,14 +10,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from stages.common.checkpoints import load_weights
 from stages.common.files import load_json
+from stages.common.randomness import generator
 from stages.common.stage import InputError
-from stages.weightnet.tracing.program import Program, trace
+from stages.weightnet.tracing.program import ROUNDING, Program, trace
 from stages.weightnet.tracing.recording import plain
+from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
 from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network
+from stages.weightnet.zoo.networks import Networks
 
 T = TypeVar("T")
 
@@ -107,6 +111,27 @@ def build_from_spec(path: Path) -> nn.Module:
         return nn.Sequential(*(LAYERS[kind](**options) for kind, options in layers))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {plain(error)}") from None
+
+
+def read_network(path: Path, arch: str, program: Program, tanh: bool, run: bool = False) -> Networks:
+    """Return one network with its derived symmetry; InputError if that does not hold, unless the network is only to be run."""
+    symmetry = derive_symmetry(program)
+    if not (symmetry.hidden or run):
+        raise InputError(f"{path}: {arch} has no hidden layer, and every network that was learned from has some")
+    beside = (*program.unused, *program.whole)
+    found, notes = load_weights(path, program.layout.shapes, beside, torch.float32, f"--arch {arch}")
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    check_places(path, arch, program)
+    weights = {name: found[name][None] for name in program.layout.shapes}
+    if not run:
+        error = symmetry_error(program, symmetry, weights, generator(0, "symmetry"))
+        if not error < ROUNDING:
+            raise InputError(
+                f"{path}: relabelling hidden neurons changes the outputs by {error:.1e}: its symmetry is unknown"
+            )
+    only_tanh = "tanh" in program.activations and "relu" not in program.activations
+    return Networks(program, symmetry, weights, torch.tensor([tanh or only_tanh]))
 
 
 def check_places(path: Path, arch: str, program: Program) -> None:

@@ -153,7 +153,7 @@ def tools(folder: Path) -> Iterator[tuple[str, State, Callable[[Path], object]]]
     from stages.common.backbone import load_backbone, save_backbone
     from stages.forecast.forecast_snapshots import read_trajectory
     from stages.recall.audit import read_change
-    from stages.weightnet.predict import read_network, user_program
+    from stages.weightnet.user_networks import read_network, user_program
     from stages.weightnet.zoo.architectures import build_network
 
     program = user_program("cnn3", (1, 8, 8), 10, False)

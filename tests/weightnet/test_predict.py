@@ -18,7 +18,7 @@ from stages.weightnet import predict
 from stages.weightnet.tracing.program import trace
 from stages.weightnet.tracing.symmetry import derive_symmetry, permute, random_permutations
 from stages.weightnet.zoo.architectures import build_network
-from stages.weightnet.zoo.properties import PROPERTIES
+from stages.weightnet.zoo.properties import PROPERTIES, range_of
 
 FLAGS = ["--allow-code", "--input-shape", "3", "16", "16"]
 
@@ -171,7 +171,7 @@ def test_a_value_outside_its_range_is_moved_into_it_and_its_interval_keeps_a_wid
     assert predict.inside((0, 1), 0.4, 0.5, 0.7) == {"low": 0.4, "value": 0.5, "high": 0.7}
     assert predict.inside((0, 1), 1.1, 1.25, 1.5) == {"low": pytest.approx(0.85), "value": 1, "high": 1}
     assert predict.inside((0, 1), -0.5, -0.25, 0.5) == {"low": 0, "value": 0, "high": 0.75}
-    assert [predict.range_of(name)[0] for name in ("gap", "calibration_error", "test_loss")] == [-1, 0, 0]
+    assert [range_of(name)[0] for name in ("gap", "calibration_error", "test_loss")] == [-1, 0, 0]
 
 
 def test_a_network_unlike_the_zoo_is_not_to_be_trusted_and_the_answer_says_so(project, monkeypatch, capsys):

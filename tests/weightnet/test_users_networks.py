@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 from small_networks import Dense, ask, keep_untrained, relabelled, zoo_networks
 
 from stages.common.stage import InputError
-from stages.weightnet import predict
-from stages.weightnet.zoo.properties import PROPERTIES
+from stages.weightnet.zoo.properties import PROPERTIES, range_of
 
 
 def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, monkeypatch, capsys):
@@ -20,7 +19,7 @@ def test_a_user_s_network_and_its_relabelling_get_the_same_prediction(project, m
     first, second = ask(monkeypatch, capsys, ".", "--arch", "residual")["networks"].values()
     assert set(first["properties"]) == set(PROPERTIES)
     for name, found in first["properties"].items():
-        least, most = predict.range_of(name)
+        least, most = range_of(name)
         assert least <= found["low"] <= found["value"] <= found["high"] <= most
         assert found["low"] < found["high"]
         assert found["value"] == pytest.approx(second["properties"][name]["value"], rel=1e-4)

@@ -86,11 +86,11 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the user's code
-            recorder, output = record(copied(model), input_shape, 2, lambda *_: None)
-            own = copied(model)  # another: some keep results for the next time
+            steps, whole, output = record(copied(model), input_shape, 2, lambda *_: None)
+            own = copied(model)  # another, when the first is gone: some keep results for the next time
             weights = {key: value[None] for key, value in float_state(own).items()}
             layout = Layout({key: tuple(value.shape[1:]) for key, value in weights.items()})
-            program = Program(tuple(recorder.steps), layout, whole=recorder.whole)
+            program = Program(steps, layout, whole=whole)
             check(own, program, output, weights)
     except InputError as error:
         raise InputError(f"{name} cannot be traced: {error}") from None
@@ -147,8 +147,8 @@ def randomise(state: dict[str, Tensor], random: torch.Generator) -> None:
 
 def record(
     model: nn.Module, input_shape: tuple[int, ...], batch: int, watch: Callable[[Step, Tensor], None]
-) -> tuple[Recorder, int]:
-    """Return what is recorded of a module that runs on random weights and images, and the place of its output.
+) -> tuple[tuple[Step, ...], dict[str, list[Any]], int]:
+    """Return the steps of a module that runs on random weights and images, the tables that it read, and the place of its output.
 
     watch: is told each step and its result [b, *shape].
     """
@@ -171,7 +171,7 @@ def record(
         raise InputError("what it returns was changed in place, through another view of it")
     if batch != ALONG_ROWS:
         raise InputError("what it returns mixes the images of a batch")
-    return recorder, place
+    return tuple(recorder.steps), recorder.whole, place
 
 
 def check(model: nn.Module, program: Program, output: int, weights: Weights) -> None:
@@ -205,8 +205,8 @@ def check(model: nn.Module, program: Program, output: int, weights: Weights) -> 
         for i in {i for i in step.inputs if program.last_reader[i] == place}:
             del results[i]
 
-    again, other = record(model, program.input_shape, 3, watch)
-    if tuple(again.steps) != program.steps or other != output:
+    again, _, other = record(model, program.input_shape, 3, watch)
+    if again != program.steps or other != output:
         raise InputError("forward takes another way for other images or weights")
 
 

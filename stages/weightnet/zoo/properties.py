@@ -1,5 +1,7 @@
 """What is measured of a network: the properties that are to be predicted from its weights."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,7 +12,15 @@ from stages.weightnet.tracing.program import Program, Weights, run_stack
 
 PROPERTIES = ("test_acc", "gap", "noise_acc", "fgsm_acc", "test_loss", "calibration_error")
 REFERENCES = ("labelled_32", "labelled_128", "confidence_128")  # what a few images that it was not trained on tell
+RANGES = {"gap": (-1.0, 1.0), "test_loss": (0.0, math.inf)}  # of properties; the others are shares
 BLOCK = 256  # images at a time
+
+
+def range_of(name: str) -> tuple[float, float]:
+    """Return the least and the largest value that a property can have: shares, unless it is one of other names."""
+    if name in PROPERTIES or name.endswith("_acc"):
+        return RANGES.get(name, (0.0, 1.0))
+    return -math.inf, math.inf
 
 
 def run_blocks(
