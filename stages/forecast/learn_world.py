@@ -1,18 +1,20 @@
 """Learn a forecaster of any network's weights from the runs of train_world, and test it on runs that are unlike all it learned from.
 
-Reads   models/train_world/<dataset>/ of all data sets
+Reads   models/train_world/<dataset>/ and data/<dataset>.safetensors of all data sets
 Writes  models/learn_world/<variant>/forecaster.safetensors   and forecaster.json, its card: config, prior, what it learned from, scores
         reports/learn_world/<variant>/unseen.csv              error over keeping the last weights: by held out, run, stride and horizon
         reports/learn_world/<variant>/summary.json            means over runs and strides
 
-A data set, a network, an optimiser, or a data set, a network and a third of the strides at once are held out; in the last case
-forecasts are also shrunk, as far as what the run's own past says of them, with a prior from the other held-out runs. To release
-what was learned, copy both files to models/released/ by hand.
+A data set, a network, an optimiser, or a data set, a network and a third of the strides at once are held out. In the last case
+forecasts are also shrunk, as far as what the run's own past says of them, with a prior from the other held-out runs, and judged as
+functions: `logits` is the error of outputs on test images, from a few origins. To release what was learned, copy both files to
+models/released/ by hand.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,16 +26,18 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from stages.common.files import atomic_path, save_csv, save_json
+from stages.common.images import load_images
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint
 from stages.forecast.examples import Examples, draw_origins, network_errors, relative_loss, thin
+from stages.forecast.function_space import AsFunctions, Reference, averaged, judge_as_functions
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.shrinkage import Agreement, Prior, causal_shrinkage, compare_with_past
 from stages.forecast.trajectory import WINDOW, Trajectory
-from stages.forecast.world import Recipe, load_world_run
+from stages.forecast.world import Recipe, build_network, load_world_run, world_input
 
 RUNS = Path("models/train_world")
 MODELS = Path("models/learn_world")
@@ -67,6 +71,11 @@ class Params(StageParams):
     origins: PositiveInt  # of each run and stride
     batch: PositiveInt  # origins
     weight_decay: NonNegativeFloat
+    reference_images: PositiveInt  # test images on which forecasts are compared as functions
+    function_origins: PositiveInt  # of each run and stride, from which they are
+    decay: Annotated[
+        float, Field(ge=0, lt=1)
+    ]  # of the exponential average that is forecast, too, from snapshot to snapshot of a run
     variant: Variant
 
 
@@ -170,7 +179,7 @@ def leave_one_out(world: World, params: Params) -> Rows:
             held_out = torch.tensor([r.called[kind] == value for r in world.runs])
             model = learn(world.examples.take(torch.where(~held_out)[0]), params)
             tested = ratios(model, world, torch.where(held_out)[0])
-            rows += [{"held_out": kind, "value": value, **row, "shrunk": None} for row in tested]
+            rows += [{"held_out": kind, "value": value, **row, "shrunk": None, "logits": None} for row in tested]
     return rows
 
 
@@ -182,12 +191,48 @@ class Unseen:
     run: Run
     stride: int
     agreement: Agreement
+    functions: AsFunctions
+    of_average: AsFunctions  # forecasts of the run's exponential average
+
+
+def reference_of(images: int) -> Callable[[Run], Reference]:
+    """Return what gives a run's network and its first test images."""
+
+    @cache
+    def pictures(dataset: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+        train, test = load_images(dataset, torch.device("cpu"))
+        seen = test.subset(slice(images))
+        return seen.pixels(), seen.labels, len(train.classes)
+
+    def build(r: Run) -> Reference:
+        pixels, labels, classes = pictures(r.dataset)
+        network = build_network(r.recipe, pixels.shape[1], classes)
+        return Reference(network, world_input(pixels, r.recipe.image_size), labels)
+
+    return build
+
+
+def forecast_unseen(
+    model: LayerForecaster, fold: int, r: Run, stride: int, reference: Reference, params: Params
+) -> Unseen | None:
+    """Return how a run is forecast at a stride, as weights and as functions; None if it is too short."""
+    thinned = thin(r.trajectory, 0, stride)
+    if len(thinned) < WINDOW + 2:
+        return None
+    shown, smooth = (
+        Trajectory(x.layout, x.weights[:LONGEST], None)
+        for x in (thinned, thin(averaged(r.trajectory, params.decay), 0, stride))
+    )
+    origins = torch.linspace(WINDOW, len(shown) - 2, params.function_origins).long().unique().tolist()
+    as_functions = [judge_as_functions(model, path, shown, reference, origins) for path in (shown, smooth)]
+    return Unseen(fold, r, stride, compare_with_past(model, shown), *as_functions)
 
 
 def all_at_once(world: World, params: Params) -> list[Unseen]:
     """Return how runs were forecast by models that learned from no run of their data set or network, nor at strides like theirs."""
     runs = {id(r): r for r in world.runs}.values()
     networks = sorted({r.recipe.network for r in runs})
+    build = reference_of(params.reference_images)
     unseen = []
     folds = list(product(enumerate(params.datasets), enumerate(networks)))
     for fold, ((i, dataset), (j, network)) in enumerate(tqdm(folds, "leave one of each out", disable=None)):
@@ -197,14 +242,11 @@ def all_at_once(world: World, params: Params) -> list[Unseen]:
             for r, s in zip(world.runs, world.strides, strict=True)
         ]
         model = learn(world.examples.take(torch.where(torch.tensor(unlike))[0]), params)
-        for r in runs:
-            if (r.dataset, r.recipe.network) == (dataset, network):
-                for stride in sorted(third):
-                    thinned = thin(r.trajectory, 0, stride)
-                    if len(thinned) >= WINDOW + 2:
-                        shown = Trajectory(thinned.layout, thinned.weights[:LONGEST], None)
-                        unseen.append(Unseen(fold, r, stride, compare_with_past(model, shown)))
-    return unseen
+        for r in (r for r in runs if (r.dataset, r.recipe.network) == (dataset, network)):
+            reference = build(r)
+            for stride in sorted(third):
+                unseen.append(forecast_unseen(model, fold, r, stride, reference, params))
+    return [u for u in unseen if u is not None]
 
 
 def run_ratios(agreement: Agreement, factors: torch.Tensor) -> list[float]:
@@ -242,19 +284,23 @@ def shrink_unseen(unseen: list[Unseen]) -> Rows:
             shrunk = run_ratios(u.agreement, causal_shrinkage(u.agreement, prior))
             place: dict[str, Any] = {"held_out": "all", "value": f"{u.run.dataset} {u.run.recipe.network}"}
             place |= {"dataset": u.run.dataset, "run": u.run.name, "stride": u.stride}
-            for h, a, b in zip(u.agreement.horizons, raw, shrunk, strict=True):
+            logits = u.functions.ratios.tolist()
+            for h, a, b, c in zip(u.agreement.horizons, raw, shrunk, logits, strict=True):
                 if a == a:  # known
-                    rows.append(place | {"h": h, "raw": a, "shrunk": b})
+                    rows.append(place | {"h": h, "raw": a, "shrunk": b, "logits": c if c == c else None})
     return rows
 
 
 def summarise(rows: Rows) -> dict[str, Any]:
     """Return mean, worst and share above 1 of the errors, by what was held out and horizon."""
     summary: dict[str, Any] = {}
-    for kind, column in (*((k, "raw") for k in ("dataset", "network", "optimizer", "all")), ("all", "shrunk")):
+    columns = [("all", "raw"), ("all", "shrunk"), ("all", "logits")]
+    for kind, column in [*((k, "raw") for k in ("dataset", "network", "optimizer")), *columns]:
         by_horizon = {}
         for h in sorted({row["h"] for row in rows}):
-            values = [row[column] for row in rows if row["held_out"] == kind and row["h"] == h]
+            values = [
+                row[column] for row in rows if row["held_out"] == kind and row["h"] == h and row[column] is not None
+            ]
             if not values:
                 continue
             above = sum(v > 1.005 for v in values) / len(values)
@@ -264,11 +310,19 @@ def summarise(rows: Rows) -> dict[str, Any]:
                 "worst": max(values),
                 "above_1": above,
             }
-        summary[kind if column == "raw" else "all_shrunk"] = by_horizon
+        summary[kind if column == "raw" else f"{kind}_{column}"] = by_horizon
     return summary
 
 
-def card_of(path: Path, params: Params, prior: Prior, runs: list[Run], summary: dict[str, Any]) -> dict[str, Any]:
+def mean_gains(unseen: list[Unseen]) -> dict[str, list[float]]:
+    """Return the mean gain in loss by horizon, each run and stride counting alike: of forecasts of weights, and of their average."""
+    gains = {"weights": [u.functions.gain for u in unseen], "average": [u.of_average.gain for u in unseen]}
+    return {name: torch.stack([g.mean(0) for g in values]).mean(0).tolist() for name, values in gains.items()}
+
+
+def card_of(
+    path: Path, params: Params, prior: Prior, runs: list[Run], summary: dict[str, Any], gains: dict[str, list[float]]
+) -> dict[str, Any]:
     """Return the card of a forecaster: what rebuilds it, what it learned from, how it was tested, and its limits."""
     learned_from = {
         "runs": len(runs),
@@ -292,8 +346,9 @@ def card_of(path: Path, params: Params, prior: Prior, runs: list[Run], summary: 
             "with_context": False,
         },
         "prior": {"factor": prior.factor.tolist(), "strength": prior.strength.tolist(), "worth": prior.worth},
+        "gains": gains,
         "learned_from": learned_from,
-        "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk")},
+        "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk", "all_logits")},
         "scored_on": "runs of which neither data set nor network nor stride was learned from, by models learned alike: squared error "
         "over that of keeping the last weights, by snapshots ahead",
         "limits": "small image classifiers at constant or cosine rates; nearer in weights is not always better in loss",
@@ -314,7 +369,7 @@ def main() -> None:
     path = MODELS / name / "forecaster.safetensors"
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
-    save_json(path.with_suffix(".json"), card_of(path, params, prior, runs, summary))
+    save_json(path.with_suffix(".json"), card_of(path, params, prior, runs, summary, mean_gains(unseen)))
     save_csv(REPORTS / name / "unseen.csv", rows)
     save_json(REPORTS / name / "summary.json", summary)
     means = ", ".join(f"{v['mean']:.3f} at {h}" for h, v in summary["all_shrunk"].items())

@@ -20,7 +20,17 @@ from stages.forecast.regimes import direction, knows_direction
 from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory
 
 PROPOSALS = ("stay", "average", "jump")
-PROGRESS = ("steps", "strikes", "charged_steps", "last", "chosen")  # what a state_dict keeps beside the snapshots
+PROGRESS = (
+    "steps",
+    "strikes",
+    "charged_steps",
+    "last",
+    "chosen",
+    "gains",
+    "foretold",
+)  # in a state_dict, beside the snapshots
+GAIN_WORTH = 3.0  # proposals that the mean gain of unseen runs counts for, beside those of this run
+FADING = 0.8  # of what a run's proposals told of gains, from one proposal to the next
 
 Snapshot = tuple[
     Float[Tensor, " p"], Float[Tensor, " p"] | None
@@ -35,6 +45,10 @@ class NowcastOptimizer(torch.optim.Optimizer):
     snapshots anew. A proposal is not worth its cost if the loss falls by less than training would have made it fall for as many steps,
     going by the loss since the proposal before; after `patience` such proposals in a row it switches itself off, and is then the bare
     optimiser.
+
+    Of a forecaster whose gains in loss were measured on runs that it had not seen, as the default one's are, only those horizons are
+    proposed whose expected gain is positive, going by these runs and by what came of earlier proposals in this one, which count for less
+    the older they are; if there is none, nothing is forecast. `record` says how often a gain so foretold came true.
 
     Groups, state and defaults are those of the bare optimiser, `self.optimizer`: schedulers and scalers may be given either.
     Only parameters that require a gradient, have one and moved since the last proposal are moved; others keep every bit.
@@ -84,6 +98,10 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.recent: deque[Snapshot] = deque(maxlen=HISTORY)
         self.steps, self.strikes, self.charged_steps = 0, 0, 0.0
         self.last: tuple[int, float] | None = None  # step and loss after the proposal before
+        self.gains: dict[
+            str, tuple[float, float]
+        ] = {}  # by proposal: fading sum of the gains that were measured, and of their number
+        self.foretold = (0, 0)  # how often a gain was, and came true
         self.chosen: list[str] = []  # of PROPOSALS, or "ahead <h>": one for each time that it proposed
 
     @property
@@ -109,7 +127,9 @@ class NowcastOptimizer(torch.optim.Optimizer):
         """How often what it proposed was better than to stay, going by the validation loss."""
         moved = sum(choice != "stay" for choice in self.chosen)
         forecasts = moved - self.chosen.count("average")
-        return f"{len(self.chosen)} times it proposed; {moved} times it moved, {forecasts} of them to a forecast"
+        said = f"{len(self.chosen)} times it proposed; {moved} times it moved, {forecasts} of them to a forecast"
+        times, right = self.foretold
+        return f"{said}; {right} of {times} gains that were foretold came true" if times else said
 
     @property
     def on(self) -> bool:
@@ -211,7 +231,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
         best = min(losses, key=losses.__getitem__)
         self._move(movable, candidates[best])
         self.chosen.append(best)
-        spent = self.evaluation_cost * len(candidates) + self.forecast_cost * (self.forecaster is not None)
+        self._learn_gains(losses)
+        spent = self.evaluation_cost * len(candidates) + self.forecast_cost * (len(candidates) > 2)
         worth = losses["stay"] - losses[best] > spent * self._progress(losses["stay"])
         self.strikes = 0 if worth else self.strikes + 1
         self.charged_steps += spent
@@ -229,7 +250,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
 
     def _forecasts(self, weights: Float[Tensor, "t p"]) -> dict[str, Float[Tensor, " p"]]:
         """Return where the forecaster, which is in float32 and on the processor, says to go: by a jump, or so many snapshots ahead."""
-        if self.forecaster is None:
+        tried = self._tried()
+        if self.forecaster is None or not tried:
             return {}
         states = torch.stack([s for _, s in (self.start, *self.recent)]).cpu() if self.reads_state else None
         run = Trajectory(self.layout, weights.float().cpu(), states)
@@ -239,10 +261,32 @@ class NowcastOptimizer(torch.optim.Optimizer):
         else:
             ahead = self.forecaster.predict(run, t)
             proposals = {f"ahead {h}": row for h, row in zip(self.forecaster.horizons, ahead, strict=True)}
+            proposals = {name: proposals[name] for name in tried}
         if weights.dtype == torch.float32:
             return {name: proposal.to(weights.device) for name, proposal in proposals.items()}
         last = run.weights[-1]
         return {name: weights[-1] + (proposal - last).to(weights) for name, proposal in proposals.items()}
+
+    def _tried(self) -> list[str]:
+        """Return the proposals of the forecaster that are expected to gain; all of them if nothing is known of its gains."""
+        if not isinstance(self.forecaster, LayerForecaster):
+            return ["jump"]
+        names = [f"ahead {h}" for h in self.forecaster.horizons]
+        known = self.forecaster.gains.get("average" if self.decay else "weights")
+        if known is None:
+            return names
+        return [name for name, gain in zip(names, known, strict=True) if expected_gain(gain, self.gains.get(name)) > 0]
+
+    def _learn_gains(self, losses: dict[str, float]) -> None:
+        """Remember by how much the loss of each forecast was below that of staying, over the latter."""
+        stay = losses["stay"]
+        self.gains = {name: (FADING * total, FADING * n) for name, (total, n) in self.gains.items()}
+        for name, loss in losses.items():
+            if name.startswith("ahead") and math.isfinite(stay) and stay > 0:
+                total, n = self.gains.get(name, (0.0, 0.0))
+                self.gains[name] = total + max(-1.0, 1 - loss / stay), n + 1
+                times, right = self.foretold
+                self.foretold = times + 1, right + (loss < stay)
 
     def _move(self, movable: list[tuple[Tensor, slice]], weights: Float[Tensor, " p"]) -> None:
         for parameter, where in movable:
@@ -274,7 +318,15 @@ class NowcastOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state)
             state = state if replaced is None else dict(replaced)
-        begun = {"steps": 0, "strikes": 0, "charged_steps": 0.0, "last": None, "chosen": []}
+        begun = {
+            "steps": 0,
+            "strikes": 0,
+            "charged_steps": 0.0,
+            "last": None,
+            "chosen": [],
+            "gains": {},
+            "foretold": (0, 0),
+        }
         nowcast = begun | state.pop("nowcast", {})
         self.optimizer.load_state_dict(state)
         self._start_anew()
@@ -303,6 +355,12 @@ class NowcastOptimizer(torch.optim.Optimizer):
         )
         self.recent.extend(recent)
         self.smoothed = None if smoothed is None else smoothed.to(reference)
+
+
+def expected_gain(elsewhere: float, here: tuple[float, float] | None) -> float:
+    """Return the mean gain that is expected of a proposal: of unseen runs, worth GAIN_WORTH proposals, and of this one's sum and number."""
+    total, n = here or (0.0, 0.0)
+    return (GAIN_WORTH * elsewhere + total) / (GAIN_WORTH + n)
 
 
 def check_parts(optimizer: Any, forecaster: Any) -> None:

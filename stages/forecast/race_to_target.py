@@ -8,7 +8,9 @@ Writes  reports/race_to_target/<task>/history.csv    accuracy by run, method, se
 Tasks as in Knyazev et al. 2024, arXiv:2409.04434, table 1: three convolutions, AdamW without weight decay, batches of 128, one twelfth
 of the training images held out, at most 10,000 steps. Networks and batches are the seed's, whatever the method. Averages and
 forecasts that training takes no notice of are read from one run; NiNo's forecasts and NowcastOptimizer's moves change it, and have
-runs of their own. Finished runs wait in .work/race_to_target/, so that a stage that was killed goes on where it was.
+runs of their own. A method that reaches the target on validation images is asked once for its test accuracy, and races no more;
+with `judged_on: [validation, test]` it goes on until test images agree, as NiNo's authors judge. Finished runs wait in
+.work/race_to_target/, so that a stage that was killed goes on where it was.
 
 Axes: n images, p weights.
 """
@@ -21,10 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -48,9 +50,10 @@ REPORTS = Path("reports/race_to_target")
 
 HELD_OUT = 12  # one in so many training images
 WARMUP_FRACTION = 0.05  # of a cosine schedule
-NEAR = 0.015  # of accuracy: farther below the target on validation images, test images are not asked
+NEAR = 0.015  # of accuracy: where test images judge, they are not asked farther below the target on validation images
 CHUNK = 500  # images evaluated at a time
 
+Part = Literal["validation", "test"]
 Rows = list[dict[str, Any]]
 Images = tuple[Tensor, Tensor]
 
@@ -72,6 +75,9 @@ class Params(StageParams):
     batch_size: PositiveInt
     evaluate_every: PositiveInt  # steps
     evaluate_from: NonNegativeInt  # step
+    judged_on: Annotated[
+        list[Part], Field(min_length=1)
+    ]  # images on which a method has to reach the target before it stops
     test_images: PositiveInt
     decay: PositiveFloat  # of the exponential average
     latest: tuple[PositiveInt, PositiveInt]  # snapshots averaged, and steps between them
@@ -138,21 +144,27 @@ def weights_of(network: nn.Module) -> Tensor:
     return parameters_to_vector(p.contiguous() for p in network.parameters()).detach()
 
 
-def evaluate(network: nn.Module, readers: dict[str, Reader], data: Data, target: float) -> Rows:
-    """Return of each reader's weights the accuracy on validation images and, where that is near the target, on test images.
+def evaluate(network: nn.Module, readers: dict[str, Reader], data: Data, test_from: float, clock: Clock) -> Rows:
+    """Return of each reader's weights the accuracy on validation images and, where that is `test_from` or more, on test images.
 
-    The network's own weights are as they were.
+    What it costs to make these weights is charged to the reader. The network's own weights are as they were.
     """
     last = weights_of(network)
-    rows = []
+    rows: Rows = []
     for name, reader in readers.items():
-        if (weights := reader.weights()) is not None:
+        if (weights := clock.charge(name, reader.weights)) is not None:
             vector_to_parameters(weights, network.parameters())
             validation = accuracy_of(network, data.validation)
-            test = accuracy_of(network, data.test) if validation > target - NEAR else 0.0
-            rows.append({"method": name, "validation": validation, "test": test})
+            test = accuracy_of(network, data.test) if validation >= test_from else None
+            seconds = clock.spent["training"] + clock.spent[name]
+            rows.append({"method": name, "seconds": seconds, "validation": validation, "test": test})
     vector_to_parameters(last, network.parameters())
     return rows
+
+
+def reaches(row: dict[str, Any], part: Part, target: float) -> bool:
+    """Whether a row's accuracy is the target."""
+    return row[part] is not None and row[part] >= target
 
 
 def batches(n: int, size: int, random: torch.Generator) -> Any:
@@ -189,7 +201,7 @@ def train(
     model: LayerForecaster | None = None,
     nino: Nino | None = None,
 ) -> dict[str, Any]:
-    """Return history rows and processor seconds of one run, until all readers have reached the target or the steps are over.
+    """Return history rows of one run, until all readers have reached the target or the steps are over, and what nowcasting chose.
 
     schedule: a cosine's length, and its peak in times the task's learning rate. model: what NowcastOptimizer forecasts by.
     """
@@ -213,7 +225,8 @@ def train(
             bare, model, validation_loss, params.nowcast_every, patience=params.steps, decay=params.decay
         )
     moves = nino_moves(nino, layout, params.nino_every, params.nino_horizons) if nino else lambda _, __: False
-    reached: dict[str, set[str]] = {name: set() for name in readers}
+    missing = {name: set(params.judged_on) for name in readers}
+    test_from = task.target - (NEAR if "test" in params.judged_on else 0.0)
     order = batches(len(x), params.batch_size, generator(seed, "batches of a race"))
 
     def take_step() -> None:
@@ -232,11 +245,11 @@ def train(
         for name, reader in readers.items():
             clock.charge(name, partial(reader.observe, step, weights))
         if step >= params.evaluate_from and (step % params.evaluate_every == 0 or moved or proposed):
-            for row in evaluate(network, readers, data, task.target):
-                seconds = clock.spent["training"] + clock.spent[row["method"]]
-                history.append({"step": step, "seconds": seconds, **row})
-                reached[row["method"]] |= {part for part in ("validation", "test") if row[part] >= task.target}
-            if all(len(parts) == 2 for parts in reached.values()):
+            for row in evaluate(network, readers, data, test_from, clock):
+                history.append({"step": step, **row})
+                missing[row["method"]] -= {part for part in params.judged_on if reaches(row, part, task.target)}
+            readers = {name: reader for name, reader in readers.items() if missing[name]}
+            if not readers:
                 break
     chosen = optimizer.chosen if model is not None else []
     return {"history": history, "chosen": chosen}
@@ -259,12 +272,12 @@ def readers_beside(params: Params, model: LayerForecaster, prefix: str) -> Calla
     return build
 
 
-def reached_at(rows: Rows, part: Literal["validation", "test"], target: float) -> dict[str, Any] | None:
+def reached_at(rows: Rows, part: Part, target: float) -> dict[str, Any] | None:
     """Return the first row whose accuracy is the target; None if there is none."""
-    return next((row for row in rows if row[part] >= target), None)
+    return next((row for row in rows if reaches(row, part, target)), None)
 
 
-def summarise(rows: Rows, params: Params, part: Literal["validation", "test"]) -> dict[str, Any]:
+def summarise(rows: Rows, params: Params, part: Part) -> dict[str, Any]:
     """Return by method the steps and seconds to the target, and their ratios to AdamW's of the same seed.
 
     A run that does not reach it counts as if it did at the last step: an underestimate, so the share that did stands beside.
@@ -309,7 +322,6 @@ def runs_of(
 
     runs: dict[str, Callable[[Data, int], dict[str, Any]]] = {
         "adamw": lambda data, seed: train(data, params, seed, readers_beside(params, model, "adamw")),
-        "nowcast": lambda data, seed: train(data, params, seed, own("nowcast"), model=model),
     }
     if nino:
         runs["nino"] = lambda data, seed: train(data, params, seed, own("nino"), nino=nino)
@@ -317,6 +329,7 @@ def runs_of(
         name = f"cosine {length} x {peak:g}"
         readers = readers_beside(params, model, name)
         runs[name] = partial(_cosine, params=params, readers=readers, schedule=(length, peak))
+    runs["nowcast"] = lambda data, seed: train(data, params, seed, own("nowcast"), model=model)
     return runs
 
 
@@ -342,13 +355,13 @@ def main() -> None:
             result = remembered(work / f"{name}-{seed}.json", partial(compute, data, seed))
             rows += [{"run": name, "seed": seed, **row} for row in result["history"]]
             chosen.setdefault(name, []).extend(result["chosen"])
-    summary: dict[str, Any] = {part: summarise(rows, params, part) for part in ("validation", "test")}
+    summary: dict[str, Any] = {part: summarise(rows, params, part) for part in params.judged_on}
     taken = chosen["nowcast"]
     summary["nowcast_moved"] = sum(choice != "stay" for choice in taken) / max(1, len(taken))
     save_csv(REPORTS / arguments.variant / "history.csv", rows)
     save_json(REPORTS / arguments.variant / "summary.json", summary)
     shutil.rmtree(work)
-    for name, result in summary["test"].items():
+    for name, result in summary[params.judged_on[-1]].items():
         print(f"{name}: {result['steps']['mean']:.0f} steps, {result['steps_ratio']['mean']:.2f} of AdamW's")
 
 

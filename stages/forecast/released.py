@@ -35,6 +35,7 @@ def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
         raise InputError(f"{path} is not the file that {beside} describes: its SHA-256 is another{remedy(path)}")
     model = LayerForecaster(config["horizons"], config["d_model"], config["seed"])
     model.load_state_dict(load_file(path))
+    model.gains = card.get("gains", {})
     return model.eval().requires_grad_(False), believed, card
 
 

@@ -10,8 +10,8 @@ from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.forecast.layerwise import LayerForecaster
-from stages.forecast.nowcast import NowcastOptimizer
-from stages.forecast.race_to_target import reached_at, weights_of
+from stages.forecast.nowcast import NowcastOptimizer, expected_gain
+from stages.forecast.race_to_target import Clock, Data, evaluate, reached_at, reaches, weights_of
 from stages.forecast.rivals import ExponentialAverage, Forecast, Last, LatestAverage, Nino
 from stages.forecast.trajectory import WINDOW, Trajectory
 
@@ -152,3 +152,50 @@ def test_snapshots_of_an_average_are_those_of_every_step_and_a_state_keeps_them(
     assert torch.equal(resumed.recent[-1][0], optimizer.recent[-1][0])
     with pytest.raises(ValueError, match="expected decay in 0 to 1, got 1"):
         around(model, decay=1)
+
+
+@pytest.mark.parametrize(("gains", "tried"), [([-0.1, -0.1], 0), ([0.1, -0.1], 1), ([0.1, 0.1], 2)])
+def test_only_forecasts_that_are_expected_to_gain_are_tried(gains, tried):
+    torch.manual_seed(0)
+    model, losses = nn.Linear(3, 4), []
+    forecaster = moving()
+    forecaster.gains = {"weights": gains, "average": [1.0, 1.0]}
+    optimizer = NowcastOptimizer(
+        torch.optim.Adam(model.parameters(), 0.05),
+        forecaster,
+        lambda: losses.append(0) or float(len(losses)),  # whatever is proposed is worse than to stay
+        every=1,
+        patience=100,
+    )
+    for _ in range(WINDOW + 1):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+    assert len(losses) == 2 + tried
+    assert optimizer.foretold == (tried, 0)
+    assert ("came true" in optimizer.record) == bool(tried)
+    for total, n in optimizer.gains.values():
+        assert total < 0 and n == 1
+        assert expected_gain(0.1, (total, n)) < 0.1  # it is believed less now
+    assert NowcastOptimizer(torch.optim.SGD(model.parameters(), 1), forecaster, lambda: 0.0, 1, decay=0.9)._tried() == [
+        "ahead 1",
+        "ahead 5",
+    ]
+
+
+def test_test_images_are_asked_only_where_validation_images_say_so_and_weights_stay():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 2))
+    images = torch.randn(9, 3), torch.zeros(9, dtype=torch.long)
+    data = Data(images, images, images, channels=1, classes=2)
+    reader = Last()
+    right = torch.cat([torch.zeros(6), torch.tensor([1.0, -1.0])])  # always the first class
+    reader.observe(1, right)
+    before = weights_of(network)
+    for test_from, test in ((1.0, 1.0), (1.1, None)):
+        clock = Clock({"training": 2.0})
+        (row,) = evaluate(network, {"a": reader}, data, test_from, clock)
+        assert (row["method"], row["validation"], row["test"]) == ("a", 1.0, test)
+        assert row["seconds"] == clock.spent["training"] + clock.spent["a"]
+        assert reaches(row, "validation", 1.0) and reaches(row, "test", 1.0) == (test is not None)
+    assert torch.equal(weights_of(network), before)

@@ -21,6 +21,7 @@ def params(tmp_path, monkeypatch) -> Params:
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     small = ["train_world.steps=[80,90]", "train_world.train_images=64", "train_world.image_sizes=[8]"]
     small += ["learn_world.datasets=[digits,mnist]", "learn_world.strides=[1,2,3]", "learn_world.origins=2"]
+    small += ["learn_world.reference_images=20", "learn_world.function_origins=2"]
     small += ["learn_world.variants.weights_only.steps=5", "learn_world.variants.weights_only.d_model=4"]
     apply_overrides(tmp_path / "params.yaml", small)
     monkeypatch.chdir(tmp_path)
@@ -106,11 +107,17 @@ def test_the_world_is_trained_and_learned_from(params, monkeypatch):  # noqa: AR
     model, _, card = load_released(learn_world.MODELS / "weights_only" / "forecaster.safetensors")
     assert card["learned_from"]["runs"] == 32
     assert model.predict(run, 7).isfinite().all()
+    assert {name: len(gains) for name, gains in model.gains.items()} == {"weights": 4, "average": 4}
 
 
 def test_a_summary_counts_what_is_worse_than_keeping_the_weights():
     kinds = ("dataset", "network", "optimizer", "all")
-    rows = [{"held_out": k, "h": 1, "raw": raw, "shrunk": 0.5} for k in kinds for raw in (0.5, 1.5)]
+    rows = [
+        {"held_out": k, "h": 1, "raw": raw, "shrunk": 0.5, "logits": None if raw > 1 else raw}
+        for k in kinds
+        for raw in (0.5, 1.5)
+    ]
     summary = summarise(rows)
     assert summary["all"]["1"] == {"mean": 1.0, "median": 1.0, "worst": 1.5, "above_1": 0.5}
     assert summary["all_shrunk"]["1"]["above_1"] == 0
+    assert summary["all_logits"]["1"]["mean"] == 0.5  # where the run goes on so far

@@ -37,7 +37,7 @@ MEMBERS = {  # by stage: paths with a star for a member, and the list or mapping
     "evaluate_weightnet": ZOOS | {"models/train_weightnet/${item.dataset}-*": "train_weightnet.variants"},
     "condense_changes": FLEETS | {"models/build_fleet/*/fleet.safetensors": "build_fleet.variants"},
     "recover_memory": FLEETS,
-    "learn_world": {"models/train_world/*": "learn_world.datasets"},
+    "learn_world": {"models/train_world/*": "learn_world.datasets", "data/*.safetensors": "learn_world.datasets"},
 }
 VARIANTS = {"build_zoo": "train_weightnet.tasks.architectures"}  # of a matrix, where it's not <stage>.variants
 
