@@ -46,17 +46,18 @@ def pin_threads() -> None:
 
 
 def parallel_map(
-    function: Callable[[T], R], items: Sequence[T], device: torch.device, progress: str | None = None
+    function: Callable[[T], R], items: Sequence[T], device: torch.device, progress: str | None = None, kept: int = 0
 ) -> list[R]:
     """Return function(item) of all items in order: side by side on the cores, or one after the other on an accelerator.
 
     Python threads do: torch releases the interpreter lock in every operation. An item must draw from generators of its
-    own; then the results do not depend on how many cores there are. progress: the label of a progress bar over items.
+    own; then the results do not depend on how many cores there are. progress: the label of a progress bar over items, which
+    begins at those that were `kept` of an earlier run.
     """
     pool = ThreadPoolExecutor((os.cpu_count() or 1) if device.type == "cpu" else 1, initializer=pin_threads)
     try:
         results = pool.map(function, items)
-        return list(tqdm(results, progress, len(items), disable=None if progress else True))
+        return list(tqdm(results, progress, kept + len(items), initial=kept, disable=None if progress else True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
 

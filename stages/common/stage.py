@@ -7,16 +7,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-PARAMS = Path("params.yaml")
+from stages.common import times
+
+PARAMS = times.PARAMS
 # Which variants DVC makes, where not all of them: no stage reads these lists.
 VARIANT_LISTS = ("backbones", "learned", "raced")
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 
 
 class InputError(Exception):
@@ -83,7 +83,7 @@ class StageParams(BaseModel):
 def lookup(key: str) -> dict[str, Any]:
     """Return the mapping at dotted `key` of params.yaml; InputError says which part of the key is missing."""
     try:
-        node = yaml.load(PARAMS.read_text(), Loader)
+        node = yaml.load(PARAMS.read_text(), times.Loader)
     except FileNotFoundError:
         raise InputError(f"{PARAMS} is missing: run from the project's top folder") from None
     except yaml.YAMLError as error:
@@ -122,10 +122,15 @@ def parse_arguments(doc: str | None, **items: str) -> argparse.Namespace:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and end the process; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback."""
+    """Call `main` and end the process; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback.
+
+    Where DVC runs it, say which stage of how many it is, and write down how long it took.
+    """
     code = 0
     try:
+        times.announce()
         main()
+        times.note()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1

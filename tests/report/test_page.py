@@ -34,8 +34,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Section(key, f"Question {key}?", "data", "One number, 0.5", "guessing has 0.4", table, picture, details)
         for key in ("forecast", "bilinear", "weightnet", "recall", "vit_memory")
     ]
-    (folder / "index.html").write_text(render_html(sections, FACTS))
-    (folder / "report.md").write_text(render_markdown(sections, FACTS))
+    (folder / "index.html").write_text(render_html(sections, FACTS, details))
+    (folder / "report.md").write_text(render_markdown(sections, FACTS, details))
     return folder / "index.html"
 
 
