@@ -91,8 +91,12 @@ def render_markdown(sections: list[Section], facts: dict[str, str], last: list[D
 
 
 def data_url(path: Path) -> str:
-    """Return a picture file as a URL that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(require(path).read_bytes()).decode()}"
+    """Return a picture as a URL that holds it: its PNG, or the SVG beside that, if there is one and it is smaller."""
+    files = {"png": require(path).read_bytes()}
+    if path.with_suffix(".svg").is_file():
+        files["svg+xml"] = path.with_suffix(".svg").read_bytes()
+    kind = min(files, key=lambda kind: len(files[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
 
 
 def shown_width(path: Path) -> int:
