@@ -194,7 +194,9 @@ class Reader(HTMLParser):
 
 def test_the_report_is_self_contained_and_shows_every_number_beside_its_baseline(finished):
     report = Reader((finished / "reports/index.html").read_text())
-    assert all(source.startswith(("data:image/png;base64,", "#")) for source in report.sources)
+    assert all(
+        source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,", "#")) for source in report.sources
+    )
     markdown = (finished / "reports/build_report/report.md").read_text()
     assert len(report.alts) == markdown.count("![") > 30
     assert len(set(report.alts)) == len(report.alts)  # each says what is seen in it

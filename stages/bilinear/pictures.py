@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stages.bilinear.decomposition import DecompositionArtifacts, pixel_attributions
 from stages.bilinear.model import BilinearImageClassifier
-from stages.common.figures import image_grid, legible, save_figure, show_image, show_signed
+from stages.common.figures import image_grid, legible, save_figure, save_plot, show_image, show_signed
 from stages.common.images import ImageSet
 
 MAX_CLASSES = 10  # in a picture
@@ -38,7 +38,7 @@ def draw_gallery(path: Path, decompositions: dict[str, DecompositionArtifacts], 
             for i, k in enumerate(columns):
                 ax = axes[c, block * width + i]
                 show_signed(ax, vectors[c, k])
-                ax.set_title(f"{artifacts.eigenvalues[c, k]:+.2f}", fontsize=6, pad=1)
+                ax.set_title(f"{artifacts.eigenvalues[c, k]:+.2f}", fontsize=7, pad=1)
         label = f"{name}: {each} most positive, {each} most negative"
         axes[0, block * width].annotate(label, (0, 1.35), xycoords="axes fraction", fontsize=9)
     for ax, name in zip(axes[:, 0], classes, strict=True):
@@ -63,7 +63,7 @@ def draw_spectra(path: Path, decompositions: dict[str, DecompositionArtifacts], 
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("eigenvector, in falling order")
     figure.supylabel("eigenvalue / largest |eigenvalue|")
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_truncation(path: Path, rows: list[dict[str, Any]], full: dict[str, float]) -> None:
@@ -82,7 +82,7 @@ def draw_truncation(path: Path, rows: list[dict[str, Any]], full: dict[str, floa
         ax.minorticks_off()
     axes[0].set_ylabel("test accuracy")
     axes[-1].legend(fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_masks(

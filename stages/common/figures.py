@@ -26,6 +26,8 @@ plt.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
+        "legend.handlelength": 3,  # dashes are told from lines
+        "svg.hashsalt": "weightlens",  # names of an SVG's parts are drawn from it, else by chance
     }
 )
 
@@ -35,6 +37,13 @@ def save_figure(path: Path, figure: Figure) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+
+
+def save_plot(path: Path, figure: Figure) -> None:
+    """Write `figure`, of lines and points, as PNG and beside it as SVG, which stays sharp at any size; and close it."""
+    with atomic_path(path.with_suffix(".svg")) as temporary:
+        figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    save_figure(path, figure)
 
 
 def plain_ticks(*axes: Axis) -> None:

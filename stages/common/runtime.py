@@ -53,15 +53,15 @@ def pin_threads() -> None:
 
 
 def parallel_map(
-    function: Callable[[T], R], items: Sequence[T], device: torch.device, progress: str | None = None
+    function: Callable[[T], R], items: Sequence[T], device: torch.device, progress: str | None = None, kept: int = 0
 ) -> list[R]:
     """Return function(item) of all items in order: side by side on the cores, or one after the other on an accelerator.
 
     Each core has a process of its own, forked from this one: nothing is imported or sent again, and small operations do not
     wait for each other's interpreter lock. So a function changes nothing here, but by what it returns and the files it writes.
     Threads take their place where a fork is not safe (not Linux, or CUDA). An item must draw from generators of its own; then
-    the results do not depend on how many cores there are. progress: the label of a progress bar over items. InputError if a
-    process was killed, as the system does when memory runs out.
+    the results do not depend on how many cores there are. progress: the label of a progress bar over items, which begins at those
+    that were `kept` of an earlier run. InputError if a process was killed, as the system does when memory runs out.
     """
     count = (os.cpu_count() or 1) if device.type == "cpu" else 1
     if len(items) < 2 or multiprocessing.parent_process() is not None:
@@ -70,7 +70,7 @@ def parallel_map(
     pool = fork_workers(count, function, items) if forks else ThreadPoolExecutor(count, initializer=pin_threads)
     results = map(pickle.loads, pool.map(_compute, range(len(items)))) if forks else pool.map(function, items)
     try:
-        done = list(tqdm(results, progress, len(items), disable=None if progress else True))
+        done = list(tqdm(results, progress, kept + len(items), initial=kept, disable=None if progress else True))
     except BrokenProcessPool:
         raise InputError("a process was killed while it computed: is there enough memory?") from None
     except BaseException:

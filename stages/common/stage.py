@@ -4,23 +4,19 @@ params.yaml is the only source of values, and every mistake in it is reported at
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-PARAMS = Path("params.yaml")
-TIMES = Path(".work/times")  # how long each stage took here: no output, since it is another every time
+from stages.common import times
+
+PARAMS = times.PARAMS
 # Which variants DVC makes, where not all of them: no stage reads these lists.
 VARIANT_LISTS = ("backbones", "learned", "raced")
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 
 
 class InputError(Exception):
@@ -87,7 +83,7 @@ class StageParams(BaseModel):
 def lookup(key: str) -> dict[str, Any]:
     """Return the mapping at dotted `key` of params.yaml; InputError says which part of the key is missing."""
     try:
-        node = yaml.load(PARAMS.read_text(), Loader)
+        node = yaml.load(PARAMS.read_text(), times.Loader)
     except FileNotFoundError:
         raise InputError(f"{PARAMS} is missing: run from the project's top folder") from None
     except yaml.YAMLError as error:
@@ -125,32 +121,16 @@ def parse_arguments(doc: str | None, **items: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def note_times(stage: str, began: float) -> None:
-    """Write to .work/times/<stage>.json for how many seconds, of the clock and of processors, a stage of DVC's has run.
-
-    began: time.monotonic() when it did. Processor seconds include those of starting Python and of processes that have ended.
-    """
-    spent = os.times()
-    times = {
-        "stage": stage,
-        "wall_seconds": round(time.monotonic() - began, 2),
-        "cpu_seconds": round(spent.user + spent.system + spent.children_user + spent.children_system, 2),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    path = TIMES / f"{stage}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(times) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and end the process; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback."""
-    code, began = 0, time.monotonic()
+    """Call `main` and end the process; show a user's mistake, a full disk or Ctrl-C as one line instead of a traceback.
+
+    Where DVC runs it, say which stage of how many it is, and write down how long it took.
+    """
+    code = 0
     try:
+        times.announce()
         main()
-        if stage := os.environ.get("DVC_STAGE"):  # DVC's name of what it runs, as in train_lenet@digits
-            note_times(stage, began)
+        times.note()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1

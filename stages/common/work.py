@@ -62,11 +62,13 @@ def compute_pieces(
     Side by side on the cores, or on a Ray cluster if RAY_ADDRESS names one: then `function` and what it refers to must pickle.
     """
     missing = [path for path in pieces if not path.is_file()]
+    if kept := len(pieces) - len(missing):
+        print(f"{progress}: {kept} of {len(pieces)} kept", flush=True)
     if has_cluster():
-        for place, arrays in cluster_map(function, [pieces[path] for path in missing], progress):
+        for place, arrays in cluster_map(function, [pieces[path] for path in missing], progress, kept):
             save_arrays(missing[place], arrays, {})
     else:
-        parallel_map(lambda path: save_arrays(path, function(pieces[path]), {}), missing, device, progress)
+        parallel_map(lambda path: save_arrays(path, function(pieces[path]), {}), missing, device, progress, kept)
 
 
 def has_cluster() -> bool:
@@ -74,7 +76,9 @@ def has_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def cluster_map(function: Callable[[T], R], items: Sequence[T], progress: str) -> Iterator[tuple[int, R]]:
+def cluster_map(
+    function: Callable[[T], R], items: Sequence[T], progress: str, kept: int = 0
+) -> Iterator[tuple[int, R]]:
     """Yield (place, function(item)) of all items as they finish, each computed by one core of some node.
 
     The function and what it refers to travel once, results come back to the caller, who alone writes files. Every node has this
@@ -95,7 +99,7 @@ def cluster_map(function: Callable[[T], R], items: Sequence[T], progress: str) -
         shared = ray.put(function)
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
         places = {remote.remote(shared, item): place for place, item in enumerate(items)}
-        bar = tqdm(total=len(items), desc=progress, disable=None)
+        bar = tqdm(total=kept + len(items), initial=kept, desc=progress, disable=None)
         while places:
             (done, *_), _ = ray.wait(list(places), num_returns=1)
             yield places.pop(done), ray.get(done)

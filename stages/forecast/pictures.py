@@ -8,14 +8,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from stages.common.figures import plain_ticks, save_figure
+from stages.common.figures import plain_ticks, save_plot
 from stages.common.vectors import principal_components
 from stages.forecast.captions import FORECASTERS, METHODS, REGIMES
 from stages.forecast.trajectory import WINDOW, Trajectory
 
-LIMITS = (0.2, 2.0)  # of ratios; what is worse lies above the picture
+LIMITS = (0.0, 2.0)  # of ratios; what is worse lies above the picture
 LEARNT = ("transformer", "weights_only", "mlp", "ridge", "diffusion", "jump")
 COLOURS = {
     "transformer": "tab:red",
@@ -74,11 +75,12 @@ def draw_horizons(path: Path, ratios: pd.DataFrame, value: str = "mean", ylabel:
                     continue
                 draw_curve(ax, name, curve, value, low, high)
             n = table[table.regime == regime]["n"].iloc[0]
-            ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}\n{phase} half, n = {n:.0f}")
+            of = f"{n:.0f} unseen runs" if n > 1 else "a single unseen run"
+            ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}\n{phase} half, {of}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.supxlabel("horizon, snapshots")
     figure.supylabel(f"{ylabel} / that of keeping the last weights")
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_times(path: Path, errors: pd.DataFrame, regime: str, horizons: tuple[int, ...]) -> None:
@@ -90,6 +92,7 @@ def draw_times(path: Path, errors: pd.DataFrame, regime: str, horizons: tuple[in
         .unstack("forecaster")
     )
     ratios = sums.div(sums["persistence"], axis=0)
+    n = errors[errors.regime == regime]["run"].nunique()
     figure, axes = plt.subplots(
         1, len(horizons), figsize=(2.6 * len(horizons) + 1.2, 2.6), squeeze=False, sharey=True, layout="constrained"
     )
@@ -104,10 +107,10 @@ def draw_times(path: Path, errors: pd.DataFrame, regime: str, horizons: tuple[in
                     label=FORECASTERS[name],
                     markersize=3,
                 )
-        ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}, {h} ahead", xlabel="forecast from snapshot")
+        ax.set(ylim=LIMITS, title=f"{REGIMES.get(regime, regime)}, {h} ahead, n = {n}", xlabel="forecast from snapshot")
     axes[0, 0].set_ylabel("squared error / that of\nkeeping the last weights")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_accumulation(path: Path, accumulation: pd.DataFrame) -> None:
@@ -117,14 +120,15 @@ def draw_accumulation(path: Path, accumulation: pd.DataFrame) -> None:
     for i, regime in enumerate(table["regime"].unique()):
         for name, style in (("rolled_out", "-"), ("direct", "o")):
             curve = table[(table.regime == regime) & (table.forecaster == name)]
-            label = f"{REGIMES.get(regime, regime)}, {name.replace('_', ' ')}"
+            label = f"{REGIMES.get(regime, regime)}, {name.replace('_', ' ')}, n = {curve['n'].iloc[0]:.0f}"
             ax.plot(curve["h"], curve["mean"], style, color=f"C{i}", markersize=4, label=label)
-    ax.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    ax.axhline(1, color="black", linestyle="--", linewidth=0.8, label="the last weights kept")
     ax.set(
         ylim=LIMITS, xlabel="steps rolled out, snapshots", ylabel="squared error / that of\nkeeping the last weights"
     )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_accuracies(path: Path, losses: pd.DataFrame, regime: str) -> None:
@@ -147,7 +151,7 @@ def draw_accuracies(path: Path, losses: pd.DataFrame, regime: str) -> None:
         )
     axes[0].set_ylabel("test accuracy minus that of\nthe last weights, points")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_path(
@@ -168,7 +172,7 @@ def draw_path(
     )
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
     ax.legend()
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, Any], random: dict[str, float]) -> None:
@@ -194,12 +198,13 @@ def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, A
     right.set(xscale="log", title="share of an unseen run's movement in the span", xlabel="components")
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     plain_ticks(left.xaxis, right.xaxis)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_nowcasts(path: Path, history: pd.DataFrame) -> None:
     """Draw test loss against cost, in steps and with what nowcasting spends: the mean over seeds of every method."""
     figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    seeds = history["seed"].nunique()
     for name, rows in history.groupby("method", sort=False):
         mean = rows.groupby("step")[["cost", "loss"]].mean()
         base, _, proposals = name.partition("_")
@@ -207,9 +212,11 @@ def draw_nowcasts(path: Path, history: pd.DataFrame) -> None:
         style = {"": "-", "average": ":", "nowcast": "--"}[proposals]
         ax.plot(mean["cost"], mean["loss"], style, color=colour, linewidth=1, label=METHODS.get(name, name))
     ax.set(
-        yscale="log", xlabel="steps, with the cost of forecasts and their choice", ylabel="test loss, mean over seeds"
+        yscale="log",
+        xlabel="steps, with the cost of forecasts and their choice",
+        ylabel=f"test loss, mean over {seeds} seeds",
     )
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:.1g}")
     ax.legend(fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)

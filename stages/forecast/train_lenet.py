@@ -136,7 +136,7 @@ def main() -> None:
         save_arrays(work / f"{name}.safetensors", arrays, metadata)
 
     missing = [name for name in names if not (work / f"{name}.safetensors").is_file()]
-    parallel_map(finish, missing, device, f"train LeNet on {dataset}")
+    parallel_map(finish, missing, device, f"train LeNet on {dataset}", len(names) - len(missing))
 
     (MODELS / dataset).mkdir(parents=True, exist_ok=True)
     for name in names:

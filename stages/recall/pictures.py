@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 
-from stages.common.figures import image_grid, legible, plain_ticks, save_figure, show_image, show_signed
+from stages.common.figures import image_grid, legible, plain_ticks, save_figure, save_plot, show_image, show_signed
 from stages.recall.captions import caption
 
 SHOWN = 10
@@ -29,11 +29,11 @@ def draw_fleet(
         show_image(above, image)
         below.bar(range(len(value)), value, color="C0")
         below.set(ylim=(0, 1), xticks=range(len(value)))
-        below.tick_params(labelsize=5, length=0)
+        below.tick_params(labelsize=7, length=0)
     axes[0, 0].set_ylabel("mean image", fontsize=7)
     axes[1, 0].set_ylabel("rule" if has_rules else "proportions", fontsize=7)
     legend = "cells: " + ", ".join(f"{i} {name}" for i, name in enumerate(legible(classes)))
-    figure.supxlabel(legend if has_rules else "class", fontsize=6)
+    figure.supxlabel(legend if has_rules else "class", fontsize=8)
     save_figure(path, figure)
 
 
@@ -47,8 +47,8 @@ def draw_masked_accuracy(path: Path, acc: dict[str, dict[str, dict[str, float]]]
         ax.errorbar(ratios, means, stds, marker="o", markersize=3, capsize=2, label=caption(method))
     ax.axhline(majority, color="0.6", linestyle=":", label="most frequent class")
     ax.set(xlabel="share of patches hidden", ylabel="test accuracy", ylim=(0, 1))
-    ax.legend(fontsize=7)
-    save_figure(path, figure)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_plot(path, figure)
 
 
 def draw_explained_variance(path: Path, ratios: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -62,7 +62,7 @@ def draw_explained_variance(path: Path, ratios: dict[str, dict[str, dict[str, fl
     ax.set(xscale="log", xlabel="principal components", ylabel="share of the change (dotted: training)", ylim=(0, 1))
     plain_ticks(ax.xaxis)
     ax.legend(fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_rows(
@@ -102,7 +102,7 @@ def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     figure.tight_layout()
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -118,13 +118,15 @@ def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
         for reads in dict.fromkeys(row["reads"] for row in of_fleet):
             means = [np.mean(scores[reads, count]) for count in counts]
             ax.plot(counts, means, marker="o", markersize=3, label=caption(reads))
-        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {caption(of_fleet[0]['characteristic'])}")
+        characteristic = of_fleet[0]["characteristic"]
+        measure = "R²" if characteristic == "proportions" else "bits right"
+        ax.set(xscale="log", xlabel="fine-tunes", title=f"{fleet}: {caption(characteristic)}, {measure}")
         ax.set_xticks(counts, map(str, counts), minor=False)
         ax.minorticks_off()
-    axes[0, 0].set_ylabel("bits right, or R²")
+    axes[0, 0].set_ylabel("score on unseen fine-tunes")
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
@@ -135,7 +137,7 @@ def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]
     )
     for ax, (label, measured) in zip(axes[:, 0], panels.items(), strict=True):
         bars(ax, measured, label)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def bars(ax: Axes, measured: Mapping[str, Mapping[str, float]], label: str) -> None:
@@ -171,4 +173,4 @@ def draw_space(
     axes[-1].violinplot(cosines, levels, widths=0.2, showmeans=True)
     axes[-1].set(xlabel="agreement of two rules", ylabel="cosine of their changes")
     figure.tight_layout()
-    save_figure(path, figure)
+    save_plot(path, figure)

@@ -13,11 +13,11 @@ from jinja2 import Environment, StrictUndefined
 
 from stages.bilinear.report import bilinear_section
 from stages.common.files import require, save_text
-from stages.common.report import REPORTS, Picture, Section, Table
+from stages.common.report import REPORTS, Detail, Picture, Section, Table
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.forecast.report import forecast_section
 from stages.recall.report import recall_section
-from stages.report.card import card
+from stages.report.card import card, times_details
 from stages.vit_memory.report import vit_memory_section
 from stages.weightnet.report import weightnet_section
 
@@ -69,26 +69,34 @@ def markdown_section(section: Section) -> list[str]:
     """Return a section as lines of Markdown; what the page folds is folded here, too."""
     lines = [f"## {section.key}", "", f"**{section.title}** ({section.data})", "", section.verdict, ""]
     lines += markdown_table(section.table) + markdown_picture(section.picture)
-    for detail in section.details:
-        lines += ["<details>", f"<summary>{detail.title}</summary>", ""]
-        lines += [line for table in detail.tables for line in markdown_table(table)]
-        lines += [line for picture in detail.pictures for line in markdown_picture(picture)]
-        lines += ["</details>", ""]
-    return lines
+    return lines + [line for detail in section.details for line in markdown_detail(detail)]
 
 
-def render_markdown(sections: list[Section], facts: dict[str, str]) -> str:
-    """Return the report as Markdown: what it is of, the verdicts, then a section a system."""
+def markdown_detail(detail: Detail) -> list[str]:
+    """Return what is folded under a title as lines of Markdown."""
+    lines = ["<details>", f"<summary>{detail.title}</summary>", ""]
+    lines += [line for table in detail.tables for line in markdown_table(table)]
+    lines += [line for picture in detail.pictures for line in markdown_picture(picture)]
+    return [*lines, "</details>", ""]
+
+
+def render_markdown(sections: list[Section], facts: dict[str, str], last: list[Detail]) -> str:
+    """Return the report as Markdown: what it is of, the verdicts, then a section a system, and what is folded after the last."""
     lines = ["# weightlens report", "", SAID, "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {fact} |" for name, fact in facts.items()]
     lines += ["", *answers_table(sections), ""]
     lines += [NOTE.format(grey="italics"), ""]
-    return "\n".join([*lines, *(line for section in sections for line in markdown_section(section))])
+    lines += [line for section in sections for line in markdown_section(section)]
+    return "\n".join([*lines, *(line for detail in last for line in markdown_detail(detail))])
 
 
 def data_url(path: Path) -> str:
-    """Return a picture file as a URL that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(require(path).read_bytes()).decode()}"
+    """Return a picture as a URL that holds it: its PNG, or the SVG beside that, if there is one and it is smaller."""
+    files = {"png": require(path).read_bytes()}
+    if path.with_suffix(".svg").is_file():
+        files["svg+xml"] = path.with_suffix(".svg").read_bytes()
+    kind = min(files, key=lambda kind: len(files[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
 
 
 def shown_width(path: Path) -> int:
@@ -99,12 +107,12 @@ def shown_width(path: Path) -> int:
     return round(inches * DPI)
 
 
-def render_html(sections: list[Section], facts: dict[str, str]) -> str:
+def render_html(sections: list[Section], facts: dict[str, str], last: list[Detail]) -> str:
     """Return the report as one HTML page with the pictures inside."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"data_url": data_url, "shown_width": shown_width}
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    return page.render(sections=sections, facts=facts, said=SAID, note=NOTE.format(grey="grey"))
+    return page.render(sections=sections, facts=facts, last=last, said=SAID, note=NOTE.format(grey="grey"))
 
 
 def main() -> None:
@@ -117,9 +125,9 @@ def main() -> None:
         recall_section(params.recall),
         vit_memory_section(params.vit_memory),
     ]
-    facts = card(sections)
-    save_text(MARKDOWN, render_markdown(sections, facts))
-    save_text(REPORTS / "index.html", render_html(sections, facts))
+    facts, last = card(sections), times_details()
+    save_text(MARKDOWN, render_markdown(sections, facts, last))
+    save_text(REPORTS / "index.html", render_html(sections, facts, last))
     print(f"open {REPORTS / 'index.html'}, or read {MARKDOWN}")
 
 

@@ -1,4 +1,4 @@
-"""What a report is of: code, data, machine and versions. The same commit on the same machine gives the same card."""
+"""What a report is of: code, data, machine and versions, and how long it took. But for that a commit gives the same card on a machine."""
 
 import os
 import platform
@@ -7,7 +7,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.common.report import Section
+from stages.common import times
+from stages.common.report import Detail, Section, Table, row
 
 DECIDES = (
     "dvc.yaml",
@@ -16,6 +17,7 @@ DECIDES = (
     "stages",
     ":(exclude)*.md",
 )  # dvc.lock changes while stages run
+REPORT = "build_report"
 PACKAGES = ("torch", "numpy", "scikit-learn", "dvc")
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # other vector instructions round otherwise
 
@@ -28,8 +30,40 @@ def card(sections: list[Section]) -> dict[str, str]:
         "scale": scale(),
         "data": "; ".join(section.data for section in sections),
         "machine": machine(),
+        "time": time_taken(times.noted(), times.all_stages()),
         "versions": f"Python {platform.python_version()}, {versions}",
     }
+
+
+def time_taken(taken: dict[str, dict[str, float]], stages: list[str]) -> str:
+    """Return how long the stages took whose times are known, and how many of all these are; the report itself is none of them."""
+    known = [seconds for stage, seconds in taken.items() if stage != REPORT]
+    if not known:
+        return "not recorded: all results come from DVC's cache, or were made with other settings"
+    wall, processor = (duration(sum(seconds[of] for seconds in known)) for of in ("wall", "processor"))
+    return f"{len(known)} of {len(stages) - 1} stages ran here with these settings: {wall}, of processors {processor}"
+
+
+def times_table(taken: dict[str, dict[str, float]]) -> Table:
+    """Return how long each stage took, the longest first."""
+    longest = sorted(
+        ((s["wall"], s["processor"], stage) for stage, s in taken.items() if stage != REPORT), reverse=True
+    )
+    rows = [row(stage, f"{wall:.0f}", f"{processor:.0f}") for wall, processor, stage in longest]
+    caption = "Seconds of the stages that ran here with these settings; what is missing came from DVC's cache. One run."
+    return Table(caption, ["stage", "wall clock, s", "processors, s"], rows)
+
+
+def times_details() -> list[Detail]:
+    """Return what is folded at the end of a report: nothing if no time is known."""
+    table = times_table(times.noted())
+    return [Detail("How long each stage took", [table])] if table.rows else []
+
+
+def duration(seconds: float) -> str:
+    """Write seconds, from two minutes on with minutes."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes >= 2 else f"{seconds:.0f} s"
 
 
 def git(*words: str) -> str | None:

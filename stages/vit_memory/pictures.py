@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.common.figures import image_grid, legible, plain_ticks, save_figure, show_image
+from stages.common.figures import image_grid, legible, plain_ticks, save_figure, save_plot, show_image
 from stages.vit_memory.captions import caption
 
 Rows = list[dict[str, Any]]
@@ -35,7 +35,7 @@ def _mean_matrix(rows: Rows, method: str, kind: str) -> Float[np.ndarray, "t t"]
 
 def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
     """Draw the accuracy over the tasks so far, after each task, of every method; the best at the end comes first in the legend."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
     colours = {method: f"C{i}" for i, method in enumerate(table)}
     for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for i, method in enumerate(sorted(table, key=lambda m, kind=kind: -table[m][kind]["final"]["mean"])):
@@ -45,9 +45,9 @@ def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
             style = {"linestyle": "-" if i < 5 else "--", "color": colours[method], "label": label}
             ax.plot(range(1, len(matrix) + 1), so_far, marker="o", markersize=3, **style)
         ax.set(title=title, xlabel="tasks learnt", ylim=(0, 1.02), xticks=range(1, len(matrix) + 1))
-        ax.legend(fontsize=7, loc="lower left")
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0].set_ylabel("test accuracy over those tasks")
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_matrices(path: Path, rows: Rows) -> None:
@@ -82,7 +82,7 @@ def draw_methods(path: Path, table: dict[str, Any], reference: str, title: str) 
     ax.set(yticks=range(len(methods)), yticklabels=names, title=title)
     of_reference = f"{caption(reference)}, {table[reference]['acc']['mean']:.1%}"
     ax.set_xlabel(f"accuracy minus that of the {of_reference}, points")
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
@@ -92,7 +92,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
         curve = [row for row in errors if row["patterns"] == patterns]
         x, y = [row["beta"] for row in curve], [row["error"] for row in curve]
         axes[0].plot(x, y, "o-", markersize=3, label=f"{patterns} patterns")
-    axes[0].axvline(COMMON_BETA, color="grey", linewidth=0.8)
+    axes[0].axvline(COMMON_BETA, color="grey", linewidth=0.8, label=f"{COMMON_BETA}: attention between tokens")
     axes[0].set(
         xscale="log",
         xlabel="beta",
@@ -109,7 +109,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
     axes[1].set_title("capacity; line: the theory of the classical network")
     plain_ticks(axes[0].xaxis, axes[1].xaxis)
     axes[1].legend(fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_energy(path: Path, rows: Rows) -> None:
@@ -124,7 +124,7 @@ def draw_energy(path: Path, rows: Rows) -> None:
     axes[1].set(xlabel="updates", ylabel="distance to the state before", yscale="symlog")
     axes[1].set_yscale("symlog", linthresh=1e-4)
     axes[0].legend(fontsize=7)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_attention(
@@ -141,13 +141,13 @@ def draw_attention(
         for block, (name, weights) in enumerate(attention.items()):
             first, *others = axes[i, block * width : (block + 1) * width]
             show_image(first, image.cpu().numpy())
-            first.set_title(names[i], fontsize=6, pad=1)
+            first.set_title(names[i], fontsize=7, pad=1)
             values, slots = weights[i].topk(RETRIEVED)
             for ax, value, slot in zip(others, values.tolist(), slots.tolist(), strict=True):
                 show_image(ax, stored[slot].cpu().numpy())
-                ax.set_title(f"{value:.0%}", fontsize=6, pad=1)
+                ax.set_title(f"{value:.0%}", fontsize=7, pad=1)
             if i == 0:
-                first.annotate(f"{name}: image, and what it retrieves", (0, 1.3), xycoords="axes fraction", fontsize=8)
+                first.annotate(f"{name}: image, and what it retrieves", (0, 1.35), xycoords="axes fraction", fontsize=8)
     save_figure(path, figure)
 
 

@@ -5,10 +5,19 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator
 
-from stages.common.figures import image_grid, save_figure
+from stages.common.figures import image_grid, plain_ticks, save_figure, save_plot
 from stages.weightnet.captions import BASELINES, PROPERTY_LABELS, predictor
 from stages.weightnet.zoo.properties import PROPERTIES
+
+
+def one_two_five(*axes: Axis) -> None:
+    """Give logarithmic axes ticks at 1, 2, 5, and tenfolds of them, written as the numbers they are."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plain_ticks(*axes)
 
 
 def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:
@@ -25,9 +34,11 @@ def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:
             ylabel=PROPERTY_LABELS[name],
             yscale="log" if name == "test_loss" else "linear",
         )
+        if name == "test_loss":
+            one_two_five(ax.yaxis)
     for ax in axes[1 + len(names) :]:
         ax.set_visible(False)
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_predictions(path: Path, predictions: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -42,10 +53,10 @@ def draw_predictions(path: Path, predictions: dict[str, tuple[np.ndarray, np.nda
             ax.scatter(true[:, k], predicted[:, k], s=5, alpha=0.6, linewidths=0)
             if kind == "test_loss":
                 ax.set(xscale="log", yscale="log")
-                ax.minorticks_off()
+                one_two_five(ax.xaxis, ax.yaxis)
             ax.set(title=PROPERTY_LABELS[kind] if ax in axes[0] else "", xlabel="measured" if ax in axes[-1] else "")
         row[0].set_ylabel(f"{predictor(name).partition(':')[0]}:\npredicted")
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_scores(path: Path, scores: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -56,8 +67,9 @@ def draw_scores(path: Path, scores: dict[str, dict[str, dict[str, float]]]) -> N
     colors = ["lightgrey" if name in BASELINES else "C0" for name in order]
     figure, ax = plt.subplots(figsize=(7, 0.24 * len(order) + 0.8), layout="constrained")
     ax.barh([predictor(name) for name in order], means, xerr=spread, color=colors, error_kw={"linewidth": 1})
-    ax.set(xlabel="Kendall's tau of test accuracy, runs not seen")
-    save_figure(path, figure)
+    ax.set(xlabel="Kendall's tau of test accuracy, runs not seen; grey: baselines, and what sees more")
+    ax.margins(y=0.01)
+    save_plot(path, figure)
 
 
 def draw_learning_curve(
@@ -80,7 +92,7 @@ def draw_learning_curve(
     ax.minorticks_off()
     ax.set(xlabel="networks learnt from", ylabel="Kendall's tau of test accuracy")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(path, figure)
+    save_plot(path, figure)
 
 
 def draw_attention(path: Path, networks: dict[str, list[dict[str, Float[np.ndarray, "s s"]]]]) -> None:
@@ -117,7 +129,7 @@ def draw_exam(
         image = inputs[place].transpose(1, 2, 0)
         low, high = image.min(), image.max()
         ax.imshow((image - low) / (high - low + 1e-9), cmap="gray", interpolation="nearest")
-        ax.set_title(f"{labels[place]}: {telling[place]:.2f}", fontsize=6)
+        ax.set_title(f"{labels[place]}: {telling[place]:.2f}", fontsize=7)
     axes[0, 0].set_ylabel("tell most")
     axes[4, 0].set_ylabel("tell least")
     save_figure(path, figure)

@@ -2,7 +2,7 @@
 
 from matplotlib import pyplot as plt
 
-from stages.common.figures import SHARPNESS, legible, save_figure
+from stages.common.figures import SHARPNESS, legible, save_plot
 from stages.report.build_report import shown_width
 
 
@@ -14,7 +14,8 @@ def test_a_page_shows_a_picture_smaller_than_it_is(tmp_path):
     for name in "ab":
         figure, ax = plt.subplots(figsize=(3, 2))
         ax.plot([0, 1], [0, 1])
-        save_figure(tmp_path / f"{name}.png", figure)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        save_plot(tmp_path / f"{name}.png", figure)
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     pixels = plt.imread(tmp_path / "a.png").shape[1]
     assert abs(shown_width(tmp_path / "a.png") - pixels / SHARPNESS) <= 1

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 from reproduction import ROOT
 
-from stages.common.figures import save_figure
+from stages.common.figures import save_plot
 from stages.common.report import Detail, Picture, Section, Table, decimal, row
 from stages.report.build_report import render_html, render_markdown
 
@@ -21,7 +21,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with wide tables, wide pictures and long words; or that of the last reproduction."""
     folder = tmp_path_factory.mktemp("page")
     figure, _ = plt.subplots(figsize=(16, 3))
-    save_figure(folder / "wide.png", figure)
+    save_plot(folder / "wide.png", figure)
     picture = Picture(folder / "wide.png", "What is shown.", "An empty plot.")
     cells = [decimal({"mean": 0.5, "low": 0.25, "high": 0.75})] * 12
     table = Table(
@@ -34,8 +34,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Section(key, f"Question {key}?", "data", "One number, 0.5", "guessing has 0.4", table, picture, details)
         for key in ("forecast", "bilinear", "weightnet", "recall", "vit_memory")
     ]
-    (folder / "index.html").write_text(render_html(sections, FACTS))
-    (folder / "report.md").write_text(render_markdown(sections, FACTS))
+    (folder / "index.html").write_text(render_html(sections, FACTS, details))
+    (folder / "report.md").write_text(render_markdown(sections, FACTS, details))
     return folder / "index.html"
 
 
@@ -88,7 +88,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page):
     text = page.read_text()
     assert "<script" not in text
     assert "http" not in text
-    assert text.count("data:image/png;base64,") == text.count("<img")
+    assert text.count("data:image/svg+xml;base64,") == text.count("<img")  # smaller than the PNG, and sharp at any size
 
 
 def test_markdown_says_the_same(page):

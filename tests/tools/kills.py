@@ -20,9 +20,10 @@ ENVIRONMENT = os.environ | FIXED
 
 
 def hashes(project: Path) -> dict[str, str]:
-    """Return the hash of every output in dvc.lock."""
+    """Return the hash of every output in dvc.lock, but of the report, which says how long the others took."""
     stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
-    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    made = {name: stage.get("outs", []) for name, stage in stages.items() if name != "build_report"}
+    return {out["path"]: out["md5"] for outs in made.values() for out in outs}
 
 
 def run_for(project: Path, seconds: float) -> bool:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import chdir
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,6 @@ from reproduction import EXPECTED, ROOT, alike, command, differences, flatten, k
 
 RECORDS = ROOT / "reports/records"
 MEASURED = "measured"  # the record that is written by hand
-TIMES = ROOT / ".work/times"
 DIGITS = 6  # of a number in a record
 ROUNDING = 10.0 ** (1 - DIGITS)
 DECIDES = ("dvc.yaml", "requirements.txt", "stages", ":(exclude)*.md", ":(exclude)stages/scales")
@@ -113,10 +113,13 @@ def about(scale: str) -> dict[str, Any]:
     return {"command": asked, "commit": commit, "of": date, "kept": now, **machine()}
 
 
-def times() -> dict[str, dict[str, Any]]:
-    """Return seconds of each stage that has run here, as it noted them (stages/common/stage.py)."""
-    found = [json.loads(path.read_text()) for path in sorted(TIMES.glob("*.json"))]
-    return {str(times.pop("stage")): times for times in found}
+def times() -> dict[str, dict[str, float]]:
+    """Return the seconds (wall, processor) of each stage that has run here with these settings, as it noted them."""
+    from stages.common.times import noted
+
+    with chdir(ROOT):
+        taken = noted()
+    return {stage: {clock: round(seconds, 1) for clock, seconds in of.items()} for stage, of in taken.items()}
 
 
 def lines(value: Any, indent: str = " ") -> str:
