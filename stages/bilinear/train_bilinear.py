@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
-from tqdm import tqdm
 
 from stages.bilinear.training import TrainedRun, train_run
 from stages.common.files import save_csv, save_json
@@ -101,8 +100,7 @@ def main() -> None:
     device = pick_device()
     train, test = load_images(dataset, device)
     configs = [run_config(dataset, name, seed, params) for name in params.variants for seed in params.seeds]
-    with tqdm(total=len(configs) * params.epochs, desc=f"train {dataset}", unit=" epochs", disable=None) as bar:
-        trained = parallel_map(lambda config: train_run(config, bar.update), configs, device)
+    trained = parallel_map(train_run, configs, device, f"train {dataset}")
 
     shutil.rmtree(MODELS / dataset, ignore_errors=True)  # only now: an interrupted run loses nothing
     for config, one in zip(configs, trained, strict=True):

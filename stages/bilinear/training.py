@@ -103,15 +103,15 @@ class TrainedRun:
         return paths
 
 
-def train_image_experiment(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> dict[str, Path]:
+def train_image_experiment(config: dict[str, Any]) -> dict[str, Path]:
     """Train by `config` (see the module) and write into its `run_dir`.
 
     Returns {"run_dir", "metrics_path", "summary_path", "best_checkpoint_path", "latest_checkpoint_path"}.
     """
-    return train_run(config, on_epoch).write(Path(config["run_dir"]))
+    return train_run(config).write(Path(config["run_dir"]))
 
 
-def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: None) -> TrainedRun:
+def train_run(config: dict[str, Any]) -> TrainedRun:
     """Train by `config`; validation chooses the best epoch, and the test set is read once, for that one.
 
     InputError as soon as it diverges.
@@ -148,7 +148,6 @@ def train_run(config: dict[str, Any], on_epoch: Callable[[], object] = lambda: N
         latest = {"model_state_dict": _copy(model), "config": config, "epoch": epoch, "metrics": metrics}
         if not best or (val_acc, -val_loss) > (best["metrics"]["val_acc"], -best["metrics"]["val_loss"]):
             best = latest
-        on_epoch()
 
     model.load_state_dict(best["model_state_dict"])
     test_loss, test_acc = evaluate(model, data.test_loader, criterion, device)
