@@ -273,6 +273,12 @@ def test_lock_is_consistent(stages):
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_says_first_how_long_it_takes(scale):
+    first = (ROOT / f"stages/scales/{scale}.args").read_text().partition("\n")[0]
+    assert re.match(r"# .*(second|minute|hour|day)s? on 2 cores", first), first
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())

@@ -112,8 +112,8 @@ def width(key: str, values: list[float]) -> float:
 
 
 def scale_overrides(name: str) -> list[str]:
-    """Return the `key=value` settings of a scale: what `dvc exp run $(< stages/scales/<name>.args)` sets."""
-    words = shlex.split((ROOT / f"stages/scales/{name}.args").read_text())
+    """Return the `key=value` settings of a scale: what `dvc exp run $(grep -v '#' stages/scales/<name>.args)` sets."""
+    words = shlex.split((ROOT / f"stages/scales/{name}.args").read_text(), comments=True)
     assert words[::2] == ["-S"] * len(words[1::2])
     return words[1::2]
 
@@ -135,20 +135,21 @@ def clone(source: Path, target: Path) -> Path:
 
 
 def smoke_clone(target: Path) -> Path:
-    """Clone the project and set its params to smoke scale, as `dvc exp run $(< stages/scales/smoke.args)` would."""
+    """Clone the project and set its params to smoke scale, as `dvc exp run $(grep -v '#' stages/scales/smoke.args)` would."""
     clone(ROOT, target)
     apply_overrides(target / "params.yaml", scale_overrides("smoke"))
     return target
 
 
+def flatten(value: object, key: str) -> dict[str, float]:
+    """Return every number of nested mappings by the path to it, which begins with `key`."""
+    if isinstance(value, dict):
+        return {k: v for name, item in value.items() for k, v in flatten(item, f"{key}/{name}").items()}
+    return {key: value}
+
+
 def metrics(project: Path) -> dict[str, float]:
     """Return every number of the summaries in a project's working folder, by file and key."""
-
-    def flatten(value: object, key: str) -> dict[str, float]:
-        if isinstance(value, dict):
-            return {k: v for name, item in value.items() for k, v in flatten(item, f"{key}/{name}").items()}
-        return {key: value}
-
     paths = sorted(path.relative_to(project) for path in project.glob("reports/**/summary.json"))
     return {k: v for path in paths for k, v in flatten(json.loads((project / path).read_text()), str(path)).items()}
 
