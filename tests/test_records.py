@@ -1,6 +1,7 @@
 """A record says of what it is; a run that gives other numbers is told from one that rounds otherwise; what is found is what is asked."""
 
 import copy
+import hashlib
 import json
 import os
 import subprocess
@@ -74,6 +75,16 @@ def test_unknown_scales_and_records_are_named():
 def test_settings_of_a_scale_are_the_committed_params_with_its_changes():
     assert records.settings("smoke")["train_bilinear"]["epochs"] == 2
     assert records.settings("default") != records.settings("smoke")
+
+
+def test_times_are_of_the_stages_that_ran_with_these_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "TIMES", tmp_path)
+    (tmp_path / "params.yaml").write_bytes(b"a: 1")
+    for stage, params in {"train@a": b"a: 1", "train@b": b"a: 2"}.items():
+        noted = {"wall": 1.26, "processor": 2.0, "settings": hashlib.sha256(params).hexdigest()}
+        (tmp_path / f"{stage}.json").write_text(json.dumps(noted))
+    assert records.times() == {"train@a": {"wall": 1.3, "processor": 2.0}}
 
 
 @pytest.fixture

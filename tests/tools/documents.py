@@ -230,7 +230,11 @@ def write_numbers() -> None:
         except Unsourced as error:
             problems += [f"{page.relative_to(ROOT)}, {line}" for line in str(error).splitlines()]
     if problems:
-        sys.exit("\n".join(problems))
+        sys.exit(
+            "\n".join(
+                [*problems, "below results stand the keys of their records, <!-- numbers: ... -->: --help says how"]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from reproduction import EXPECTED, ROOT, alike, command, differences, flatten, k
 
 RECORDS = ROOT / "reports/records"
 MEASURED = "measured"  # the record that is written by hand
-TIMES = ROOT / ".work/times"
+TIMES = ROOT / ".work/times"  # a file a stage, as DVC calls it
 DIGITS = 6  # of a number in a record
 ROUNDING = 10.0 ** (1 - DIGITS)
 DECIDES = ("dvc.yaml", "requirements.txt", "stages", ":(exclude)*.md", ":(exclude)stages/scales")
@@ -115,10 +116,15 @@ def about(scale: str) -> dict[str, Any]:
     return {"command": asked, "commit": commit, "of": date, "kept": now, **machine()}
 
 
-def times() -> dict[str, dict[str, Any]]:
-    """Return seconds of each stage that has run here, as it noted them (stages/common/stage.py)."""
-    found = [json.loads(path.read_text()) for path in sorted(TIMES.glob("*.json"))]
-    return {str(times.pop("stage")): times for times in found}
+def times() -> dict[str, dict[str, float]]:
+    """Return seconds, of the clock and of processors, of the stages that ran here with these settings, where they noted them."""
+    settings = sha256((ROOT / "params.yaml").read_bytes()).hexdigest()
+    noted = {path.stem: json.loads(path.read_text()) for path in sorted(TIMES.glob("*.json"))}
+    return {
+        stage: {name: round(seconds[name], 1) for name in ("wall", "processor")}
+        for stage, seconds in noted.items()
+        if seconds["settings"] == settings
+    }
 
 
 def lines(value: Any, indent: str = " ") -> str:
