@@ -7,6 +7,7 @@ from pathlib import Path
 
 import documents
 import pytest
+import records
 from documents import PAGES, ROOT, Demonstration
 
 from stages.report import publish
@@ -69,7 +70,7 @@ def test_what_is_named_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_pages_are_short(page):
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(rf"\s*{documents.NOTE.pattern}", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     lines, prose = text.splitlines(), documents.BLOCK.sub("", text).splitlines()
     assert len(lines) <= LONGEST if page.parent == ROOT else 60 <= len(lines) <= 130
     assert not [line for line in prose if len(line) > WIDEST and not line.startswith(("|", "![", "<!--"))]
@@ -88,3 +89,59 @@ def test_what_is_quoted_of_the_published_report_is_what_it_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     for path, text in publish.documents(REPORT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run 'python -m stages.report.publish'"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_numbers_of_documents_are_those_of_records(page):
+    text = page.read_text(encoding="utf-8")
+    assert documents.sourced(text, records.known()) == text, "run 'python tests/tools/documents.py numbers'"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Right on 90.4 %, not 7%; 0.5 of 2,410", ["90.4 %", "7%", "0.5", "2,410"]),
+        ("worse by 1.2 points [-1.3, 3.7], 0.61 ±\n0.02, -0.3", ["1.2 points [-1.3, 3.7]", "0.61 ±\n0.02", "-0.3"]),
+        ("3 seeds of LeNet-5 at 8x8 pixels in 2024, ViT-B/16, 20 steps", []),
+        ("`0.5`, [here](a0.5.md), arXiv:2410.08417, Python 3.11, the 90 % interval, <!-- 0.5 -->", []),
+        (
+            "| x 5 | 7 | *8* |\n|---|---|---|\n| any 20: 24.4 % | 1051 | 0.1 ± 0.2 |",
+            ["7", "*8*", "24.4 %", "1051", "0.1 ± 0.2"],
+        ),
+        ("```text\n0.5\n```\n\n2e-15 of it", ["2e-15"]),
+    ],
+)
+def test_what_counts_as_a_result(text, found):
+    plain = documents.hidden(text, documents.PLAIN)
+    assert [m[0] for m in documents.results(plain, 0, len(plain))] == [word.strip("*") for word in found]
+
+
+KNOWN = {
+    "run": {
+        "a/b": {"acc": {"mean": 0.904, "std": 0.0251}, "gap": [-0.5, 1234.5]},
+        "gain": {"mean": 0.012, "low": 0, "high": 0.02},
+    }
+}
+
+
+def test_documents_get_the_numbers_of_records_in_their_own_form():
+    text = "It has 1.0 % ± 2 %, 0.1,\n1,000 and\n+3.0 points [1, 1].\n<!-- numbers: run/a/b: acc, gap/0,\n gap/1; run/gain -->\n\n- 0.99"
+    text += "\n  <!-- numbers: run/a/b/acc -->\n- none"
+    shown = documents.sourced(text, KNOWN)
+    assert shown.startswith("It has 90.4 % ± 3 %, -0.5,\n1,234 and\n+1.2 points [0, 2].\n")
+    assert "- 0.90\n" in shown and documents.sourced(shown, KNOWN) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("All 0.5 of it.", "line 1: 1 results .0.5., 0 keys"),
+        ("\n\nRight on 5 %\n<!-- numbers: run/a/b/acc, run/gain -->", "1 results .5 %., 2 keys"),
+        ("0.5\n<!-- numbers: run/a/b/loss -->", "no record holds run/a/b/loss: loss is not among acc, gap"),
+        ("0.5\n<!-- numbers: run/a/b -->", "the record has no mean"),
+        ("0.5 [0.1, 0.9]\n<!-- numbers: run/a/b/acc -->", "the record has no high"),
+    ],
+)
+def test_a_number_that_no_record_holds_cannot_be_written(text, why):
+    with pytest.raises(documents.Unsourced, match=why):
+        documents.sourced(text, KNOWN)

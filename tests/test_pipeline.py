@@ -52,7 +52,9 @@ from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 TEXT = (ROOT / "dvc.yaml").read_text()
 DVC_YAML = yaml.safe_load(TEXT)["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-COMMANDS = {"compare", "reproduce", 
+COMMANDS = {
+    "compare",
+    "reproduce",
     "audit",
     "decompose",
     "forecast_snapshots",

@@ -1,11 +1,16 @@
 """A record says of what it is; a run that gives other numbers is told from one that rounds otherwise; what is found is what is asked."""
 
 import copy
+import hashlib
 import json
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import records
+import reproduction
 from records import RecordError
 
 NUMBERS: dict[str, Any] = {"train/digits": {"acc": {"mean": 0.975, "std": 0.01, "n": 3}, "loss": 0.123456}}
@@ -70,6 +75,54 @@ def test_unknown_scales_and_records_are_named():
 def test_settings_of_a_scale_are_the_committed_params_with_its_changes():
     assert records.settings("smoke")["train_bilinear"]["epochs"] == 2
     assert records.settings("default") != records.settings("smoke")
+
+
+def test_times_are_of_the_stages_that_ran_with_these_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "TIMES", tmp_path)
+    (tmp_path / "params.yaml").write_bytes(b"a: 1")
+    for stage, params in {"train@a": b"a: 1", "train@b": b"a: 2"}.items():
+        noted = {"wall": 1.26, "processor": 2.0, "settings": hashlib.sha256(params).hexdigest()}
+        (tmp_path / f"{stage}.json").write_text(json.dumps(noted))
+    assert records.times() == {"train@a": {"wall": 1.3, "processor": 2.0}}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project with a scale, whose dvc repro does nothing."""
+    for name, text in {"params.yaml": "train: {epochs: 9}\n", "dvc.lock": "stages: {}\n"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "stages/scales").mkdir(parents=True)
+    (tmp_path / "stages/scales/small.args").write_text("# Next to nothing: a second on 2 cores\n-S train.epochs=2\n")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/dvc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/dvc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "keep", lambda scale: f"kept {scale}")
+    return tmp_path
+
+
+def test_a_scale_that_was_killed_goes_on_by_the_same_command(project):
+    assert records.run("small") == "kept small"
+    (project / "dvc.lock").write_text("stages: {a")  # cut off
+    assert records.run("small") == "kept small"
+    assert (project / "dvc.lock").read_text() == "stages: {}\n"
+    assert "epochs: 2" in (project / "params.yaml").read_text()
+    subprocess.run(["git", "checkout", "-q", "params.yaml"], cwd=project, check=True)
+    assert records.run("default") == "kept default"
+    assert (project / "params.yaml").read_text() == "train: {epochs: 9}\n"
+
+
+def test_a_scale_does_not_overwrite_what_is_not_committed(project):
+    (project / "params.yaml").write_text("train: {epochs: 5}\n")
+    with pytest.raises(RecordError, match=r"neither the committed one nor that of small"):
+        records.run("small")
+    with pytest.raises(RecordError, match=r"params.yaml is not that of small"):
+        records.refuse_unfinished("small")
 
 
 def test_what_was_measured_by_hand_says_how():

@@ -8,7 +8,8 @@ python tests/tools/records.py find 97.5%     # which numbers of which records ar
 On the processor, torch and number of threads that made a record, a run gives its numbers again. Elsewhere each may be further off by
 what numbers like it move by at smoke scale (tests/expected/smoke.json); all that differ are listed, with that tolerance.
 
-What was measured by hand stands in reports/records/measured.json: by what command, when, at which commit and on what machine.
+What was measured by hand stands in reports/records/measured.json: by what command, when, at which commit and on what machine. Of
+what was measured before there were records, date and commit are those that brought the numbers into the documents.
 """
 
 import json
@@ -29,8 +30,13 @@ from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
 from reproduction import EXPECTED, ROOT, alike, command, differences, flatten, kind_of, scale_overrides, width
 
+sys.path.insert(0, str(ROOT))  # the project need not be installed
+from stages.common.times import noted
+from stages.report import card
+
 RECORDS = ROOT / "reports/records"
 MEASURED = "measured"  # the record that is written by hand
+TIMES = ROOT / ".work/times"  # a file a stage, as DVC calls it
 DIGITS = 6  # of a number in a record
 ROUNDING = 10.0 ** (1 - DIGITS)
 DECIDES = ("dvc.yaml", "requirements.txt", "stages", ":(exclude)*.md", ":(exclude)stages/scales")
@@ -57,7 +63,8 @@ def settings(scale: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "params.yaml")
         path.write_text(command(ROOT, "git", "show", "HEAD:params.yaml"))
-        apply_overrides(path, overrides(scale))
+        if changes := overrides(scale):
+            apply_overrides(path, changes)
         return dict(yaml.safe_load(path.read_text()))
 
 
@@ -95,9 +102,6 @@ def rounded(value: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """Return what decides how numbers are rounded here."""
-    sys.path.insert(0, str(ROOT))  # it is no package that is installed
-    from stages.report import card
-
     return {
         "processor": card.machine(),
         "torch": version("torch"),
@@ -114,12 +118,10 @@ def about(scale: str) -> dict[str, Any]:
 
 
 def times() -> dict[str, dict[str, float]]:
-    """Return the seconds (wall, processor) of each stage that has run here with these settings, as it noted them."""
-    from stages.common.times import noted
-
+    """Return seconds, of the clock and of processors, of the stages that ran here with these settings, where they noted them."""
     with chdir(ROOT):
         taken = noted()
-    return {stage: {clock: round(seconds, 1) for clock, seconds in of.items()} for stage, of in taken.items()}
+    return {stage: {clock: round(value, 1) for clock, value in seconds.items()} for stage, seconds in taken.items()}
 
 
 def lines(value: Any, indent: str = " ") -> str:
@@ -202,8 +204,8 @@ def read(name: str) -> dict[str, Any]:
 
 
 def known() -> dict[str, Any]:
-    """Return the numbers of all records by the record's name."""
-    found = {}
+    """Return the numbers of all records by the record's name, and what is set: params.yaml as `params`."""
+    found: dict[str, Any] = {"params": yaml.safe_load((ROOT / "params.yaml").read_text())}
     for path in sorted(RECORDS.glob("*.json")):
         record = read(path.stem)
         measured = path.stem == MEASURED
@@ -242,9 +244,12 @@ def run(scale: str) -> str:
         print(MENDABLE)
         command(ROOT, "git", "checkout", "--", "dvc.lock")
     if yaml.safe_load((ROOT / "params.yaml").read_text()) not in (settings("default"), settings(scale)):
-        raise RecordError("params.yaml has changes of your own: commit them, or 'git checkout params.yaml'")
+        raise RecordError(
+            f"params.yaml is neither the committed one nor that of {scale}: commit it, or 'git checkout params.yaml'"
+        )
     (ROOT / "params.yaml").write_text(command(ROOT, "git", "show", "HEAD:params.yaml"))
-    apply_overrides(ROOT / "params.yaml", overrides(scale))
+    if changes := overrides(scale):
+        apply_overrides(ROOT / "params.yaml", changes)
     if subprocess.run(["dvc", "repro"], cwd=ROOT).returncode:
         raise RecordError("dvc repro failed, see above; the same command goes on from there")
     return keep(scale)
