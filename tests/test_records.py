@@ -1,7 +1,6 @@
 """A record says of what it is; a run that gives other numbers is told from one that rounds otherwise; what is found is what is asked."""
 
 import copy
-import hashlib
 import json
 import os
 import subprocess
@@ -59,7 +58,7 @@ def test_a_stage_too_few_or_too_many_is_no_reproduction(run, spoil):
 
 @pytest.mark.usefixtures("run")
 def test_a_number_is_found_by_how_it_is_written():
-    assert records.find("97.5 %") == "some/train/digits/acc = 0.975"
+    assert "some/train/digits/acc = 0.975" in records.find("97.5 %").splitlines()
     assert records.find("0.12") == "some/train/digits/loss = 0.123456"
     assert "no record" in records.find("0.13")
 
@@ -75,16 +74,6 @@ def test_unknown_scales_and_records_are_named():
 def test_settings_of_a_scale_are_the_committed_params_with_its_changes():
     assert records.settings("smoke")["train_bilinear"]["epochs"] == 2
     assert records.settings("default") != records.settings("smoke")
-
-
-def test_times_are_of_the_stages_that_ran_with_these_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    monkeypatch.setattr(records, "TIMES", tmp_path)
-    (tmp_path / "params.yaml").write_bytes(b"a: 1")
-    for stage, params in {"train@a": b"a: 1", "train@b": b"a: 2"}.items():
-        noted = {"wall": 1.26, "processor": 2.0, "settings": hashlib.sha256(params).hexdigest()}
-        (tmp_path / f"{stage}.json").write_text(json.dumps(noted))
-    assert records.times() == {"train@a": {"wall": 1.3, "processor": 2.0}}
 
 
 @pytest.fixture
