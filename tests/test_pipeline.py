@@ -63,6 +63,7 @@ COMMANDS = {
     "publish",
     "remember",
     "symmetry",
+    "trace_answers",
 }  # no stages: for users' own files, and for git
 PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))

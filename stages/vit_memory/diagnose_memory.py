@@ -27,7 +27,6 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.vit_memory import pictures
-from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.episodes import Episode, draw_episode
 from stages.vit_memory.features import FeatureSets, load_featured_images
 from stages.vit_memory.hopfield import associate, energy, hebbian_retrieve, retrieve
@@ -134,7 +133,7 @@ class Recall:
 
 def recall(features: FeatureSets, episode: Episode, betas: list[float]) -> Recall:
     """Return what an episode's queries retrieve from its support, both whitened, centred and of length 1."""
-    whiten = Whitening(features.glyphs.x[:, 0], features.glyphs.labels)
+    whiten = features.whitening(features.base.x[:, 0])
     keys, queries = whiten(features.train.x[episode.support, 0]), whiten(features.test.x[episode.queries, 0])
     centre = keys.mean(0)
     keys, queries = normalize(keys - centre, dim=1), normalize(queries - centre, dim=1)

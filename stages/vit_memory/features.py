@@ -1,6 +1,6 @@
 """The features that extract_features leaves.
 
-Axes: n images, g glyphs, d features.
+Axes: n images, g base images, k kinds of features, d features.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.common.files import load_metadata
 from stages.common.images import ImageSet, load_images
+from stages.vit_memory.classifiers import Whitening
 
 FEATURES = Path("models/extract_features")
 
@@ -21,7 +22,7 @@ FEATURES = Path("models/extract_features")
 class Labelled:
     """Features and labels of some images."""
 
-    x: Float[Tensor, "n 2 d"]  # class token, mean of patch tokens
+    x: Float[Tensor, "n k d"]  # class token, mean of patch tokens; or the mean over a CNN's pixels
     labels: Int[Tensor, " n"]
 
     def __len__(self) -> int:
@@ -30,15 +31,27 @@ class Labelled:
 
 @dataclass(frozen=True)
 class FeatureSets:
-    """Frozen features of a data set by backbone, by random weights, and of glyphs of unseen classes."""
+    """Frozen features of a data set by backbone, by random weights, and of images that choices are made on."""
 
     train: Labelled
     test: Labelled
     random_train: Labelled
     random_test: Labelled
-    glyphs: Labelled
-    glyphs_images: UInt8[Tensor, "g 1 h w"]
+    base: Labelled
+    base_images: UInt8[Tensor, "g c h w"]
+    base_is_new: bool  # the base classes are none of the data set's, as drawn glyphs are not
     classes: list[str]
+    is_vit: bool  # the backbone is one, so that prompts and memories can be put into it
+
+    def whitening(self, x: Float[Tensor, "g d"], shrinkage: float = 0.2) -> Whitening:
+        """Return the coordinates in which base classes have unit covariance; `x` are features of the base images.
+
+        Where those are of the data set's own classes, their labels would tell of what is to be learnt: then features are centred and
+        of unit variance over all, no more. (To whiten by the covariance of all images hides what tells their classes apart.)
+        """
+        if self.base_is_new:
+            return Whitening(x, self.base.labels, shrinkage)
+        return Whitening(x, torch.zeros_like(self.base.labels), shrinkage=1.0)
 
 
 def input_files(dataset: str) -> tuple[Path, Path]:
@@ -49,11 +62,14 @@ def input_files(dataset: str) -> tuple[Path, Path]:
 def load_features(dataset: str, device: torch.device) -> FeatureSets:
     """Return the features of one data set; InputError if they are missing or damaged."""
     path, _ = input_files(dataset)
-    classes = load_metadata(path)["classes"]
+    about = load_metadata(path)
     tensors = load_file(path, device=str(device))
-    sets = ("train", "test", "random_train", "random_test", "glyphs")
+    sets = ("train", "test", "random_train", "random_test", "base")
     parts = {name: Labelled(tensors[name], tensors[f"{name.removeprefix('random_')}_labels"]) for name in sets}
-    return FeatureSets(**parts, glyphs_images=tensors["glyphs_images"], classes=classes)
+    new, is_vit = about["base_is_new"], about["is_vit"]
+    return FeatureSets(
+        **parts, base_images=tensors["base_images"], base_is_new=new, classes=about["classes"], is_vit=is_vit
+    )
 
 
 def first(images: ImageSet, count: int) -> ImageSet:

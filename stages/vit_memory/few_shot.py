@@ -41,7 +41,7 @@ class Views:
 
     images: UInt8[Tensor, "n _ h w"]
     x: Float[Tensor, "n d"]
-    random_x: Float[Tensor, "n d"] | None  # None: not at hand, as of glyphs
+    random_x: Float[Tensor, "n d"] | None  # None: not at hand, as of base images
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,14 @@ class Settings:
     ridge: float
     plain_learning_rate: float
     plain_steps: int
-    training: Training
+    training: Training | None  # None: through a backbone that is no ViT nothing is trained
+
+    @property
+    def through(self) -> Training:
+        """How to train through the backbone; ValueError if it is no ViT."""
+        if self.training is None:
+            raise ValueError("training: expected how to train through a ViT, got None: methods of FROZEN need none")
+        return self.training
 
 
 # --- on frozen features -------------------------------------------------------------------------------------------------
@@ -112,7 +119,7 @@ def memory_heads(
 ) -> list[Float[Tensor, "q w"]]:
     """Return, for each (beta, weight), the linear probe's log probabilities plus `weight` times those of an associative memory.
 
-    The memory holds the support images in coordinates in which glyph classes have unit covariance.
+    The memory holds the support images in coordinates in which base images have unit covariance.
     """
     keys, x = whiten(support.x), whiten(queries.x)
     probe = linear_probe(keys, support.labels, x, support.classes, decay).log_softmax(1)
@@ -187,7 +194,7 @@ def prompts_of(kind: type[PromptedViT]) -> "Method":
     """Return the method of training visual prompts of a kind."""
 
     def method(support: Examples, queries: Examples, settings: Settings) -> Float[Tensor, "q w"]:
-        training = settings.training
+        training = settings.through
         model = train_through(
             lambda vit: kind(vit, num_classes=support.classes, num_prompts=training.num_prompts), support, training
         )
@@ -198,7 +205,7 @@ def prompts_of(kind: type[PromptedViT]) -> "Method":
 
 def memory_block(support: Examples, queries: Examples, settings: Settings) -> Float[Tensor, "q w"]:
     """An associative memory of the support images in the last block."""
-    training = settings.training
+    training = settings.through
 
     def build(vit: VisionTransformer) -> MemoryAugmentedViT:
         return MemoryAugmentedViT(vit, num_classes=support.classes, mem_size=len(support.labels), beta=training.beta)

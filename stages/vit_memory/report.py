@@ -72,11 +72,12 @@ def vit_memory_section(dataset: str) -> Section:
 def verdict(shots: dict[str, Any], tasks: dict[str, Any]) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     few = {name: percent(shots["methods"][name]["acc"]["mean"]).text for name in ("memory_head", "linear_probe")}
-    last = {name: percent(tasks["methods"][name]["class"]["final"]["mean"]).text for name in ("memory", "finetune")}
+    last = {name: percent(of["class"]["final"]["mean"]).text for name, of in tasks["methods"].items()}
+    tuned = f"fine-tuning {last['finetune']}, " if "finetune" in last else ""  # where whole networks train
     return (
         f"From a few images of each class, a memory on a frozen network is right on {few['memory_head']}; after all tasks, learnt one "
         f"by one, on {last['memory']}",
-        f"a well-fitted linear probe has {few['linear_probe']}; fine-tuning {last['finetune']}, guessing "
+        f"a well-fitted linear probe has {few['linear_probe']}; {tuned}guessing "
         f"{percent(tasks['chance']['class'], 0).text}",
     )
 

@@ -32,7 +32,6 @@ from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint, remembered, work_folder
 from stages.vit_memory import pictures
-from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.features import FEATURES, input_files, load_featured_images
 from stages.vit_memory.models import HeadedViT
 from stages.vit_memory.streams import Pool, Stream, accuracy_matrices, hold_out, make_stream, measures
@@ -41,7 +40,7 @@ from stages.vit_memory.ways import FROZEN, NETWORKS, Budget, Space, learn_frozen
 REPORTS = Path("reports/train_continual")
 
 METHODS = (*NETWORKS, *FROZEN)
-SHOWN = ("finetune", "replay", "memory", "joint")  # on the command line
+SHOWN = ("finetune", "replay", "nearest_mean", "memory", "ranpac", "joint")  # on the command line
 # Which question a method's strength is chosen for: EWC and LwF are made for the task-incremental one, all others for the other.
 HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary
     "final_acc_finetune": "methods/finetune/class/final",
@@ -58,6 +57,7 @@ class Params(StageParams):
     """Parameters of one data set's streams."""
 
     seeds: Annotated[list[NonNegativeInt], Field(min_length=3)]
+    networks: bool  # whether whole networks train, too, where the backbone is a ViT
     tasks: Annotated[int, Field(ge=2)]
     train_images: PositiveInt  # of each class, at most
     test_images: PositiveInt  # of each class, at most
@@ -104,13 +104,14 @@ class Examples:
         return Pool(self.labels, torch.arange(len(self.labels), device=self.labels.device), images_per_class)
 
 
-def load_examples(dataset: str, device: torch.device) -> tuple[Examples, Examples]:
-    """Return the training and the test images of one data set."""
+def load_examples(dataset: str, device: torch.device) -> tuple[Examples, Examples, Backbone | None]:
+    """Return the training and the test images of one data set, and the ViT that their features are of, if it is one."""
     features, train, test = load_featured_images(dataset, device)
-    whiten = Whitening(features.glyphs.x.flatten(1), features.glyphs.labels)
+    whiten = features.whitening(features.base.x.flatten(1))
     return (
         Examples(train.images, train.labels, whiten(features.train.x.flatten(1))),
         Examples(test.images, test.labels, whiten(features.test.x.flatten(1))),
+        load_backbone(FEATURES / dataset / "backbone.safetensors", device) if features.is_vit else None,
     )
 
 
@@ -118,7 +119,7 @@ def load_examples(dataset: str, device: torch.device) -> tuple[Examples, Example
 class Shared:
     """What all runs on one data set share."""
 
-    backbone: Backbone
+    backbone: Backbone | None  # None: it is no ViT, and only what learns from frozen features runs
     train: Examples
     test: Examples
     streams: dict[int | None, Stream]  # by seed
@@ -131,7 +132,7 @@ def compute(job: Job, shared: Shared) -> Matrices:
     stream, train, backbone = shared.streams[job.seed], shared.train, shared.backbone
     tested = train if job.seed is None else shared.test
     device = train.labels.device
-    if job.method in NETWORKS:
+    if job.method in NETWORKS and backbone is not None:
         with seeded_init(stream.seed):
             model = HeadedViT(copy.deepcopy(backbone.vit), stream.classes, freeze_backbone=False).to(device)
         way = NETWORKS[job.method](model, backbone.prepare, shared.budget, job.strength, stream.seed)
@@ -166,7 +167,8 @@ def summarise(results: Mapping[Job, Matrices], width: int) -> dict[str, Any]:
     def of_run(matrices: Matrices) -> dict[str, dict[str, float]]:
         return {kind: measures(torch.tensor(r), chance[kind]) for kind, r in matrices.items()}
 
-    return {m: over_seeds([of_run(r) for job, r in results.items() if job.method == m]) for m in METHODS}
+    methods = dict.fromkeys(job.method for job in results)
+    return {m: over_seeds([of_run(r) for job, r in results.items() if job.method == m]) for m in methods}
 
 
 def write_report(dataset: str, results: Mapping[Job, Matrices], strengths: dict[str, float], stream: Stream) -> None:
@@ -179,7 +181,7 @@ def write_report(dataset: str, results: Mapping[Job, Matrices], strengths: dict[
     save_json(folder / "metrics.json", headline_metrics(summary, HEADLINES))
     pictures.draw_accuracy(folder / "accuracy.png", rows, methods)
     pictures.draw_matrices(folder / "matrices.png", rows)
-    shown = ", ".join(f"{m} {methods[m]['class']['final']['mean']:.1%}" for m in SHOWN)
+    shown = ", ".join(f"{m} {methods[m]['class']['final']['mean']:.1%}" for m in SHOWN if m in methods)
     print(f"{dataset}, {stream.tasks} tasks, class-incremental: {shown}")
 
 
@@ -188,8 +190,8 @@ def main() -> None:
     params = Params.load("train_continual", dataset)
     pin_threads()
     device = pick_device()
-    backbone = load_backbone(FEATURES / dataset / "backbone.safetensors", device)
-    train, test = load_examples(dataset, device)
+    train, test, backbone = load_examples(dataset, device)
+    methods = METHODS if backbone and params.networks else tuple(FROZEN)
     pools = train.pool(params.train_images), test.pool(params.test_images)
     trial = hold_out(pools[0], params.validation_fraction, params.validation_seed, params.test_images)
     streams: dict[int | None, Stream] = {seed: make_stream(*pools, params.tasks, seed) for seed in params.seeds}
@@ -200,7 +202,7 @@ def main() -> None:
     budget = Budget(params.steps, params.batch_size, params.learning_rate, params.buffer, params.fisher_images)
     space = Space(train.x.shape[1], classes, params.buffer, params.random_features, params.shrinkage)
     shared = Shared(backbone, train, test, streams, budget, space)
-    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": fingerprint(*input_files(dataset))}
+    recipe = params.model_dump() | {"inputs": fingerprint(*input_files(dataset))}
     work = work_folder(f"train_continual/{dataset}", recipe)
 
     def run_job(job: Job) -> Matrices:
@@ -210,9 +212,10 @@ def main() -> None:
     def run_all(jobs: list[Job], progress: str) -> dict[Job, Matrices]:
         return dict(zip(jobs, parallel_map(run_job, jobs, device, f"{progress} {dataset}"), strict=True))
 
-    trials = [Job(m, strength, None) for m in METHODS if m in params.strengths for strength in params.strengths[m]]
-    strengths = choose_strengths(run_all(trials, "strengths for"), params.strengths)
-    jobs = [Job(m, strengths.get(m, 1.0), seed) for m in METHODS for seed in params.seeds]
+    candidates = {m: strengths for m, strengths in params.strengths.items() if m in methods}
+    trials = [Job(m, strength, None) for m in methods if m in candidates for strength in candidates[m]]
+    strengths = choose_strengths(run_all(trials, "strengths for"), candidates)
+    jobs = [Job(m, strengths.get(m, 1.0), seed) for m in methods for seed in params.seeds]
     results = run_all(jobs, "tasks of")
     write_report(dataset, results, strengths, streams[None])
     shutil.rmtree(work, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Learn from a few images of each class in many ways, in the same episodes, and compare them pair by pair.
 
-The strength of the memory head, and the learning rate of what trains through the backbone, are chosen on episodes of glyphs, whose
-classes are none of the data set's.
+The strength of the memory head, and the learning rate of what trains through the backbone, are chosen on episodes of base images:
+glyphs, whose classes are none of the data set's, or training images that are held out of all episodes told of.
 
 Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method in each episode
@@ -10,7 +10,7 @@ Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method 
         reports/train_few_shot/<dataset>/methods.{png, svg}
 """
 
-# Axes: g glyphs.
+# Axes: g base images.
 
 import itertools
 import shutil
@@ -35,6 +35,7 @@ from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.episodes import Episode, draw_episode
 from stages.vit_memory.features import FEATURES, input_files, load_featured_images
 from stages.vit_memory.few_shot import (
+    FROZEN,
     METHODS,
     REFERENCE,
     THROUGH,
@@ -66,12 +67,12 @@ class Params(StageParams):
     episodes: PositiveInt
     queries: PositiveInt  # test images in an episode, at most
     decay: NonNegativeFloat  # of the linear probe's weights
-    shrinkage: NonNegativeFloat  # of the covariance within glyph classes
+    shrinkage: NonNegativeFloat  # of the covariance of base images
     betas: Annotated[list[PositiveFloat], Field(min_length=1)]  # of the memory head, to choose from
     weights: Annotated[
         list[NonNegativeFloat], Field(min_length=1)
     ]  # of the memory beside the linear probe, to choose from
-    base_episodes: PositiveInt  # of glyphs, to choose on
+    base_episodes: PositiveInt  # to choose on
     random_features: PositiveInt
     ridge: PositiveFloat
     num_prompts: PositiveInt
@@ -79,15 +80,16 @@ class Params(StageParams):
     steps: PositiveInt  # of those that train through the backbone
     batch_size: PositiveInt  # of theirs
     learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]  # of prompts, gates and heads, to choose from
-    trial_episodes: PositiveInt  # of glyphs, to choose it on
+    trial_episodes: PositiveInt  # of base images, to choose it on
     plain_learning_rate: PositiveFloat  # of the plain linear probe
     plain_steps: PositiveInt
 
-    def settings(self, backbone: Backbone, whiten: Whitening, strength: tuple[float, float]) -> Settings:
+    def settings(self, backbone: Backbone | None, whiten: Whitening, strength: tuple[float, float]) -> Settings:
         """Return what the methods are told; `strength` is of the memory head."""
-        training = Training(
-            backbone, self.num_prompts, self.beta, self.steps, self.batch_size, learning_rate=self.learning_rates[0]
-        )
+        rate = self.learning_rates[0]
+        training = None
+        if backbone is not None:
+            training = Training(backbone, self.num_prompts, self.beta, self.steps, self.batch_size, rate)
         return Settings(
             decay=self.decay,
             whiten=whiten,
@@ -103,8 +105,8 @@ class Params(StageParams):
 Shots = Iterable[tuple[Examples, Examples]]  # support and queries of episodes
 
 
-def glyph_episodes(labels: Int[Tensor, " g"], n_way: int, n_shot: int, queries: int, seeds: range) -> list[Episode]:
-    """Return episodes among glyphs of as many shots as the real ones, or as many as leave a query of each class."""
+def base_episodes(labels: Int[Tensor, " g"], n_way: int, n_shot: int, queries: int, seeds: range) -> list[Episode]:
+    """Return episodes among base images of as many shots as the real ones, or as many as leave a query of each class."""
     n_shot = min(n_shot, len(labels) // int(labels.max() + 1) - 1)
     return [draw_episode(labels, labels, n_way, n_shot, queries, seed) for seed in seeds]
 
@@ -126,8 +128,8 @@ def accuracies(method: Method, episodes: Shots, settings: Settings) -> list[floa
 
 
 def with_rate(settings: Settings, learning_rate: float) -> Settings:
-    """Return the settings with another learning rate for what trains through the backbone."""
-    return replace(settings, training=replace(settings.training, learning_rate=learning_rate))
+    """Return the settings with another learning rate for what trains through the backbone, if anything does."""
+    return replace(settings, training=settings.training and replace(settings.training, learning_rate=learning_rate))
 
 
 def choose_rate(method: Method, trials: Shots, rates: list[float], settings: Settings) -> float:
@@ -172,26 +174,28 @@ def main() -> None:
     params = Params.load("train_few_shot", dataset)
     pin_threads()
     device = pick_device()
-    backbone = load_backbone(FEATURES / dataset / "backbone.safetensors", device)
     features, train_images, test_images = load_featured_images(dataset, device)
+    backbone = load_backbone(FEATURES / dataset / "backbone.safetensors", device) if features.is_vit else None
     train = Views(train_images.images, features.train.x[:, 0], features.random_train.x[:, 0])
     test = Views(test_images.images, features.test.x[:, 0], features.random_test.x[:, 0])
-    glyphs = Views(features.glyphs_images, features.glyphs.x[:, 0], None)
-    whiten = Whitening(glyphs.x, features.glyphs.labels, params.shrinkage)
+    base = Views(features.base_images, features.base.x[:, 0], None)
+    whiten = features.whitening(base.x, params.shrinkage)
     way, shot, queries = params.n_way, params.n_shot, params.queries
     seeds = range(params.seed, params.seed + params.episodes)
     episodes = [draw_episode(train_images.labels, test_images.labels, way, shot, queries, seed) for seed in seeds]
     trial_seeds = range(params.seed, params.seed + max(params.base_episodes, params.trial_episodes))
-    trials = list(shots(glyph_episodes(features.glyphs.labels, way, shot, queries, trial_seeds), glyphs, glyphs))
+    trials = list(shots(base_episodes(features.base.labels, way, shot, queries, trial_seeds), base, base))
 
     strengths = list(itertools.product(params.betas, params.weights))
     beta, weight = choose_strength(trials[: params.base_episodes], strengths, whiten, params.decay)
     settings = params.settings(backbone, whiten, (beta, weight))
-    recipe = params.model_dump() | {"weights": backbone.sha256, "inputs": fingerprint(*input_files(dataset))}
+    recipe = params.model_dump() | {"inputs": fingerprint(*input_files(dataset))}
     work = work_folder(f"train_few_shot/{dataset}", recipe)
 
+    methods = METHODS if backbone else FROZEN
+
     def compute(name: str) -> dict[str, Any]:
-        method, rate = METHODS[name], params.learning_rates[0]
+        method, rate = methods[name], params.learning_rates[0]
         if name in THROUGH:
             rate = choose_rate(method, trials[: params.trial_episodes], params.learning_rates, settings)
         return {"rate": rate, "acc": accuracies(method, shots(episodes, train, test), with_rate(settings, rate))}
@@ -199,8 +203,8 @@ def main() -> None:
     def run_method(name: str) -> dict[str, Any]:
         return remembered(work / f"{name}.json", lambda: compute(name))
 
-    done = dict(zip(METHODS, parallel_map(run_method, list(METHODS), device, f"few shots of {dataset}"), strict=True))
-    rates = {name: done[name]["rate"] for name in THROUGH}
+    done = dict(zip(methods, parallel_map(run_method, list(methods), device, f"few shots of {dataset}"), strict=True))
+    rates = {name: done[name]["rate"] for name in THROUGH if name in done}
     choices = {"memory_beta": beta, "memory_weight": weight, "learning_rate": rates}
     write_report(dataset, {name: result["acc"] for name, result in done.items()}, choices, way, shot)
     shutil.rmtree(work, ignore_errors=True)

@@ -1,6 +1,7 @@
-"""Processor seconds for fine-tunes that train together, against timm and torch.optim one after the other: the same networks.
+"""Seconds for fine-tunes that train together, against timm and torch.optim one after the other: the same networks.
 
 python tests/tools/benchmark_fleet.py [stack ...]     # fine-tunes that train together, by default 1 5 20
+Processor seconds, or on a GPU (WEIGHTLENS_DEVICE=cuda) those that pass.
 """
 
 import sys
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from stages.common.backbone import BackboneConfig, build_vit, save_backbone
 from stages.common.mae import MaskedAutoencoder
-from stages.common.runtime import pin_threads
+from stages.common.runtime import pick_device, pin_threads
 from stages.recall.fleet import BETAS, train_stack
 from stages.recall.functional_vit import load_base
 from stages.recall.objective import Objective
@@ -39,8 +40,17 @@ def train_alone(vit: nn.Module, head: nn.Linear, images: Tensor, labels: Tensor,
     return vit
 
 
+def clock(device: torch.device) -> float:
+    """Return processor seconds, or those that passed until the GPU was done."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def main() -> None:
     pin_threads()
+    device = pick_device()
     torch.manual_seed(0)
     path, shape = (
         Path(".work/benchmark_fleet.safetensors"),
@@ -50,11 +60,13 @@ def main() -> None:
     vit, head = build_vit(config), nn.Linear(32, 10)
     decoder = {k: v for k, v in MaskedAutoencoder(vit).state_dict().items() if not k.startswith("vit.")}
     save_backbone(path, vit, config, decoder | {f"head.{k}": v for k, v in head.state_dict().items()})
-    base = load_base(path)
+    base = load_base(path, device)
+    vit, head = vit.to(device), head.to(device)
     path.unlink()
     objective, m = Objective(base, "labels", RATIO), max(stacks := [int(word) for word in sys.argv[1:]] or [1, 5, 20])
-    images = torch.randint(256, (m, STEPS, IMAGES, 3, 16, 16), dtype=torch.uint8)
-    labels, noise = torch.randint(10, (m, STEPS, IMAGES)), torch.rand(m, STEPS, IMAGES, base.patches)
+    images = torch.randint(256, (m, STEPS, IMAGES, 3, 16, 16), dtype=torch.uint8).to(device)
+    labels = torch.randint(10, (m, STEPS, IMAGES)).to(device)
+    noise = torch.rand(m, STEPS, IMAGES, base.patches).to(device)
     patches = torch.stack([torch.stack([base.patchify(x) for x in own]) for own in images])
     x = (images.float() / 255 - 0.5) / 0.25
     head.load_state_dict({k.removeprefix("head."): v for k, v in objective.frozen.items() if k.startswith("head.")})
@@ -80,12 +92,12 @@ def main() -> None:
     for stack in stacks:
         seconds = {"alone": float("inf"), "together": float("inf")}
         for _ in range(ROUNDS):  # in turn, so that a busy machine slows both
-            start = time.process_time()
+            start = clock(device)
             last = [{k: w.clone() for k, w in alone(i).state_dict().items()} for i in range(stack)]
-            middle = time.process_time()
+            middle = clock(device)
             vectors = together(stack)
             seconds["alone"] = min(seconds["alone"], middle - start)
-            seconds["together"] = min(seconds["together"], time.process_time() - middle)
+            seconds["together"] = min(seconds["together"], clock(device) - middle)
         worst = max(
             (weight - last[i][name]).abs().max().item()
             for i in range(stack)

@@ -59,7 +59,9 @@ def test_images_attend_to_their_own_class_and_are_named_by_their_indices():
         return Labelled(torch.stack([features, torch.zeros_like(features)], 1), labels)
 
     train, test = twice(x, labels), twice(test_x, labels)
-    features = FeatureSets(train, test, train, test, twice(drawn, glyphs), torch.zeros(200, 1, 2, 2), ["a", "b", "c"])
+    features = FeatureSets(
+        train, test, train, test, twice(drawn, glyphs), torch.zeros(200, 1, 2, 2), True, ["a", "b", "c"], True
+    )
     episode = draw_episode(labels, labels.clone(), 3, 5, 30, seed=0)
     found = recall(features, episode, [0.125, 16.0])
     assert list(found.attention) == ["beta 0.125", "beta 16"]

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from reproduction import ROOT
 from running import start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages.common.backbone import load_backbone
 from stages.common.drawings import Glyphs
 from stages.common.randomness import generator
 from stages.datasets import fetch_data
 from stages.vit_memory import extract_features, train_few_shot
+from stages.vit_memory.few_shot import FROZEN
 from stages.vit_memory.pretrain_backbone import EVALUATION, Params, nearest_mean_accuracy
 
 RELEASED = Path("models/released")
@@ -54,6 +56,31 @@ def test_a_folder_of_faces_goes_through_and_its_classes_are_told_apart(folder, m
     shots = json.loads((folder / "reports/train_few_shot/rafdb/summary.json").read_text())
     assert shots["chance"] == 1 / 7
     assert min(shots["methods"][m]["acc"]["mean"] for m in ("linear_probe", "memory_head", "nearest_mean")) > 0.75
+
+
+def test_a_cnn_with_a_file_of_weights_goes_through_on_held_out_images(folder, monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3)
+    save_file(model.state_dict(), folder / "cnn.safetensors")
+    networks = "extract_features.networks.efficientnet_lite0"
+    settings = ["extract_features.backbone=cnn.safetensors", "extract_features.network=efficientnet_lite0"]
+    settings += [f"{networks}.name=resnet10t", f"{networks}.image_size=32", f"{networks}.layers=[-2,head]"]
+    settings += ["extract_features.overrides.rafdb.train_images=36", "extract_features.base_images=20"]
+    settings += ["extract_features.layer_episodes.n_way=3", "extract_features.layer_episodes.n_shot=1"]
+    settings += ["train_few_shot.overrides.rafdb.n_way=2", "train_few_shot.n_shot=1", "train_few_shot.episodes=3"]
+    apply_overrides(folder / "params.yaml", settings)
+    for stage in (fetch_data, extract_features, train_few_shot):
+        start(monkeypatch, stage, dataset="rafdb")
+    about = json.loads((folder / "reports/extract_features/rafdb/network.json").read_text())
+    assert about["sha256"] == hashlib.sha256((folder / "cnn.safetensors").read_bytes()).hexdigest()
+    assert about["layer"] == max(about["layer_acc"], key=about["layer_acc"].get)
+    assert set(about["layer_acc"]) == {"-2", "head"}
+    features = load_file(folder / "models/extract_features/rafdb/features.safetensors")
+    images = load_file(folder / "data/rafdb.safetensors")["train_images"]
+    assert len(features["train"]) == 36
+    assert torch.equal(features["base_images"], images[36:56])  # none of what is learnt from
+    methods = json.loads((folder / "reports/train_few_shot/rafdb/summary.json").read_text())["methods"]
+    assert set(methods) == set(FROZEN)  # nothing trains through a CNN
 
 
 def test_the_released_backbone_is_as_small_and_as_good_as_it_says():

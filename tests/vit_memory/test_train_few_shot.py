@@ -1,18 +1,19 @@
-"""The stage of few shots: paired differences, and choices made on glyphs alone."""
+"""The stage of few shots: paired differences, and choices made on base images alone."""
 
 import pytest
 import torch
 
+from stages.common.backbone import Backbone, BackboneConfig
 from stages.vit_memory.classifiers import Whitening
 from stages.vit_memory.episodes import draw_episode
 from stages.vit_memory.few_shot import Examples, Views, shots
 from stages.vit_memory.train_few_shot import (
     Params,
     accuracies,
+    base_episodes,
     choose_rate,
     choose_strength,
     compare,
-    glyph_episodes,
     with_rate,
 )
 
@@ -32,9 +33,9 @@ def test_of_one_episode_there_is_no_interval():
     assert table == {"linear_probe": {"acc": {"mean": 0.5, "n": 1}}, "better": {"acc": {"mean": 0.6, "n": 1}}}
 
 
-def test_glyph_episodes_leave_a_query_of_each_class():
+def test_base_episodes_leave_a_query_of_each_class():
     labels = torch.arange(60) % 20  # three drawings of each class
-    episodes = glyph_episodes(labels, n_way=4, n_shot=5, queries=50, seeds=range(3, 6))
+    episodes = base_episodes(labels, n_way=4, n_shot=5, queries=50, seeds=range(3, 6))
     assert [episode.seed for episode in episodes] == [3, 4, 5]
     for episode in episodes:
         assert episode.support_labels.bincount().tolist() == [2] * 4
@@ -46,7 +47,7 @@ def test_the_strength_is_the_one_with_the_best_accuracy_over_all_trials():
     x = torch.randn(5, 6)[labels] + 0.4 * torch.randn(200, 6)
     views = Views(torch.zeros(200, 1, 2, 2, dtype=torch.uint8), x, None)
     whiten = Whitening(x, labels)
-    trials = list(shots(glyph_episodes(labels, 5, 1, 100, range(4)), views, views))
+    trials = list(shots(base_episodes(labels, 5, 1, 100, range(4)), views, views))
     strengths = [(16.0, -50.0), (16.0, 1.0), (16.0, -5.0)]  # against the memory is worst
     assert choose_strength(trials, strengths, whiten, 0.01) == (16.0, 1.0)
 
@@ -54,7 +55,8 @@ def test_the_strength_is_the_one_with_the_best_accuracy_over_all_trials():
 @pytest.fixture
 def settings(project):  # noqa: ARG001 (whose params.yaml it reads)
     params = Params.load("train_few_shot", "digits")
-    return params.settings(backbone=None, whiten=None, strength=(1.0, 0.0))
+    backbone = Backbone(None, BackboneConfig("none", False, 8, None), "", {})  # of which nothing is read
+    return params.settings(backbone, whiten=None, strength=(1.0, 0.0))
 
 
 def test_the_rate_is_the_one_with_the_best_accuracy_over_all_trials(settings):
