@@ -23,7 +23,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 from reproduction import ROOT, scale_overrides
 
-from stages.bilinear import decompose_bilinear, train_bilinear
+from stages.bilinear import decompose_bilinear, train_bilinear, vary_regularisation
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,
@@ -56,6 +56,7 @@ COMMANDS = {
     "compare",
     "reproduce",
     "audit",
+    "compare",
     "decompose",
     "forecast_snapshots",
     "leave_snapshots",
@@ -301,6 +302,9 @@ def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     for dataset in changed["train_world"]["datasets"]:
         assert dataset in fetched
         train_world.Params.load("train_world", dataset)
+    for dataset in changed["vary_regularisation"]["datasets"]:
+        assert dataset in fetched
+        vary_regularisation.Params.load("vary_regularisation", dataset)
     for variant in changed["learn_world"]["variants"]:
         learn_world.Params.load("learn_world", variant=variant)
     assert set(changed["learn_world"]["learned"]) <= set(changed["learn_world"]["variants"])

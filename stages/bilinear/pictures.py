@@ -153,6 +153,32 @@ def draw_matches(path: Path, a: DecompositionArtifacts, b: DecompositionArtifact
     save_figure(path, figure)
 
 
+def draw_factors(path: Path, found: list[tuple[dict[str, float], dict[str, Any]]], summary: dict[str, Any]) -> None:
+    """Draw every measure under every combination of the factors, with its spread; dashed: untrained networks, dotted: principal components.
+
+    found: conditions and their measures, of `stages.bilinear.vary_regularisation`; summary: its baselines.
+    """
+    names = list(found[0][1])
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(2.1 * len(names), 0.3 * len(found) + 0.9), sharey=True, layout="constrained"
+    )
+    y = range(len(found))
+    labels = [
+        ", ".join(f"{factor.replace('_', ' ')} {value:g}" for factor, value in condition.items())
+        for condition, _ in found
+    ]
+    for ax, name in zip(axes, names, strict=True):
+        means, stds = ([values[name][part] for _, values in found] for part in ("mean", "std"))
+        ax.errorbar(means, y, xerr=stds, fmt="o", markersize=4, capsize=2)
+        ax.axvline(summary["untrained"][name]["mean"], color="grey", linestyle="--", linewidth=0.8)
+        if name in summary["principal_components"]:
+            ax.axvline(summary["principal_components"][name], color="grey", linestyle=":", linewidth=1)
+        ax.set_title(name.replace("_", " "))
+    axes[0].set_yticks(y, labels)
+    axes[0].invert_yaxis()
+    save_figure(path, figure)
+
+
 def image_shape(pixels: int) -> tuple[int, int, int]:
     """Return channels, height and width of a square image of so many numbers, grey or colour; else of one row."""
     for channels in (1, 3):
