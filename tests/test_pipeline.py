@@ -56,7 +56,6 @@ COMMANDS = {
     "compare",
     "reproduce",
     "audit",
-    "compare",
     "decompose",
     "forecast_snapshots",
     "leave_snapshots",
