@@ -23,7 +23,7 @@ def settings() -> str:
 
 
 def all_stages() -> list[str]:
-    """Return what dvc.yaml's stages and their items are called, in the order in which `dvc repro` comes to them; none without a dvc.yaml."""
+    """Return what stages and their items are called, in the order in which `dvc repro` comes to them; none without a dvc.yaml."""
     if not DVC_YAML.is_file():
         return []
     params = yaml.load(PARAMS.read_text(), Loader)
