@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 TIMES = Path(".work/times")  # a file a stage and item, as DVC calls them
-PARAMS = Path("params.yaml")
+PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 # When this process began: what it has computed until here are imports, which wait for nothing.
 BEGAN = time.monotonic() - time.process_time()
@@ -23,10 +23,12 @@ def settings() -> str:
 
 
 def all_stages() -> list[str]:
-    """Return what dvc.yaml's stages and their items are called, in the order in which `dvc repro` comes to them."""
+    """Return what stages and their items are called, in the order in which `dvc repro` comes to them; none without a dvc.yaml."""
+    if not DVC_YAML.is_file():
+        return []
     params = yaml.load(PARAMS.read_text(), Loader)
     names = []
-    for name, stage in yaml.load(Path("dvc.yaml").read_text(), Loader)["stages"].items():
+    for name, stage in yaml.load(DVC_YAML.read_text(), Loader)["stages"].items():
         items = [stage["foreach"]] if "foreach" in stage else stage.get("matrix", {}).values()
         lists = [_values(params, values) for values in items]
         names += [f"{name}@{'-'.join(map(str, item))}" for item in product(*lists)] if lists else [name]

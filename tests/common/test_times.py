@@ -47,6 +47,12 @@ def test_what_dvc_does_not_run_is_neither_counted_nor_noted(monkeypatch, capsys)
     assert capsys.readouterr().out == "" and not times.TIMES.exists()
 
 
+def test_without_dvc_no_time_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert card.time_taken(times.noted(), times.all_stages()).startswith("not recorded")
+    assert card.times_details() == []
+
+
 def test_the_longest_stage_comes_first():
     taken = {"draw@a": {"wall": 1.2, "processor": 0.4}, "draw@b": {"wall": 61.0, "processor": 110.0}}
     table = card.times_table(taken)

@@ -9,14 +9,16 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from dvc.utils.hydra import apply_overrides
 from reproduction import ROOT
 from running import start
 
 from stages.common import work
 from stages.common.stage import InputError
-from stages.common.work import cluster_map, remembered, work_folder
+from stages.common.work import cluster_map, compute_pieces, remembered, work_folder
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo
 
@@ -86,6 +88,22 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere:1:2")
     with pytest.raises(InputError, match="RAY_ADDRESS=nowhere:1:2: no cluster answers"):
         list(cluster_map(str, [1], "nothing"))
+
+
+def test_what_was_kept_is_counted_and_not_computed_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    computed = []
+
+    def square(item: int) -> dict[str, np.ndarray]:
+        computed.append(item)
+        return {"square": np.array([item**2])}
+
+    pieces = {tmp_path / f"{item}.safetensors": item for item in range(3)}
+    compute_pieces(square, dict(list(pieces.items())[:1]), torch.device("cpu"), "squares")
+    assert "kept" not in capsys.readouterr().out
+    compute_pieces(square, pieces, torch.device("cpu"), "squares")
+    assert capsys.readouterr().out == "squares: 1 of 3 kept\n"
+    assert sorted(computed) == [0, 1, 2] and all(path.is_file() for path in pieces)
 
 
 def test_work_is_found_again_for_the_same_recipe_and_code_alone(project, monkeypatch):

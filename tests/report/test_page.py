@@ -70,6 +70,16 @@ def test_the_report_of_the_last_reproduction_too(width, dark):
 
 
 @needs_browser
+@pytest.mark.skipif(not browser.AXE.exists(), reason="no axe-core here: npm install --no-save axe-core")
+def test_who_hears_the_page_or_has_no_mouse_can_read_it(page, tmp_path):
+    passes, violations = browser.audit(page, 1280)
+    assert passes > 20 and not violations
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace('alt="An empty plot."', "").replace('<html lang="en">', "<html>"))
+    assert {line.split()[0] for line in browser.audit(broken, 1280)[1]} == {"image-alt", "html-has-lang"}
+
+
+@needs_browser
 def test_what_these_tests_look_for_is_found(page, tmp_path):
     """A page that is too wide, too faint and leads nowhere is seen to be all three."""
     text = (

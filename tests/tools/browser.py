@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+AXE = ROOT / "node_modules/axe-core/axe.min.js"  # npm install --no-save axe-core
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FRAME = """<!doctype html><style>body {{ margin: 0 }} iframe {{ border: 0; width: {width}px; height: {height}px }}</style>
 <iframe id="frame" src="{page}"></iframe><pre id="found"></pre><script>
@@ -51,6 +53,21 @@ window.onload = () => {{
     unseen: [...page.images].filter(image => !image.naturalWidth || !image.alt).length,
     images: page.images.length,
   }})
+}}
+</script>
+"""
+AUDIT = """<!doctype html><style>body {{ margin: 0 }} iframe {{ border: 0; width: {width}px; height: 900px }}</style>
+<iframe id="frame" src="{page}"></iframe><pre id="found"></pre><script>
+window.onload = () => {{
+  const frame = document.getElementById("frame"), page = frame.contentDocument
+  page.querySelectorAll("details").forEach(each => each.open = true)
+  const script = page.createElement("script")
+  script.src = "{axe}"
+  script.onload = () => frame.contentWindow.axe.run(page, {{ iframes: false }}).then(result => {{
+    const lines = result.violations.map(v => `${{v.id}} (${{v.impact}}): ${{v.nodes.length}} times, ${{v.nodes[0].html.slice(0, 120)}}`)
+    document.getElementById("found").textContent = JSON.stringify({{ passes: result.passes.length, violations: lines }})
+  }})
+  page.head.append(script)
 }}
 </script>
 """
@@ -102,6 +119,18 @@ def look(page: Path, width: int, dark: bool = False) -> tuple[Seen, list[str]]:
     assert found and found[1], done.stderr
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return Seen(**json.loads(unescape(found[1]))), console
+
+
+def audit(page: Path, width: int, dark: bool = False) -> tuple[int, list[str]]:
+    """Return how many of axe-core's rules for accessible pages hold for a page, all of it unfolded, and a line for each that does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        frame = Path(folder) / "frame.html"
+        frame.write_text(AUDIT.format(width=width, page=page.resolve().as_uri(), axe=AXE.resolve().as_uri()))
+        done = chromium(frame.as_uri(), f"--window-size={max(width, 500)},1000", "--dump-dom", dark=dark)
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found and found[1], done.stderr
+    result = json.loads(unescape(found[1]))
+    return result["passes"], result["violations"]
 
 
 def picture(page: Path, out: Path, width: int, dark: bool = False) -> None:

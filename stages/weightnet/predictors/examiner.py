@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sklearn.ensemble import ExtraTreesRegressor
 from torch import Tensor, nn
 
 from stages.weightnet.predictors.data import Data
@@ -65,6 +64,8 @@ def mark_rows(exam: Exam, zoos: dict[str, Zoo], rows: dict[str, Rows]) -> Float[
 
 def with_trees(marks: list[Float[Tensor, "n r"]], targets: Float[Tensor, "n k"], trees: int, ridge: Pair) -> Pair:
     """Return the mean of kernel ridge's predictions and those of extremely randomised trees (Geurts et al. 2006)."""
+    from sklearn.ensemble import ExtraTreesRegressor  # here: 2 s that a prediction does without
+
     forest = ExtraTreesRegressor(trees, min_samples_leaf=2, max_features=0.3, random_state=0, n_jobs=1)
     forest.fit(marks[0].numpy(), targets.numpy())
     validation, test = (
