@@ -6,7 +6,7 @@ Writes  models/decompose_bilinear/<dataset>/decomposition.pt   DecompositionArti
         reports/decompose_bilinear/<dataset>/metrics.json      the headlines of it, for `dvc metrics`
         reports/decompose_bilinear/<dataset>/truncation.csv    accuracy from k eigenvectors a class
         reports/decompose_bilinear/<dataset>/two_layer.csv     accuracy from k1 outer and k2 inner eigenvectors
-        reports/decompose_bilinear/<dataset>/*.{png, svg}
+        reports/decompose_bilinear/<dataset>/*.png, vector/*.svg
 """
 
 # Axes: n images, c classes, m masks, k eigenvectors, d pixels times channels.

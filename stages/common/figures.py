@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import NullFormatter
 
-from stages.common.files import atomic_path
+from stages.common.files import atomic_path, vector_path
 
 SHARPNESS = 2  # pixels of a file for each that a page shows it with
 plt.rcParams.update(
@@ -40,8 +40,8 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def save_plot(path: Path, figure: Figure) -> None:
-    """Write `figure`, of lines and points, as PNG and beside it as SVG, which stays sharp at any size; and close it."""
-    with atomic_path(path.with_suffix(".svg")) as temporary:
+    """Write `figure`, of lines and points, as PNG and also as SVG, which stays sharp at any size; and close it."""
+    with atomic_path(vector_path(path)) as temporary:
         figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     save_figure(path, figure)
 

@@ -44,6 +44,11 @@ def save_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def vector_path(path: Path) -> Path:
+    """Return where the SVG of a plot lies whose PNG is `path`: in a folder, so that a stage has one such output."""
+    return path.parent / "vector" / f"{path.stem}.svg"
+
+
 def save_json(path: Path, value: Any) -> None:
     """Write `value` as JSON; a NaN or infinity is an error, since no metric may be one."""
     save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -4,7 +4,7 @@ Reads   models/train_lenet/<dataset>/
 Writes  reports/compress_trajectory/<dataset>/explained.csv   fraction of variance that k components of the training runs explain
         reports/compress_trajectory/<dataset>/span.csv        fraction of the next movement that lies in the span of k components
         reports/compress_trajectory/<dataset>/summary.json    both, at the numbers of components in params
-        reports/compress_trajectory/<dataset>/components.{png, svg}
+        reports/compress_trajectory/<dataset>/components.png, vector/components.svg
 
 Axes: n vectors, p weights, k components.
 """

@@ -10,7 +10,7 @@ Writes  reports/evaluate_forecaster/<dataset>/errors.csv        squared error by
         reports/evaluate_forecaster/<dataset>/losses.csv        loss over persistence's and accuracy gained, likewise
         reports/evaluate_forecaster/<dataset>/summary.json      the main regime's, and the transformer's of all regimes
         reports/evaluate_forecaster/<dataset>/metrics.json      the headlines of it, for `dvc metrics`
-        reports/evaluate_forecaster/<dataset>/*.{png, svg}
+        reports/evaluate_forecaster/<dataset>/*.png, vector/*.svg
 
 Axes: h horizons, p weights.
 """

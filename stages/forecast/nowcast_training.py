@@ -5,7 +5,7 @@ Writes  reports/nowcast_training/<dataset>/history.csv    test loss by method, s
         reports/nowcast_training/<dataset>/grid.csv       validation loss of every learning rate
         reports/nowcast_training/<dataset>/summary.json   loss over training and cost to a target beside bare Adam's, seed by seed
         reports/nowcast_training/<dataset>/metrics.json   the headlines of it, for `dvc metrics`
-        reports/nowcast_training/<dataset>/losses.{png, svg}
+        reports/nowcast_training/<dataset>/losses.png, vector/losses.svg
 """
 
 import statistics

@@ -7,7 +7,7 @@ by the first seed.
 Reads   data/<dataset>.safetensors, models/train_mae/<dataset>/backbone.safetensors
 Writes  models/classify_masked/<dataset>/backbone.safetensors   the fine-tuned encoder, its head and the autoencoder's decoder
         reports/classify_masked/<dataset>/summary.json          test accuracy of each method at each mask ratio, over seeds
-        reports/classify_masked/<dataset>/accuracy.{png, svg}
+        reports/classify_masked/<dataset>/accuracy.png, vector/accuracy.svg
 
 Axes: n images, b images of a batch, p patches, k of them visible, q pixels of a patch, c classes, m networks of a stack.
 """

@@ -5,7 +5,7 @@ All means, scales and axes are those of training fine-tunes.
 Reads   models/build_fleet/<fleet>/fleet.safetensors
 Writes  models/condense_changes/<fleet>.safetensors   descriptions [n, f] by name; what there is to recall, `test` [n]
         reports/condense_changes/summary.json         how much of the changes principal components hold, of unseen networks too
-        reports/condense_changes/variance.{png, svg}
+        reports/condense_changes/variance.png, vector/variance.svg
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ A + B is chosen on other pairs of class sets than those that are reported.
 Reads   models/build_fleet/rules/fleet.safetensors, models/build_fleet/classes/fleet.safetensors, and the base and images of each
 Writes  reports/map_weight_space/summary.json   accuracy of written networks beside copied ones, geometry, arithmetic
         reports/map_weight_space/metrics.json   the headlines of it, for `dvc metrics`
-        reports/map_weight_space/{space, written, arithmetic}.{png, svg}
+        reports/map_weight_space/{space, written, arithmetic}.png, vector/*.svg
 """
 
 from pathlib import Path

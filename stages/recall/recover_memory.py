@@ -7,7 +7,7 @@ Reads   models/condense_changes/<fleet>.safetensors of all fleets
 Writes  reports/recover_memory/summary.json          every characteristic from every representation, and controls
         reports/recover_memory/metrics.json          the headlines of it, for `dvc metrics`
         reports/recover_memory/growth.csv            over the number of fine-tunes learned from
-        reports/recover_memory/{representations, growth}.{png, svg}, mean_images.png
+        reports/recover_memory/{representations, growth}.png, vector/*.svg, mean_images.png
 """
 
 import math

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from stages.bilinear.report import bilinear_section
-from stages.common.files import require, save_text
+from stages.common.files import require, save_text, vector_path
 from stages.common.report import REPORTS, Detail, Picture, Section, Table
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.forecast.report import forecast_section
@@ -91,10 +91,10 @@ def render_markdown(sections: list[Section], facts: dict[str, str], last: list[D
 
 
 def data_url(path: Path) -> str:
-    """Return a picture as a URL that holds it: its PNG, or the SVG beside that, if there is one and it is smaller."""
+    """Return a picture as a URL that holds it: its PNG, or the same as SVG, if there is one and it is smaller."""
     files = {"png": require(path).read_bytes()}
-    if path.with_suffix(".svg").is_file():
-        files["svg+xml"] = path.with_suffix(".svg").read_bytes()
+    if vector_path(path).is_file():
+        files["svg+xml"] = vector_path(path).read_bytes()
     kind = min(files, key=lambda kind: len(files[kind]))
     return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
 

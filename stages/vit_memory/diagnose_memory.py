@@ -5,7 +5,7 @@ Writes  reports/diagnose_memory/<dataset>/retrieval.csv   error of retrieval by 
         reports/diagnose_memory/<dataset>/energy.csv      energy and movement at each update
         reports/diagnose_memory/<dataset>/capacity.csv    fraction of patterns that modern and classical networks retrieve
         reports/diagnose_memory/<dataset>/summary.json
-        reports/diagnose_memory/<dataset>/{retrieval, energy}.{png, svg}, {attention, slots}.png
+        reports/diagnose_memory/<dataset>/{retrieval, energy}.png, vector/*.svg, {attention, slots}.png
 """
 
 # Axes: m stored patterns or slots, q queries, d features, c classes.

@@ -7,7 +7,7 @@ Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_continual/<dataset>/accuracy.csv   the whole R matrix: accuracy on every task after every task, of each run
         reports/train_continual/<dataset>/summary.json   accuracy, forgetting, backward and forward transfer over seeds
         reports/train_continual/<dataset>/metrics.json   the headlines of it, for `dvc metrics`
-        reports/train_continual/<dataset>/accuracy.{png, svg}, matrices.png
+        reports/train_continual/<dataset>/accuracy.png, vector/accuracy.svg, matrices.png
 """
 
 # Axes: n images, d features.

@@ -7,7 +7,7 @@ Reads   data/<dataset>.safetensors, models/extract_features/<dataset>/
 Writes  reports/train_few_shot/<dataset>/episodes.csv   accuracy of each method in each episode
         reports/train_few_shot/<dataset>/summary.json   means, and differences to the linear probe with 95 % intervals
         reports/train_few_shot/<dataset>/metrics.json   the headlines of it, for `dvc metrics`
-        reports/train_few_shot/<dataset>/methods.{png, svg}
+        reports/train_few_shot/<dataset>/methods.png, vector/methods.svg
 """
 
 # Axes: g base images.

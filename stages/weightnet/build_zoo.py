@@ -5,7 +5,7 @@ Writes  models/build_zoo/<dataset>-<variant>/shard-<n>.safetensors   weights [m,
         models/build_zoo/<dataset>-<variant>/index.parquet           a row for each snapshot: run, seed, hash and values of its
                                                                      hyper-parameters, what was measured, its shard
         reports/build_zoo/<dataset>-<variant>/summary.json           how many, and how what was measured is spread
-        reports/build_zoo/<dataset>-<variant>/zoo.{png, svg}
+        reports/build_zoo/<dataset>-<variant>/zoo.png, vector/zoo.svg
 A variant is an architecture: one of ours, or one of torchvision's by its name. Finished stacks wait in .work/build_zoo/ so that
 a killed or a growing zoo trains only the rest.
 Stacks train side by side on the cores; on a Ray cluster if RAY_ADDRESS names one, to the same bytes on like processors.

@@ -5,7 +5,7 @@ Writes  reports/evaluate_weightnet/<dataset>/scores.csv      a row for each pred
         reports/evaluate_weightnet/<dataset>/summary.json    means and spread over splits and over architectures held out;
                                                              how often intervals hold; how much relabelling neurons changes
         reports/evaluate_weightnet/<dataset>/metrics.json    the headlines of it, for `dvc metrics`
-        reports/evaluate_weightnet/<dataset>/*.{png, svg}
+        reports/evaluate_weightnet/<dataset>/*.png, vector/*.svg
 """
 
 from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ def test_a_page_shows_a_picture_smaller_than_it_is(tmp_path):
         figure, ax = plt.subplots(figsize=(3, 2))
         ax.plot([0, 1], [0, 1])
         save_plot(tmp_path / f"{name}.png", figure)
-    for kind in ("png", "svg"):
-        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    for path in (lambda name: tmp_path / f"{name}.png", lambda name: tmp_path / "vector" / f"{name}.svg"):
+        assert path("a").read_bytes() == path("b").read_bytes()
     pixels = plt.imread(tmp_path / "a.png").shape[1]
     assert abs(shown_width(tmp_path / "a.png") - pixels / SHARPNESS) <= 1
