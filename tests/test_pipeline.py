@@ -64,6 +64,7 @@ COMMANDS = {
     "remember",
     "symmetry",
     "trace_answers",
+    "gather_zoo",
 }  # no stages: for users' own files, and for git
 PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
 SCALES = sorted(path.stem for path in (ROOT / "stages/scales").glob("*.args"))

@@ -33,8 +33,8 @@ from stages.weightnet.predictors.weightnet import attention_maps
 from stages.weightnet.tracing.program import run_stack
 from stages.weightnet.tracing.symmetry import permute, random_permutations
 from stages.weightnet.zoo.networks import Networks
-from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES
-from stages.weightnet.zoo.reading import Zoo, load_zoo
+from stages.weightnet.zoo.properties import REFERENCES
+from stages.weightnet.zoo.reading import OWN, Zoo, load_zoo, own_zoo
 
 PREDICTORS = Path("models/train_weightnet")
 REPORTS = Path("reports/evaluate_weightnet")
@@ -52,6 +52,8 @@ HEADLINES = {  # what `dvc metrics` shows: Kendall's tau of test accuracy, and t
 SHOWN = ("stats_gbm", "weightnet", "exam")  # in pictures and in the last line, if they were trained
 KEPT = ("weightnet", "exam")  # whose predictions of relabelled networks and whose intervals are looked at
 DRAWING = "exam_drawing_"  # how other drawings of the exam are called
+
+FEWEST = 3  # networks of which a rank correlation says anything
 
 Rows = list[dict[str, Any]]
 
@@ -83,9 +85,14 @@ class Table:
         for key in sorted(places):
             yield Table({name: column[places[key]] for name, column in self.columns.items()})
 
+    @property
+    def measured(self) -> list[str]:
+        """The names of the properties."""
+        return [name for name in self.columns if f"{name}_low" in self.columns]
+
     def values(self, ending: str = "") -> Float[np.ndarray, "n k"]:
         """Return the predicted properties, or one end of their intervals."""
-        return np.stack([self.columns[name + ending] for name in PROPERTIES], 1)
+        return np.stack([self.columns[name + ending] for name in self.measured], 1)
 
     def first(self, name: str) -> Any:
         """Return the value of the first row."""
@@ -104,7 +111,7 @@ def load_predictions(dataset: str) -> Table:
 def find_zoos(dataset: str, table: Table) -> tuple[str, dict[str, Zoo]]:
     """Return the main architecture, whose task is called as it is, and the zoos of all; InputError if they have changed since."""
     names = sorted(set(table.columns["architecture"].tolist()))
-    (main,) = set(names) & set(table.columns["task"].tolist())
+    (main,) = (set(names) & set(table.columns["task"].tolist())) or {ALL}  # of a zoo of one's own: all together
     zoos = {name: load_zoo(dataset, name) for name in names}
     for name, zoo in zoos.items():
         if (table.where(architecture=name).columns["row"] >= len(zoo)).any():
@@ -124,19 +131,35 @@ def score(truth: Float[np.ndarray, " n"], predicted: Float[np.ndarray, " n"]) ->
     return {name: 0.0 if np.isnan(value) else float(value) for name, value in values.items()}
 
 
-def score_predictions(table: Table, zoos: dict[str, Zoo]) -> Rows:
-    """Return a row of scores for each predictor, task, split, architecture and property, and for the references."""
+def measured_of(group: Table, zoos: dict[str, Zoo]) -> Float[np.ndarray, "n k"]:
+    """Return what was measured of the networks of some rows, of one architecture or of several."""
+    truth = np.empty((len(group.columns["row"]), len(group.measured)), np.float32)
+    for name in set(group.columns["architecture"].tolist()):
+        here = group.columns["architecture"] == name
+        truth[here] = zoos[name].properties(torch.from_numpy(group.columns["row"][here])).numpy()
+    return truth
+
+
+def score_predictions(table: Table, zoos: dict[str, Zoo], together: bool) -> Rows:
+    """Return a row of scores for each predictor, task, split, architecture and property, and for the references.
+
+    together: networks of all architectures are one row, as of a zoo of one's own, which has few of each.
+    """
     rows: Rows = []
     seen = set()
-    for group in table.where(part="test").groups("predictor", "task", "split", "architecture"):
+    keys = ("predictor", "task", "split", *(() if together else ("architecture",)))
+    for group in table.where(part="test").groups(*keys):
         who = {name: group.first(name) for name in ("task", "split", "architecture")}
-        zoo, where = zoos[who["architecture"]], group.columns["row"]
-        truth, predicted = zoo.properties(torch.from_numpy(where)).numpy(), group.values().astype(np.float32)
-        for k, name in enumerate(PROPERTIES):
-            scores = score(truth[:, k], predicted[:, k])
-            rows.append({"predictor": group.first("predictor"), **who, "property": name, **scores})
-        if tuple(who.values()) not in seen:
+        who |= {"architecture": ALL} if together and who["task"] == ALL else {}
+        truth, predicted = measured_of(group, zoos), group.values().astype(np.float32)
+        for k, name in enumerate(group.measured):
+            known = ~np.isnan(truth[:, k] + predicted[:, k])
+            if known.sum() >= FEWEST:
+                scores = score(truth[known, k], predicted[known, k])
+                rows.append({"predictor": group.first("predictor"), **who, "property": name, **scores})
+        if tuple(who.values()) not in seen and not together:
             seen.add(tuple(who.values()))
+            zoo, where = zoos[who["architecture"]], group.columns["row"]
             for reference in REFERENCES:
                 scores = score(truth[:, 0], zoo.column(reference)[where])
                 rows.append({"predictor": reference, **who, "property": "test_acc", **scores})
@@ -205,10 +228,12 @@ def coverage(table: Table, zoos: dict[str, Zoo], tasks: Callable[[str], bool]) -
     for group in table.where(part="test").groups("predictor", "task", "architecture"):
         if group.first("predictor") in KEPT and tasks(group.first("task")):
             truth = zoos[group.first("architecture")].properties(torch.from_numpy(group.columns["row"])).numpy()
-            inside = (group.values("_low") <= truth) & (truth <= group.values("_high"))
+            inside = ((group.values("_low") <= truth) & (truth <= group.values("_high"))).astype(float)
+            inside[np.isnan(truth)] = np.nan
             found.setdefault(group.first("predictor"), []).append(inside)
     return {
-        who: dict(zip(PROPERTIES, np.concatenate(rows).mean(0).tolist(), strict=True)) for who, rows in found.items()
+        who: dict(zip(table.measured, np.nanmean(np.concatenate(rows), 0).tolist(), strict=True))
+        for who, rows in found.items()
     }
 
 
@@ -227,6 +252,8 @@ def relabelling(kept: dict[str, Ensemble | Examiner], zoos: dict[str, Zoo], para
     random = generator(params.seed, "relabelling")
     table: dict[str, Any] = {}
     for architecture, zoo in zoos.items():
+        if len(zoo.symmetry.edges) < 2:  # nothing that one side of could be moved
+            continue
         final = rows_of(zoo, zoo.run, ["final"])[: params.networks]
         orders = random_permutations(zoo.symmetry, random)
         images = torch.randn(16, *zoo.program.input_shape, generator=random).double()
@@ -266,15 +293,15 @@ def draw_pictures(
     for name in SHOWN:
         rows = table.where(predictor=name, task=main, split=0, part="test")
         if len(rows.columns["row"]):
-            shown[name] = (rows.values(), zoos[main].properties(torch.from_numpy(rows.columns["row"])).numpy())
-    pictures.draw_predictions(folder / "predictions.png", shown)
+            shown[name] = (rows.values(), measured_of(rows, zoos))
+    pictures.draw_predictions(folder / "predictions.png", shown, table.measured)
     exam, weightnet = kept.get("exam"), kept.get("weightnet")
     if isinstance(exam, Examiner):
         labels = exam.exam.consensus[0].argmax(-1).numpy()
         pictures.draw_exam(folder / "exam.png", exam.exam.inputs[0].numpy(), labels, exam.telling.numpy())
     else:
         pictures.draw_nothing(folder / "exam.png", "exam")
-    if isinstance(weightnet, Ensemble) and weightnet.models[0].kind == "weightnet":
+    if isinstance(weightnet, Ensemble) and weightnet.models[0].kind == "weightnet" and main in zoos:
         pictures.draw_attention(folder / "attention.png", extremes(weightnet, zoos[main]))
     else:
         pictures.draw_nothing(folder / "attention.png", "weightnet")
@@ -282,11 +309,12 @@ def draw_pictures(
 
 def main() -> None:
     dataset = parse_arguments(__doc__, dataset="of build_zoo.datasets").dataset
-    params = Params.load("evaluate_weightnet", dataset)
+    own = own_zoo(dataset)
+    params = Params.load("evaluate_weightnet", OWN if own else dataset)
     pin_threads()
     table = load_predictions(dataset)
     main_name, zoos = find_zoos(dataset, table)
-    rows = score_predictions(table, zoos)
+    rows = score_predictions(table, zoos, together=bool(own))
     scores = summarise([row for row in rows if row["task"] == main_name and not row["predictor"].startswith(DRAWING)])
     learnt = dict(
         zip(
@@ -298,7 +326,7 @@ def main() -> None:
     curve = learning_curve(
         [row for row in rows if row["task"] == main_name or row["task"].startswith(f"{main_name}_")], learnt
     )
-    kept = kept_predictors(dataset, zoos[main_name])
+    kept = kept_predictors(dataset, zoos.get(main_name) or next(iter(zoos.values())))
     folder = REPORTS / dataset
     save_csv(folder / "scores.csv", rows)
     summary = {
@@ -315,7 +343,7 @@ def main() -> None:
     save_json(folder / "metrics.json", headline_metrics(summary | {"scores": scores["test_acc"]}, HEADLINES))
     draw_pictures(folder, table, zoos, main_name, kept)
     pictures.draw_scores(folder / "scores.png", scores["test_acc"])
-    labelled = {"labelled_32": scores["test_acc"]["labelled_32"]["tau"]["mean"]}
+    labelled = {name: scores["test_acc"][name]["tau"]["mean"] for name in REFERENCES[:1] if name in scores["test_acc"]}
     pictures.draw_learning_curve(folder / "learning_curve.png", curve, labelled)
     taus = [f"{name} {scores['test_acc'][name]['tau']['mean']:.3f}" for name in SHOWN if name in scores["test_acc"]]
     print(f"{dataset}: Kendall's tau of test accuracy, {main_name}: {', '.join(taus)}")

@@ -1,5 +1,6 @@
 """Pictures of the zoo and of how well its networks' properties are predicted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -41,20 +42,26 @@ def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:
     save_plot(path, figure)
 
 
-def draw_predictions(path: Path, predictions: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def draw_predictions(
+    path: Path, predictions: dict[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str] = PROPERTIES
+) -> None:
     """Draw predicted against true properties on runs not seen: a row for each predictor (predicted [n, k], true [n, k])."""
     figure, axes = plt.subplots(
-        len(predictions), len(PROPERTIES), figsize=(11, 1.9 * len(predictions)), layout="constrained", squeeze=False
+        len(predictions), len(names), figsize=(11, 1.9 * len(predictions)), layout="constrained", squeeze=False
     )
     for row, (name, (predicted, true)) in zip(axes, predictions.items(), strict=True):
-        for k, (ax, kind) in enumerate(zip(row, PROPERTIES, strict=True)):
-            ends = [min(true[:, k].min(), predicted[:, k].min()), max(true[:, k].max(), predicted[:, k].max())]
+        for k, (ax, kind) in enumerate(zip(row, names, strict=True)):
+            both = np.stack([true[:, k], predicted[:, k]])
+            ends = [np.nanmin(both), np.nanmax(both)]
             ax.plot(ends, ends, color="lightgrey", linewidth=1)
             ax.scatter(true[:, k], predicted[:, k], s=5, alpha=0.6, linewidths=0)
             if kind == "test_loss":
                 ax.set(xscale="log", yscale="log")
                 one_two_five(ax.xaxis, ax.yaxis)
-            ax.set(title=PROPERTY_LABELS[kind] if ax in axes[0] else "", xlabel="measured" if ax in axes[-1] else "")
+            ax.set(
+                title=PROPERTY_LABELS.get(kind, kind) if ax in axes[0] else "",
+                xlabel="measured" if ax in axes[-1] else "",
+            )
         row[0].set_ylabel(f"{predictor(name).partition(':')[0]}:\npredicted")
     save_plot(path, figure)
 
@@ -91,7 +98,8 @@ def draw_learning_curve(
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     ax.minorticks_off()
     ax.set(xlabel="networks learnt from", ylabel="Kendall's tau of test accuracy")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if curve or references:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_plot(path, figure)
 
 

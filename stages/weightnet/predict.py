@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.common.checkpoints import PRETRAINED, READABLE, SUFFIXES, load_torch, load_weights
 from stages.common.files import load_json
@@ -43,7 +43,7 @@ from stages.weightnet.predictors.exam import Exam, mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import own_units
-from stages.weightnet.tracing.program import Program
+from stages.weightnet.tracing.program import Program, rescaled_input
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.user_networks import build_user_network, in_own_process, read_network, user_program
 from stages.weightnet.zoo.architectures import ARCHITECTURES, zoo_program
@@ -61,15 +61,27 @@ SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 WARNING = "do not trust this"
 
 
-def user_marks(exam: Exam, path: Path, arch: str, allow_code: bool) -> Float[Tensor, "1 m"]:
+class OnPixels(nn.Module):
+    """A network whose images come in units of its pixels' deviation, around their mean."""
+
+    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
+        super().__init__()
+        self.network, self.mean, self.std = network, mean, std
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images * self.std + self.mean)
+
+
+def user_marks(exam: Exam, path: Path, arch: str, asked: "Asked") -> Float[Tensor, "1 m"]:
     """Return the marks of a network whose steps are not known, by its outputs alone; InputError if they are no logits."""
     shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
 
     def ask_module() -> list[list[float]]:
-        module = build_user_network(arch, shape, classes, allow_code).eval()
+        module = build_user_network(arch, shape, classes, asked.allow_code).eval()
         own = {name: tuple(t.shape) for name, t in module.state_dict().items() if t.is_floating_point()}
         found, _ = load_weights(path, own, (), torch.float32, f"--arch {arch}")
         module.load_state_dict(found, strict=False)  # it counts batches
+        module = OnPixels(module, *asked.pixels)
         with torch.no_grad():
             outputs = module(exam.inputs[0])
         if not isinstance(outputs, Tensor) or outputs.shape != (len(exam.inputs[0]), classes):
@@ -102,7 +114,10 @@ def load_measured(path: Path) -> dict[str, dict[str, Any]]:
     try:
         known = load_json(path)
         numbers = [
-            (file, name, float(said[name])) for file, said in known.items() for name in PROPERTIES if name in said
+            (file, name, float(value))
+            for file, said in known.items()
+            for name, value in said.items()
+            if name in PROPERTIES or isinstance(value, float)
         ]
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f'{path} ({plain(error)}): expected {{"<file>": {{"arch": ..., "test_acc": ...}}}}') from None
@@ -119,7 +134,7 @@ def load_measured(path: Path) -> dict[str, dict[str, Any]]:
 def agreement(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return Kendall's tau of predicted and measured values, for properties that were measured of at least three networks."""
     found = {}
-    for name in PROPERTIES:
+    for name in next(iter(results.values()))["properties"]:
         pairs = [
             (r["properties"][name]["value"], r["measured"][name]) for r in results.values() if name in r["measured"]
         ]
@@ -192,9 +207,14 @@ def load_known(path: Path, family: str) -> Known:
 def nearest_networks(known: Known, distances: Float[Tensor, " n"]) -> list[dict[str, Any]]:
     """Return the zoo's most alike networks: their names, how far they are, and their test accuracy."""
     predictor = known.predictor
-    measured = own_units(predictor.targets, predictor.scale)[:, PROPERTIES.index("test_acc")]
+    measured = own_units(predictor.targets, predictor.scale, predictor.measured)
+    skill = measured[:, predictor.measured.index("test_acc")].tolist()
     return [
-        {"name": predictor.names[i], "distance": distances[i].item(), "test_acc": measured[i].item()}
+        {
+            "name": predictor.names[i],
+            "distance": distances[i].item(),
+            "test_acc": None if math.isnan(skill[i]) else skill[i],
+        }
         for i in distances.argsort()[:NEAREST].tolist()
     ]
 
@@ -207,7 +227,8 @@ def describe(
     if not (intervals.isfinite().all() and read.isfinite().all()):
         raise InputError("its weights are so large that the predictions are no finite numbers")
     properties = {
-        name: inside(range_of(name), *ends) for name, *ends in zip(PROPERTIES, *intervals[:, 0].tolist(), strict=True)
+        name: inside(range_of(name), *ends)
+        for name, *ends in zip(predictor.measured, *intervals[:, 0].tolist(), strict=True)
     }
     own = torch.cdist(predictor.inputs, predictor.inputs).fill_diagonal_(torch.inf).amin(1)
     distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
@@ -217,7 +238,10 @@ def describe(
         notes = [said, *notes]
         for name, found in properties.items():
             least, most = range_of(name)
-            found["low"], found["high"] = least, most if math.isfinite(most) else max(found["high"], WORST_LOSS)
+            if name == "test_loss":
+                most = max(found["high"], WORST_LOSS)
+            if math.isfinite(least):  # of a property of one's own no ends are known
+                found["low"], found["high"] = least, most
     return {
         "properties": properties,
         "unlike": unlike,
@@ -237,22 +261,22 @@ def describe_networks(known: Known, networks: Networks) -> dict[str, Any]:
     return describe(known, intervals, read, outside, list_notes(networks.program))
 
 
-def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, allow_code: bool) -> dict[str, Any]:
+def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, asked: "Asked") -> dict[str, Any]:
     """Return what is said of one network whose steps are not known: by its outputs alone."""
-    marks = user_marks(examiner.exam, path, arch, allow_code)
+    marks = user_marks(examiner.exam, path, arch, asked)
     notes = ["its steps cannot be followed: judged by its outputs alone"]
     return describe(known, examiner.intervals_by(marks), examiner.ridge.standardised(marks), [], notes)
 
 
 def predict_one(
-    known: Known, path: Path, arch: str, program: Program | InputError, tanh: bool, allow_code: bool
+    known: Known, path: Path, arch: str, program: Program | InputError, tanh: bool, asked: "Asked"
 ) -> dict[str, Any]:
     """Return what is said of the network of a file; program: of its architecture, or why there is none."""
     examiner = known.predictor if isinstance(known.predictor, Examiner) else None
     if isinstance(program, InputError):
         if examiner is None:
             raise program
-        return describe_outputs(known, examiner, path, arch, allow_code)
+        return describe_outputs(known, examiner, path, arch, asked)
     outputs = program.steps[-1].shape
     if examiner and outputs != (known.classes,):
         got = ", ".join(map(str, outputs))
@@ -268,6 +292,7 @@ class Asked:
     input_shape: tuple[int, int, int] | None = None  # channels, height and width, if not the zoo's
     tanh: bool = False  # a zoo architecture with tanh in place of ReLU
     allow_code: bool = False  # to import and call package.module:function
+    pixels: tuple[float, float] = (0.0, 1.0)  # mean and deviation of the pixels that the networks were trained on
 
 
 def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) -> dict[str, dict[str, Any]]:
@@ -280,7 +305,7 @@ def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) 
     @cache
     def program_of(arch: str) -> Program | InputError:
         try:
-            return user_program(arch, shape, known.classes, asked.allow_code)
+            return rescaled_input(user_program(arch, shape, known.classes, asked.allow_code), *asked.pixels)
         except InputError as error:
             return error
 
@@ -290,11 +315,12 @@ def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) 
             raise InputError(f"{file}: say what it is by --arch, or in a metadata.json beside it")
         program = program_of(arch)
         try:
-            results[str(file)] = predict_one(known, file, arch, program, tanh, asked.allow_code)
+            results[str(file)] = predict_one(known, file, arch, program, tanh, asked)
         except InputError as error:
             named = str(error).startswith((str(file), "--arch")) or error is program
             raise error if named else InputError(f"{file}: {error}") from None
-        results[str(file)]["measured"] = {name: float(said[name]) for name in PROPERTIES if name in said}
+        names = known.predictor.measured
+        results[str(file)]["measured"] = {name: float(said[name]) for name in names if name in said}
     return results
 
 
@@ -323,11 +349,12 @@ def predict(
     input_shape: tuple[int, int, int] | None = None,
     tanh: bool = False,
     allow_code: bool = False,
+    pixels: tuple[float, float] = (0.0, 1.0),
 ) -> "pd.DataFrame":
     """Return a row for each network and property, the networks by predicted test accuracy, best first; arguments as the command has them.
 
     model        the file
-    property     one of PROPERTIES
+    property     one of PROPERTIES, or of what was measured of a zoo of your own
     value        predicted, low and high: the ends of the interval for 90 % of networks
     measured     what a metadata.json says, or NaN
     unlike       the share of the zoo's own networks that are less unlike it than this one is, 0 to 1
@@ -338,7 +365,7 @@ def predict(
     import pandas as pd
 
     paths = [Path(models)] if isinstance(models, str | Path) else [Path(one) for one in models]
-    answer = answer_for(paths, dataset, allow_probe, Asked(arch, input_shape, tanh, allow_code))
+    answer = answer_for(paths, dataset, allow_probe, Asked(arch, input_shape, tanh, allow_code, pixels))
     rows = [
         {"model": file, "property": name, **found, "measured": result["measured"].get(name, math.nan)}
         | {key: result[key] for key in ("unlike", "trusted")}
@@ -359,7 +386,10 @@ def print_answer(answer: dict[str, Any]) -> None:
         for name, found in result["properties"].items():
             said = f"   measured {result['measured'][name]:.3f}" if name in result["measured"] else ""
             print(f"  {name:18s} {found['value']:7.3f}   {found['low']:.3f} to {found['high']:.3f}{said}{warning}")
-        alike = ", ".join(f"{near['name']} (test_acc {near['test_acc']:.2f})" for near in result["nearest"])
+        alike = ", ".join(
+            near["name"] + (f" (test_acc {near['test_acc']:.2f})" if near["test_acc"] is not None else "")
+            for near in result["nearest"]
+        )
         print(f"  most alike: {alike}")
         for outside in result["outside"]:
             print(f"  outside the zoo: {outside}")
@@ -385,11 +415,19 @@ def main() -> None:
     parser.add_argument("--tanh", action="store_true", help="a zoo architecture with tanh in place of ReLU")
     parser.add_argument("--allow-probe", action="store_true", help="run the network on the inputs of the zoo's exam")
     parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
+    parser.add_argument(
+        "--pixels",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("MEAN", "STD"),
+        help="mean and deviation of the pixels that the networks were trained on (default: 0 1, as the zoo's)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     pin_threads()
     shape = tuple(arguments.input_shape) if arguments.input_shape else None
-    asked = Asked(arguments.arch, shape, arguments.tanh, arguments.allow_code)
+    asked = Asked(arguments.arch, shape, arguments.tanh, arguments.allow_code, tuple(arguments.pixels))
     answer = answer_for(arguments.models, arguments.dataset, arguments.allow_probe, asked)
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)

@@ -40,11 +40,11 @@ from stages.weightnet.predictors.exam import ExamParams
 from stages.weightnet.predictors.examiner import Pair, examine
 from stages.weightnet.predictors.intervals import conformal_quantile
 from stages.weightnet.predictors.simple import boost, nearest, ridge_on_inputs
-from stages.weightnet.predictors.splits import ALL, Rows, Task, TaskParams, plan_tasks, split_zoos
+from stages.weightnet.predictors.splits import ALL, Rows, Task, TaskParams, plan_own, plan_tasks, split_zoos
 from stages.weightnet.predictors.statistics import range_of_statistics
 from stages.weightnet.predictors.targets import own_units
 from stages.weightnet.zoo.properties import PROPERTIES
-from stages.weightnet.zoo.reading import Zoo, load_zoo
+from stages.weightnet.zoo.reading import OWN, Zoo, load_zoo, own_zoo
 
 MODELS = Path("models/train_weightnet")
 REPORTS = Path("reports/train_weightnet")
@@ -87,10 +87,17 @@ class Job:
 
 
 def mean_tau(truth: Float[Tensor, "n k"], predicted: Float[Tensor, "n k"]) -> float:
-    """Return Kendall's tau, its mean over the properties; of constant predictions 0."""
+    """Return Kendall's tau, its mean over the properties; of constant predictions 0. NaN is not known."""
     pairs = zip(truth.unbind(1), predicted.unbind(1), strict=True)
-    taus = [kendalltau(a.numpy(), b.numpy()).statistic for a, b in pairs]
+    taus = [kendalltau(a.numpy(), b.numpy(), nan_policy="omit").statistic for a, b in pairs]
     return float(np.mean([0.0 if math.isnan(tau) else tau for tau in taus]))
+
+
+def loss_on_known(predicted: Float[Tensor, "n k"], target: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """Return the Huber loss; targets that are NaN are not known."""
+    if not (missing := target.isnan()).any():
+        return huber_loss(predicted, target)
+    return huber_loss(predicted[~missing], target[~missing])
 
 
 @torch.no_grad()
@@ -111,7 +118,7 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
     random = generator(seed, f"{job.name} {job.task_name}")
     first = next(iter(data.split.train))
     example = data.zoos[first].networks(data.split.train[first][:2])
-    config = member.model_dump() | {"properties": len(PROPERTIES)}
+    config = member.model_dump() | {"properties": len(data.measured)}
     model = Predictor(config, example, data.inputs[first].shape[1], seed)
     steps = member.epochs * len(batches(data, params.batch_size, generator(0, "count")))
     optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=params.weight_decay)
@@ -128,7 +135,7 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
                 networks = data.zoos[name].networks(part)
                 if member.augment:
                     networks = augmented(networks, params.rescaling, random)
-                loss = huber_loss(model(networks, data.inputs[name][part]), data.targets[name][part])
+                loss = loss_on_known(model(networks, data.inputs[name][part]), data.targets[name][part])
                 (loss * (len(part) / len(rows))).backward()
                 total += loss.item() * len(part)
             clip_grad_norm_(model.parameters(), 1.0)
@@ -158,9 +165,8 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
     kept, certainty = None, {}
     match job.member.kind:
         case "exam":
-            found, deviation, examiner = examine(
-                data, params.exam, params.trees, job.task_name == params.tasks.main, first=job.split == 0
-            )
+            main = job.task_name == params.tasks.main
+            found, deviation, examiner = examine(data, params.exam, params.trees, main, first=job.split == 0)
             predictions = {job.name + name.removeprefix("exam"): pair for name, pair in found.items()}
             certainty[job.name] = (deviation, examiner.half_width(familiar=split.test.keys() <= split.train.keys()))
             kept = examiner.state()
@@ -180,10 +186,12 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
         errors = pair[0] - data.part(split.validation, data.targets)
         certainty.setdefault(name, ((torch.ones_like(pair[0]), torch.ones_like(pair[1])), conformal_quantile(errors)))
     tables = [table for name, pair in predictions.items() for table in tabulate(name, pair, *certainty[name], data)]
-    if kept is not None and job.task_name == ALL:
+    if job.task_name != ALL or job.split > 0:
+        kept = None
+    elif kept is not None:
         kept |= describe_zoo(data, statistics)
     learnt = sum(len(rows) for rows in split.train.values())
-    return {"tables": tables, "history": history, "kept": kept if job.task_name == ALL else None, "learnt": learnt}
+    return {"tables": tables, "history": history, "kept": kept, "learnt": learnt}
 
 
 def tabulate(
@@ -196,9 +204,10 @@ def tabulate(
     tables = []
     for part, center, own in zip(("validation", "test"), predicted, deviation, strict=True):
         rows = getattr(data.split, part)
-        ends = torch.stack([own_units(end, data.scale) for end in (center - half * own, center, center + half * own)])
+        three = (center - half * own, center, center + half * own)
+        ends = torch.stack([own_units(end, data.scale, data.measured) for end in three])
         for architecture, block in zip(rows, ends.float().split([len(r) for r in rows.values()], 1), strict=True):
-            who = {"predictor": name, "part": part, "architecture": architecture}
+            who = {"predictor": name, "part": part, "architecture": architecture, "measured": list(data.measured)}
             tables.append(who | {"rows": rows[architecture], "values": block.contiguous()})
     return tables
 
@@ -211,10 +220,11 @@ def table_rows(job: Job, result: dict[str, Any]) -> list[dict[str, Any]]:
         for row, (low, value, high) in zip(
             table["rows"].tolist(), table["values"].transpose(0, 1).tolist(), strict=True
         ):
-            ends = {f"{name}_low": x for name, x in zip(PROPERTIES, low, strict=True)}
-            ends |= {f"{name}_high": x for name, x in zip(PROPERTIES, high, strict=True)}
+            names = table["measured"]
+            ends = {f"{name}_low": x for name, x in zip(names, low, strict=True)}
+            ends |= {f"{name}_high": x for name, x in zip(names, high, strict=True)}
             where = {"part": table["part"], "architecture": table["architecture"], "row": row}
-            found.append(who | where | dict(zip(PROPERTIES, value, strict=True)) | ends)
+            found.append(who | where | dict(zip(names, value, strict=True)) | ends)
     return found
 
 
@@ -248,12 +258,16 @@ def parse_members(params: Params, dataset: str, family: str) -> dict[str, Member
 def main() -> None:
     arguments = parse_arguments(__doc__, dataset="of build_zoo.datasets", variant="of train_weightnet.variants")
     dataset, name = arguments.dataset, f"{arguments.dataset}-{arguments.variant}"
-    params = Params.load("train_weightnet", dataset, arguments.variant)
+    own = own_zoo(dataset)
+    params = Params.load("train_weightnet", OWN if own else dataset, arguments.variant)
     pin_threads()
-    tasks = plan_tasks(params.tasks)
+    tasks = plan_own(own["architectures"], own["held_out"], params.tasks) if own else plan_tasks(params.tasks)
+    members = parse_members(params, OWN if own else dataset, arguments.variant)
+    if own and not own["hyperparameters"]:
+        members = {label: member for label, member in members.items() if member.kind != "hyperparameters"}
     jobs = [
         Job(label, member, task_name, task, split)
-        for label, member in parse_members(params, dataset, arguments.variant).items()
+        for label, member in members.items()
         for task_name, task in tasks.items()
         if member.tasks == "all" or task_name == params.tasks.main
         for split in range(task.splits)
@@ -293,14 +307,14 @@ def describe_zoo(data: Data, statistics: Statistics) -> dict[str, Any]:
 def keep(job: Job, models: list[Predictor], data: Data, validation: Float[Tensor, "v k"]) -> dict[str, Any]:
     """Return what rebuilds predictors: their weights, their units, and errors on validation runs, for intervals."""
     return {
-        "config": job.member.model_dump() | {"properties": len(PROPERTIES)},
+        "config": job.member.model_dump() | {"properties": len(data.measured)},
         "state_dicts": [model.state_dict() for model in models],
         "scale": data.scale,
         "errors": validation - data.part(data.split.validation, data.targets),
         "inputs": data.part(data.split.train, data.inputs),
         "names": data.names,
         "targets": data.part(data.split.train, data.targets),
-    }
+    } | ({} if data.measured == PROPERTIES else {"measured": list(data.measured)})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Networks that users name: torchvision's, timm's, .json files of layers, functions of their own."""
 
 import importlib
+import json
 import multiprocessing
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -84,6 +86,25 @@ def _send_result(receive: Connection, send: Connection, compute: Callable[[], T]
     except Exception as error:  # others' code may raise anything
         result = InputError(f"--arch {arch}: {plain(error)}")
     send.send(result)
+
+
+def load_unique(path: Path) -> dict[str, Any]:
+    """Return the mapping of a .json file whose keys come once each; InputError if it is missing, broken, or names one twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+            raise InputError(f"{path} names {twice[0]} twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: it says of each file what it is and what was measured") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({plain(error)})") from None
+    if not isinstance(value, dict):
+        raise InputError(f'{path}: expected {{"<file>": {{"arch": ..., "test_acc": ...}}}}')
+    return value
 
 
 LAYERS: dict[str, type[nn.Module]] = {

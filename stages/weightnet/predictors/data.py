@@ -65,7 +65,11 @@ def augmented(networks: Networks, deviation: float, random: torch.Generator) -> 
 
 
 def hyperparameters(zoo: Zoo) -> Float[Tensor, "m f"]:
-    """Return the hyper-parameters of every network as numbers."""
+    """Return the hyper-parameters of every network as numbers; of a zoo of one's own, those that all its networks have."""
+    if zoo.hyperparameters is not None:
+        return torch.from_numpy(
+            np.array([zoo.index[name] for name in zoo.hyperparameters], np.float32).reshape(-1, len(zoo)).T
+        )
     logs = ("learning_rate", "weight_decay", "init_scale", "train_fraction", "steps")
     columns = [np.log(zoo.column(name)) for name in logs] + [zoo.column(name) for name in ("label_noise", "dropout")]
     columns += [np.array([value == "sgd" for value in zoo.index["optimizer"]]), zoo.tanh.numpy()]
@@ -85,9 +89,12 @@ class Data:
     @property
     def names(self) -> list[str]:
         """The names of the runs to learn from."""
-        return [
-            f"{name}-{self.zoos[name].run[row]}" for name, rows in self.split.train.items() for row in rows.tolist()
-        ]
+        return [self.zoos[name].name_of(row) for name, rows in self.split.train.items() for row in rows.tolist()]
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of the properties."""
+        return next(iter(self.zoos.values())).measured
 
     def part(self, rows: dict[str, Rows], values: dict[str, Tensor]) -> Float[Tensor, "n f"]:
         """Return the values of some rows of all architectures."""
@@ -100,6 +107,14 @@ def statistics_of(zoo: Zoo, pooled: bool) -> Float[Tensor, "m f"]:
     return torch.cat([read(zoo.networks(rows)) for rows in torch.arange(len(zoo)).split(zoo.at_a_time(512))])
 
 
+def center_and_spread(values: Float[Tensor, "n f"]) -> tuple[Float[Tensor, " f"], Float[Tensor, " f"]]:
+    """Return mean and standard deviation of each column; NaN is not known."""
+    if not values.isnan().any():
+        return values.mean(0), values.std(0)
+    known = [column[~column.isnan()] for column in values.T]
+    return torch.stack([column.mean() for column in known]), torch.stack([column.std() for column in known])
+
+
 def prepare(zoos: dict[str, Zoo], split: Split, kind: str, statistics: Statistics, pooled: bool) -> Data:
     """Return inputs and targets in units of their spread over the networks to learn from; pooled: statistics over layers.
 
@@ -110,11 +125,14 @@ def prepare(zoos: dict[str, Zoo], split: Split, kind: str, statistics: Statistic
         inputs = {name: hyperparameters(zoos[name]) for name in names}
     else:
         inputs = {name: statistics[name, pooled] for name in names}
-    targets = {name: to_scale(zoos[name].properties(torch.arange(len(zoos[name])))) for name in names}
+    targets = {
+        name: to_scale(zoos[name].properties(torch.arange(len(zoos[name]))), zoos[name].measured) for name in names
+    }
     scale = {}
     for key, values in (("input", inputs), ("target", targets)):
         learnt = torch.cat([values[name][rows] for name, rows in split.train.items()])
-        scale[f"{key}_mean"], scale[f"{key}_std"] = learnt.mean(0), learnt.std(0) + 1e-6
+        mean, std = center_and_spread(learnt)
+        scale[f"{key}_mean"], scale[f"{key}_std"] = mean, std + 1e-6
     inputs = {name: ((x - scale["input_mean"]) / scale["input_std"]).clamp(-6, 6) for name, x in inputs.items()}
     targets = {name: (y - scale["target_mean"]) / scale["target_std"] for name, y in targets.items()}
     return Data({name: zoos[name] for name in names}, split, inputs, targets, scale)

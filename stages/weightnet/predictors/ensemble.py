@@ -21,6 +21,7 @@ from stages.weightnet.predictors.targets import own_units
 from stages.weightnet.predictors.weightnet import WeightNet
 from stages.weightnet.tracing.symmetry import OUTPUT
 from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.properties import PROPERTIES
 
 Kind = Literal["weightnet", "probe", "nfn", "mlp", "stats", "canonical", "one_sided"]
 
@@ -81,6 +82,7 @@ class Ensemble:
     inputs: Float[Tensor, "n f"]  # statistics of the networks that it learned from, standardised
     names: list[str]  # of those networks
     targets: Float[Tensor, "n k"]  # what was measured of them, standardised
+    measured: tuple[str, ...] = PROPERTIES  # the names of the properties
 
     @torch.no_grad()
     def standardised(self, networks: Networks) -> Float[Tensor, "n k"]:
@@ -91,7 +93,9 @@ class Ensemble:
     def intervals(self, networks: Networks) -> Float[Tensor, "3 n k"]:
         """Return lower ends, predictions and upper ends, in the properties' own units."""
         center, half = self.standardised(networks), conformal_quantile(self.errors)
-        return torch.stack([own_units(end, self.scale) for end in (center - half, center, center + half)])
+        return torch.stack(
+            [own_units(end, self.scale, self.measured) for end in (center - half, center, center + half)]
+        )
 
     def read(self, networks: Networks) -> Float[Tensor, "n f"]:
         """Return the standardised statistics of some networks."""
@@ -112,4 +116,5 @@ def revive(state: dict[str, Any], example: Networks) -> Ensemble | Examiner:
     models = [Predictor(state["config"], example, state["inputs"].shape[1], seed=0) for _ in state["state_dicts"]]
     for model, weights in zip(models, state["state_dicts"], strict=True):
         model.load_state_dict(weights)
-    return Ensemble(models, *(state[key] for key in ("scale", "errors", "inputs", "names", "targets")))
+    own = {key: state[key] for key in ("scale", "errors", "inputs", "names", "targets")}
+    return Ensemble(models, **own, measured=tuple(state.get("measured", PROPERTIES)))

@@ -14,6 +14,7 @@ from stages.weightnet.predictors.kernel_ridge import KernelRidge, fit_kernel_rid
 from stages.weightnet.predictors.splits import Rows
 from stages.weightnet.predictors.targets import EDGE, own_units
 from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.properties import PROPERTIES
 from stages.weightnet.zoo.reading import Zoo
 
 AT_A_TIME = 32  # networks that sit the exam together, each with attacked inputs of its own
@@ -31,9 +32,10 @@ Pair = tuple[Float[Tensor, "v k"], Float[Tensor, "t k"]]  # of validation and of
 
 
 def better_networks(zoos: dict[str, Zoo], rows: dict[str, Rows], share: float, least: int) -> list[tuple[str, int]]:
-    """Return name of architecture and row of the most accurate share of some networks, at least so many."""
+    """Return name of architecture and row of the most accurate share of some networks, at least so many; NaN is not known."""
     pooled = [(name, row) for name, index in rows.items() for row in index.tolist()]
     skill = torch.cat([torch.from_numpy(zoos[name].column("test_acc"))[index] for name, index in rows.items()])
+    skill = skill.nan_to_num(-torch.inf)
     best = skill.argsort(descending=True, stable=True)[: max(least, round(share * len(skill)))]
     return [pooled[place] for place in best.tolist()]
 
@@ -66,11 +68,17 @@ def with_trees(marks: list[Float[Tensor, "n r"]], targets: Float[Tensor, "n k"],
     """Return the mean of kernel ridge's predictions and those of extremely randomised trees (Geurts et al. 2006)."""
     from sklearn.ensemble import ExtraTreesRegressor  # here: 2 s that a prediction does without
 
-    forest = ExtraTreesRegressor(trees, min_samples_leaf=2, max_features=0.3, random_state=0, n_jobs=1)
-    forest.fit(marks[0].numpy(), targets.numpy())
-    validation, test = (
-        (torch.from_numpy(forest.predict(part.numpy())) + own) / 2 for part, own in zip(marks[1:], ridge, strict=True)
-    )
+    together = (
+        [targets] if not targets.isnan().any() else list(targets.split(1, 1))
+    )  # each by itself, from where it is known
+    found: list[list[Tensor]] = [[], []]
+    for columns in together:
+        known = ~columns.isnan().any(1)
+        forest = ExtraTreesRegressor(trees, min_samples_leaf=2, max_features=0.3, random_state=0, n_jobs=1)
+        forest.fit(marks[0][known].numpy(), columns[known].numpy().squeeze())
+        for place, part in enumerate(marks[1:]):
+            found[place].append(torch.from_numpy(forest.predict(part.numpy())).view(len(part), -1))
+    validation, test = ((torch.cat(part, 1) + own) / 2 for part, own in zip(found, ridge, strict=True))
     return validation, test
 
 
@@ -128,10 +136,12 @@ def examine(
     ridge = fit_kernel_ridge(whole[0], targets)
     own = (ridge.predict(whole[1]), ridge.predict(whole[2]))
     found = {"exam": own, "exam_trees": with_trees(whole, targets, trees, own)}
-    found[f"exam_{REFERENCE}"] = joined(own, (column(parts[1]), column(parts[2])), truth)
+    if all(REFERENCE in zoo.index for zoo in data.zoos.values()):
+        found[f"exam_{REFERENCE}"] = joined(own, (column(parts[1]), column(parts[2])), truth)
     if main:
         known = [torch.cat([part, data.part(rows, data.inputs)], 1) for part, rows in zip(whole, parts, strict=True)]
-        found["exam_hyperparameters"] = learn(known)
+        if known[0].shape[1] > whole[0].shape[1]:
+            found["exam_hyperparameters"] = learn(known)
         found |= {f"exam_{name}": learn([read(part) for part in marks]) for name, read in READINGS.items()}
         for drawing in range(1, params.drawings if first else 1):
             other = draw_from(data, params, drawing)
@@ -140,7 +150,8 @@ def examine(
     errors, sizes = (own[0] - truth) / deviation[0], [len(rows) for rows in split.train.values()]
     elsewhere = errors_elsewhere(whole[0], targets, sizes) if len(sizes) > 1 else (errors, torch.ones(len(errors)))
     telling = how_telling(exam, data.zoos, split.train)
-    return found, deviation, Examiner(exam, ridge, data.scale, errors, *elsewhere, data.names, targets, telling)
+    kept = Examiner(exam, ridge, data.scale, errors, *elsewhere, data.names, targets, telling, data.measured)
+    return found, deviation, kept
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,7 @@ class Examiner:
     names: list[str]  # of the networks that it learned from
     targets: Float[Tensor, "n k"]  # what was measured of them, standardised
     telling: Float[Tensor, " b"]  # of each drawn input, how much agreeing with the consensus goes with test accuracy
+    measured: tuple[str, ...] = PROPERTIES  # the names of the properties
 
     @property
     def inputs(self) -> Float[Tensor, "n r"]:
@@ -184,19 +196,25 @@ class Examiner:
     def intervals_by(self, marks: Float[Tensor, "n r"]) -> Float[Tensor, "3 n k"]:
         """Return the same by networks' marks."""
         center, half = self.ridge.predict(marks), self.half_width(familiar=False) * self.ridge.deviation(marks)
-        return torch.stack([own_units(end, self.scale) for end in (center - half, center, center + half)])
+        return torch.stack(
+            [own_units(end, self.scale, self.measured) for end in (center - half, center, center + half)]
+        )
 
     def state(self) -> dict[str, Any]:
         """Return plain values and tensors, from which `load_examiner` makes it again."""
         exam, ridge = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self.exam, self.ridge))
         own = {name: getattr(self, name) for name in OWN}
+        if self.measured != PROPERTIES:
+            own["measured"] = list(self.measured)
+        ridge = {name: value for name, value in ridge.items() if value is not None}
         return {"exam": exam, "ridge": ridge | {"known": self.ridge.known.float()}} | own
 
 
 def load_examiner(state: dict[str, Any]) -> Examiner:
     """Return what `Examiner.state` gave."""
     ridge = KernelRidge(**state["ridge"] | {"known": state["ridge"]["known"].double()})
-    return Examiner(Exam(**state["exam"]), ridge, **{name: state[name] for name in OWN})
+    names = tuple(state.get("measured", PROPERTIES))
+    return Examiner(Exam(**state["exam"]), ridge, **{name: state[name] for name in OWN}, measured=names)
 
 
 def how_telling(exam: Exam, zoos: dict[str, Zoo], rows: dict[str, Rows]) -> Float[Tensor, " b"]:
@@ -204,5 +222,5 @@ def how_telling(exam: Exam, zoos: dict[str, Zoo], rows: dict[str, Rows]) -> Floa
     label = exam.consensus[0].argmax(-1)
     right = torch.cat([asker(zoos[n].networks(r))(exam.inputs[0]).argmax(-1) == label for n, r in rows.items()])
     skill = torch.cat([torch.from_numpy(zoos[name].column("test_acc"))[index] for name, index in rows.items()])
-    both = torch.cat([right.T.double(), skill[None]])
+    both = torch.cat([right.T.double(), skill[None]])[:, ~skill.isnan()]
     return torch.nan_to_num(torch.corrcoef(both)[-1, :-1])  # of an input on which all agree there is none

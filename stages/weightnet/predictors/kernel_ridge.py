@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0)  # times the distance of two inputs that are a deviation apart in every number
@@ -44,6 +44,7 @@ class KernelRidge:
     alpha: Float[Tensor, "n k"]
     mean: Float[Tensor, " k"]  # of the targets
     settings: Float[Tensor, "k 2"]  # length and penalty of each target
+    told: Bool[Tensor, "n k"] | None = None  # which networks' targets were known, if not all
 
     def standardised(self, inputs: Float[Tensor, "m f"]) -> Float[Tensor, "m f"]:
         """Return inputs in units of their spread over the networks that were learned from, none farther than FARTHEST."""
@@ -64,29 +65,50 @@ class KernelRidge:
         x = self.standardised(inputs)
 
         @cache
-        def of(length: float, penalty: float) -> Float[Tensor, " m"]:
-            noisy = kernel(self.known, self.known, length) + penalty * torch.eye(len(self.known), dtype=x.dtype)
-            across = kernel(x, self.known, length)
+        def of(length: float, penalty: float, rows: tuple[bool, ...] | None) -> Float[Tensor, " m"]:
+            known = self.known if rows is None else self.known[torch.tensor(rows)]
+            noisy = kernel(known, known, length) + penalty * torch.eye(len(known), dtype=x.dtype)
+            across = kernel(x, known, length)
             told = (across.T * torch.linalg.solve(noisy, across.T)).sum(0)
             own = 1 + LINEAR * x.square().mean(1)
             return (own - told).clamp(min=0).add(penalty).sqrt()
 
-        return torch.stack([of(length, penalty) for length, penalty in self.settings.tolist()], 1)
+        rows = [None] * len(self.settings) if self.told is None else [tuple(row) for row in self.told.T.tolist()]
+        return torch.stack([of(*setting, row) for setting, row in zip(self.settings.tolist(), rows, strict=True)], 1)
 
 
 def fit_kernel_ridge(inputs: Float[Tensor, "n f"], targets: Float[Tensor, "n k"]) -> KernelRidge:
-    """Learn from networks; of the lengths and penalties, each target takes those with the least squared error left out."""
-    inputs, targets = inputs.double(), targets.double()
-    center, spread, mean = inputs.mean(0), inputs.std(0) + 1e-6, targets.mean(0)
+    """Learn from networks; of the lengths and penalties, each target takes those with the least squared error left out.
+
+    A target that is NaN is not known: it is learned from the other networks, and predicted as NaN if it is known of none.
+    """
+    inputs, targets, told = inputs.double(), targets.double(), ~targets.isnan()
+    center, spread = inputs.mean(0), inputs.std(0) + 1e-6
     known = ((inputs - center) / spread).clamp(-FARTHEST, FARTHEST)
+    if told.all():
+        mean = targets.mean(0)
+        alpha, settings = learn(known, targets - mean)
+        return KernelRidge(center, spread, known, alpha, mean, settings)
+    alpha, settings, means = torch.zeros_like(targets), targets.new_ones(targets.shape[1], 2), []
+    for k, rows in enumerate(told.T):
+        means.append(targets[rows, k].mean())  # of none NaN
+        if rows.any():
+            alpha[rows, k : k + 1], settings[k] = learn(known[rows], targets[rows, k : k + 1] - means[k])
+    return KernelRidge(center, spread, known, alpha, torch.stack(means), settings, told)
+
+
+def learn(
+    known: Float[Tensor, "n f"], targets: Float[Tensor, "n k"]
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "k 2"]]:
+    """Return alpha of centred targets, and the length and the penalty that each takes."""
     settings, alphas, errors = [], [], []
     for length in LENGTHS:
         values, vectors = torch.linalg.eigh(kernel(known, known, length))
         for penalty in PENALTIES:
-            alpha, error = left_out_errors(values, vectors, targets - mean, penalty)
+            alpha, error = left_out_errors(values, vectors, targets, penalty)
             settings.append((length, penalty))
             alphas.append(alpha)
             errors.append(error.square().mean(0))
     best = torch.stack(errors).argmin(0)
     alpha = torch.stack([alphas[place][:, k] for k, place in enumerate(best.tolist())], 1)
-    return KernelRidge(center, spread, known, alpha, mean, torch.tensor(settings, dtype=torch.float64)[best])
+    return alpha, torch.tensor(settings, dtype=torch.float64)[best]

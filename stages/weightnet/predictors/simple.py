@@ -26,11 +26,13 @@ def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, 
     def fit(setting: tuple[float, int], k: int) -> HistGradientBoostingRegressor:
         total, leaves = setting
         options = {"max_leaf_nodes": leaves, "min_samples_leaf": 8, "l2_regularization": 0.1, "random_state": 0}
-        return HistGradientBoostingRegressor(max_iter=rounds, learning_rate=total / rounds, **options).fit(x, y[:, k])
+        known = ~np.isnan(y[:, k])
+        model = HistGradientBoostingRegressor(max_iter=rounds, learning_rate=total / rounds, **options)
+        return model.fit(x[known], y[known, k])
 
     with threadpool_limits(1):
         first = [fit(setting, 0) for setting in BOOSTING]
-        scores = [kendalltau(truth, model.predict(parts[0])).statistic for model in first]
+        scores = [kendalltau(truth, model.predict(parts[0]), nan_policy="omit").statistic for model in first]
         chosen = int(np.nan_to_num(scores).argmax())  # of constant predictions tau is none
         models = [first[chosen], *(fit(BOOSTING[chosen], k) for k in range(1, y.shape[1]))]
         columns = [np.stack([model.predict(part) for model in models], 1) for part in parts]

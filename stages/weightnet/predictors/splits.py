@@ -67,6 +67,17 @@ def plan_tasks(params: TaskParams) -> dict[str, Task]:
     return tasks
 
 
+def plan_own(architectures: list[str], held_out: list[str], params: TaskParams) -> dict[str, Task]:
+    """Return the tasks of a zoo of one's own, whose architectures have too few networks each for tasks of their own.
+
+    held_out: the architectures that may be left out.
+    """
+    tasks = {ALL: Task(architectures, architectures, params.splits, params.seeds)}
+    for name in held_out if params.hold_out else []:
+        tasks[HELD_OUT + name] = Task([other for other in architectures if other != name], [name])
+    return tasks
+
+
 @dataclass(frozen=True)
 class Split:
     """Rows of the zoo of each architecture. Snapshots of one run are all in the same part."""
@@ -97,6 +108,8 @@ def split_zoos(
     from; validated and tested is on final networks. share: of the runs that are left, how many are learnt from. InputError if a
     part would be empty.
     """
+    if all(zoo.hyperparameters is not None for zoo in zoos.values()):
+        return split_groups({name: zoos[name] for name in dict.fromkeys([*train, *test])}, train, test, fractions, seed)
     parts: tuple[dict[str, Rows], ...] = ({}, {}, {})
     for name in dict.fromkeys([*train, *test]):
         zoo = zoos[name]
@@ -114,3 +127,28 @@ def split_zoos(
         if name in test:
             parts[2][name] = rows_of(zoo, order[n_validation : n_validation + n_test], ["final"])
     return Split(*parts)
+
+
+def split_groups(
+    zoos: dict[str, Zoo], train: list[str], test: list[str], fractions: tuple[float, float], seed: int
+) -> Split:
+    """Return a split of a zoo of one's own: by groups, over all architectures together, since a group may have several.
+
+    A group of which an architecture that is only tested has a network is not learned from. InputError if a part would be empty.
+    """
+    left_out = [zoos[name].run for name in test if name not in train]
+    groups = torch.cat([zoos[name].run for name in train]).unique()
+    groups = groups[~torch.isin(groups, torch.cat(left_out))] if left_out else groups
+    order = groups[torch.randperm(len(groups), generator=generator(seed, "split of groups"))]
+    n_validation = max(1, round(fractions[0] * len(order)))
+    n_test = 0 if left_out else max(1, round(fractions[1] * len(order)))
+    if n_validation + n_test >= len(order):
+        raise InputError(f"{len(groups)} groups of networks are too few to split: give fewer networks one group")
+    chosen = order.split([n_validation, n_test, len(order) - n_validation - n_test])
+
+    def rows(names: list[str], some: Int[Tensor, " r"]) -> dict[str, Rows]:
+        found = {name: rows_of(zoos[name], some, ["final"]) for name in names}
+        return {name: rows for name, rows in found.items() if len(rows)}
+
+    tested = {name: torch.arange(len(zoos[name])) for name in test} if left_out else rows(test, chosen[1])
+    return Split(rows(train, chosen[2]), rows(train, chosen[0]), tested)

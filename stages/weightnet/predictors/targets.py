@@ -1,5 +1,7 @@
 """The properties as predictors learn them: on scales on which errors are alike, in units of their spread."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,10 +11,10 @@ from stages.weightnet.zoo.properties import PROPERTIES
 EDGE = 0.005  # accuracies nearer to 0 or 1 are taken for this
 
 
-def to_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """Return the properties with accuracies as log-odds and the loss as its logarithm."""
+def to_scale(values: Float[Tensor, "n k"], names: Sequence[str] = PROPERTIES) -> Float[Tensor, "n k"]:
+    """Return the properties with accuracies as log-odds and the loss as its logarithm; NaN stays what is not known."""
     columns = []
-    for name, value in zip(PROPERTIES, values.unbind(1), strict=True):
+    for name, value in zip(names, values.unbind(1), strict=True):
         if name.endswith("_acc"):
             columns.append(value.clamp(EDGE, 1 - EDGE).logit())
         else:
@@ -20,14 +22,16 @@ def to_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     return torch.stack(columns, 1)
 
 
-def own_units(values: Float[Tensor, "n k"], scale: dict[str, Float[Tensor, " f"]]) -> Float[Tensor, "n k"]:
+def own_units(
+    values: Float[Tensor, "n k"], scale: dict[str, Float[Tensor, " f"]], names: Sequence[str] = PROPERTIES
+) -> Float[Tensor, "n k"]:
     """Return standardised properties in their own units; scale: mean and deviation of those learnt from."""
-    return from_scale(values * scale["target_std"] + scale["target_mean"])
+    return from_scale(values * scale["target_std"] + scale["target_mean"], names)
 
 
-def from_scale(values: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+def from_scale(values: Float[Tensor, "n k"], names: Sequence[str] = PROPERTIES) -> Float[Tensor, "n k"]:
     """Return the properties in their own units."""
     columns = []
-    for name, value in zip(PROPERTIES, values.unbind(1), strict=True):
+    for name, value in zip(names, values.unbind(1), strict=True):
         columns.append(value.sigmoid() if name.endswith("_acc") else value.exp() if name == "test_loss" else value)
     return torch.stack(columns, 1)

@@ -252,6 +252,28 @@ def logits_of(program: Program) -> Program:
     )
 
 
+def rescaled_input(program: Program, mean: float, std: float) -> Program:
+    """Return a program that multiplies images by std and adds mean first: of images in units of pixels' deviation, around their mean.
+
+    InputError unless std is positive and both are finite.
+    """
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise InputError(
+            f"pixels of mean {mean:g} and deviation {std:g}: expected finite numbers, the deviation positive"
+        )
+    if (mean, std) == (0.0, 1.0):
+        return program
+    image, *others = program.steps
+    before = [
+        Step("constant", "pixels", (), (), {"value": std}),
+        Step("mul", "pixels", (0, 1), image.shape),
+        Step("constant", "pixels", (), (), {"value": mean}),
+        Step("add", "pixels", (2, 3), image.shape),
+    ]
+    moved = [replace(step, inputs=tuple(place + len(before) for place in step.inputs)) for step in others]
+    return replace(program, steps=(image, *before, *moved))
+
+
 def run_stack(
     program: Program,
     weights: Weights,

@@ -11,16 +11,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.files import load_metadata, load_table, remedy, require
+from stages.common.files import load_json, load_metadata, load_table, remedy, require
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.stage import InputError, StageParams
 from stages.weightnet.tracing.program import Program
-from stages.weightnet.tracing.symmetry import Symmetry
+from stages.weightnet.tracing.saved import from_plain
+from stages.weightnet.tracing.symmetry import Symmetry, derive_symmetry
 from stages.weightnet.zoo.architectures import zoo_program
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
 
 ZOO = Path("models/build_zoo")
+OWN = "own"  # what params.yaml calls all zoos of one's own
 
 MOST_PAIRS = 1 << 22  # of neurons that weights join, in networks read at a time: about 2 GB while WeightNet learns
 
@@ -80,6 +82,10 @@ class Zoo:
     run: Int[Tensor, " m"]  # the number of the row's run
     snapshot: list[str]
     index: dict[str, list[Any]]  # all columns of the index
+    measured: tuple[str, ...] = (
+        PROPERTIES  # the names of the properties; of a zoo of one's own, a network may lack some: NaN
+    )
+    hyperparameters: tuple[str, ...] | None = None  # the columns of hyper-parameters, of a zoo of one's own
 
     def __len__(self) -> int:
         return len(self.tanh)
@@ -109,7 +115,25 @@ class Zoo:
 
     def properties(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
         """Return what was measured of some networks."""
-        return torch.from_numpy(np.stack([self.column(name) for name in PROPERTIES], 1)).float()[rows]
+        return torch.from_numpy(np.stack([self.column(name) for name in self.measured], 1)).float()[rows]
+
+    def name_of(self, row: int) -> str:
+        """Return a network's name: its run's, or its file's in a zoo of one's own."""
+        return str(self.index["file"][row]) if "file" in self.index else f"{self.architecture}-{self.run[row]}"
+
+
+def own_zoo_path(name: str) -> Path:
+    """Return the file that says what a zoo of one's own has."""
+    return ZOO / f"{name}.json"
+
+
+def own_zoo(dataset: str) -> dict[str, list[str]]:
+    """Return what `gather_zoo` says of a zoo of one's own; nothing if `dataset` is none.
+
+    The names of its architectures, of those that may be left out, of its properties and hyper-parameters.
+    """
+    path = own_zoo_path(dataset)
+    return dict(load_json(path)) if path.is_file() else {}
 
 
 def load_zoo(dataset: str, architecture: str) -> Zoo:
@@ -118,7 +142,12 @@ def load_zoo(dataset: str, architecture: str) -> Zoo:
     index = load_table(folder / "index.parquet")
     files = tuple(require(folder / name) for name in dict.fromkeys(index["shard"]))
     metadata: list[dict[str, Any]] = [load_metadata(file) for file in files]
-    program, symmetry = zoo_program(architecture, *metadata[0]["input"])
+    own = metadata[0] if "program" in metadata[0] else None
+    if own is None:
+        program, symmetry = zoo_program(architecture, *metadata[0]["input"])
+    else:  # its steps came along: nobody's code is run
+        program = from_plain(own["program"])
+        symmetry = derive_symmetry(program)
     shards = tuple(load_file(file)["weights"] for file in files)
     if sum(map(len, shards)) != len(index["run"]):
         raise InputError(f"{folder}: its index and its shards do not belong together{remedy(files[0], '-f ')}")
@@ -132,4 +161,6 @@ def load_zoo(dataset: str, architecture: str) -> Zoo:
         run=torch.tensor([int(name.rpartition("-")[2]) for name in index["run"]]),
         snapshot=index["snapshot"],
         index=index,
+        measured=PROPERTIES if own is None else tuple(own["properties"]),
+        hyperparameters=None if own is None else tuple(own["hyperparameters"]),
     )
