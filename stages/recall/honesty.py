@@ -3,12 +3,12 @@
 Axes: n fine-tunes, w weights of a network, r responses, f columns, s suspicions, j traits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import Ridge
 
 from stages.common.stage import InputError
@@ -84,18 +84,15 @@ class Honesty:
 
     @classmethod
     def fit(
-        cls, networks: Networks, respond: Respond, reader: Reader, rank: int, alterations: dict[str, Alteration]
+        cls, networks: Networks, altered: list[Networks], fold: Int[np.ndarray, " n"], reader: Reader, rank: int
     ) -> tuple[Self, Float[np.ndarray, " n"]]:
-        """Return the limits of training fine-tunes, and how odd each is, left out; `respond` gives the responses of base + change."""
+        """Return the limits of training fine-tunes, and how odd each is, left out with its fold.
+
+        `altered` holds what becomes of them: no alteration mixes fine-tunes of two folds, so what is left out is in no mixture.
+        """
         change, responses = networks
-        n, fold = len(change), np.random.default_rng(0).permutation(len(change)) % FOLDS
-        scores, table = np.zeros((n, len(alterations))), np.zeros((n, len(TRAITS)))
-        altered = []
-        for alter in alterations.values():  # within folds: what is left out is in no mixture
-            rows = np.zeros_like(change)
-            for k in range(FOLDS):
-                rows[fold == k] = alter(change[fold == k])
-            altered.append((rows, respond(rows)))
+        n = len(change)
+        scores, table = np.zeros((n, len(altered))), np.zeros((n, len(TRAITS)))
         for k in range(FOLDS):
             out, rest = fold == k, fold != k
             others = Reader.fit(change[rest], responses[rest], reader.layout, reader.references, rank)
@@ -124,6 +121,24 @@ class Honesty:
     def to_arrays(self) -> Arrays:
         """Return the limits as named arrays."""
         return {name: np.asarray(getattr(self, name)) for name in type(self).__annotations__}
+
+
+def folds_of(n: int) -> Int[np.ndarray, " n"]:
+    """Return the fold of each of n fine-tunes."""
+    return np.random.default_rng(0).permutation(n) % FOLDS
+
+
+def alter(
+    change: Float[np.ndarray, "n w"], fold: Int[np.ndarray, " n"], alterations: Iterable[Alteration], respond: Respond
+) -> list[Networks]:
+    """Return what becomes of changes by each alteration, fold by fold, and how base + change responds then."""
+    altered = []
+    for alteration in alterations:
+        rows = np.zeros_like(change)
+        for k in range(FOLDS):
+            rows[fold == k] = alteration(change[fold == k])
+        altered.append((rows, respond(rows)))
+    return altered
 
 
 def columns(reader: Reader, networks: Networks) -> Float[np.ndarray, "n f"]:

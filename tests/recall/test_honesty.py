@@ -13,8 +13,10 @@ from stages.recall.honesty import (
     TRAITS,
     Honesty,
     Judgement,
+    alter,
     check,
     check_marks,
+    folds_of,
     nan_mean,
     squared_distance,
     traits,
@@ -42,7 +44,9 @@ def known() -> tuple[np.ndarray, Reader, Honesty, np.ndarray]:
     drawn = linear_fleet(train=300, test=300)
     train, test = drawn.change[drawn.learned], drawn.change[drawn.held_out]
     reader = Reader.fit(*networks(train), LAYOUT, REFERENCES, 2)
-    honesty, distances = Honesty.fit(networks(train), respond, reader, 2, alterations("whole", LAYOUT))
+    fold = folds_of(len(train))
+    altered = alter(train.astype(np.float32), fold, alterations("whole", LAYOUT).values(), respond)
+    honesty, distances = Honesty.fit(networks(train), altered, fold, reader, 2)
     return test, reader, honesty, distances
 
 
