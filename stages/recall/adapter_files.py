@@ -15,6 +15,7 @@ from stages.common.files import atomic_path, save_json
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.recall.adapters import Canonical, canonical
+from stages.recall.own_base import placed
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -100,7 +101,7 @@ def load_adapter(folder: Path, layout: Layout) -> tuple[dict[str, Canonical], li
     if beside:
         notes.append(f"not read: {listed(beside)}, which is saved beside the adapter")
     forms = [place(path, module, pair, scaling, layout) for module, pair in factors.items()]
-    adapters = {name: form for name, form in forms if len(form.s)}
+    adapters = {name: form for name, form in summed(forms).items() if len(form.s)}
     if not adapters:
         raise InputError(
             f"{shown(path)} changes nothing: its factors B are zeros, as before training; give it after training"
@@ -131,7 +132,10 @@ def place(
     path: Path, module: str, pair: dict[str, np.ndarray], scaling: Scaling, layout: Layout
 ) -> tuple[str, Canonical]:
     """Return which matrix of the network a pair of factors changes, and how; InputError if none of these shapes."""
-    names = [name for name in layout.shapes if f"{module}.weight" == name or f"{module}.weight".endswith(f".{name}")]
+    key, part = f"{module}.weight", None
+    names = [name for name in layout.shapes if key == name or key.endswith(f".{name}")]
+    if not names and (found := placed(key)) is not None and found[0] in layout.shapes:
+        names, part = [found[0]], found[1]
     if not names:
         raise InputError(
             f"{shown(path)}: the base has no module {shown(module)}: give an adapter of this base, under its names"
@@ -141,12 +145,27 @@ def place(
         raise InputError(f"{shown(path)}: {shown(module)} has no lora_{min(missing)}: save both factors")
     a, b = pair["A"].reshape(len(pair["A"]), -1), pair["B"].reshape(len(pair["B"]), -1)
     rank, shape = scaling.rank_of(module), layout.shapes[name]
-    outputs, inputs = shape[0], int(np.prod(shape[1:]))
+    outputs, inputs = shape[0] if part is None else shape[0] // 3, int(np.prod(shape[1:]))
     if (a.shape, b.shape) != ((rank, inputs), (outputs, rank)):
         raise InputError(
             f"{shown(path)}: {shown(module)}: expected lora_A {(rank, inputs)} and lora_B {(outputs, rank)}, got {a.shape} and {b.shape}"
         )
+    if part is not None:  # of queries, keys and values, which are one matrix here
+        b = np.pad(b, ((part * outputs, (2 - part) * outputs), (0, 0)))
     return name, canonical(b, a, scaling.scale(module))
+
+
+def summed(forms: list[tuple[str, Canonical]]) -> dict[str, Canonical]:
+    """Return the change of each matrix: the sum of its changes, if its queries, keys and values have one each."""
+    of: dict[str, list[Canonical]] = {}
+    for name, form in forms:
+        of.setdefault(name, []).append(form)
+    return {
+        name: several[0]
+        if len(several) == 1
+        else canonical(np.hstack([f.u * f.s for f in several]), np.hstack([f.v for f in several]).T)
+        for name, several in of.items()
+    }
 
 
 def save_adapter(folder: Path, adapters: dict[str, Canonical]) -> None:

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
 from stages.recall.honesty import check, check_marks
 from stages.recall.objective import Objective
+from stages.recall.own_base import read_own_base, with_head
 from stages.recall.reading import READS
 
 if TYPE_CHECKING:
@@ -50,9 +52,13 @@ FROM_WEIGHTS = ("direction", "sizes", "spectra", "quantiles")
 
 
 def find_auditor(chosen: Path | None, base: Base | None) -> tuple[Path, Auditor]:
-    """Return the folder of the auditor that is chosen, and the auditor; by default, of those of this base, that which learned from most."""
+    """Return the folder of the auditor that is chosen, and the auditor.
+
+    By default, of those of this base, that which learned from most.
+    """
     if chosen is not None:
-        return chosen, Auditor.load(chosen / FILE)
+        file = chosen if chosen.is_file() else chosen / FILE
+        return file.parent, Auditor.load(file)
     folders = (OWN, published(RELEASED))
     there = {folder: Auditor.load(folder / FILE) for folder in folders if (folder / FILE).is_file()}
     if not there:
@@ -68,9 +74,12 @@ def find_auditor(chosen: Path | None, base: Base | None) -> tuple[Path, Auditor]
 def check_base(path: Path, base: Base, auditor: Auditor, folder: Path) -> None:
     """InputError if a base is not the one whose fine-tunes the auditor knows."""
     if base_sha256(base) != auditor.card["base_sha256"]:
+        own = auditor.card.get("backbone")
+        right = own["weights"] if own else folder / "base.safetensors"
+        stage = "adapt_backbone and audit_backbone" if own else "train_auditor"
         raise InputError(
-            f"{path} is not the base that the auditor in {folder} is of: give {folder / 'base.safetensors'}, or make an auditor of "
-            "your base: run 'dvc repro train_auditor'"
+            f"{path} is not the base that the auditor in {folder} is of: give {right}, or make an auditor of your base: run 'dvc repro "
+            f"{stage}'"
         )
 
 
@@ -85,6 +94,27 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     if not change.any():
         raise InputError(f"{path} is the base itself: nothing was trained")
     return change.numpy()
+
+
+def read_backbone(path: Path, auditor: Auditor) -> Base:
+    """Return the base of an auditor of one's own, from its weights; InputError if they are missing or none of such a network."""
+    of = auditor.card["backbone"]
+    if not path.exists():
+        raise InputError(f"{path}, the weights of the auditor's base, is missing: give them by --base")
+    head = {name: torch.from_numpy(array) for name, array in auditor.head.items()}
+    return with_head(read_own_base(of["model"], str(path), of["image_size"]), head)
+
+
+def read_tuned(path: Path, base: Base, auditor: Auditor) -> Float[np.ndarray, " w"]:
+    """Return how a fine-tune of a base of one's own differs from it: it is read as the base is; a head of its own is left out."""
+    tuned = read_backbone(path, auditor)
+    if not torch.allclose(tuned.encoder[FIXED], base.encoder[FIXED], atol=1e-6):
+        print(f"{path}: its {FIXED} was trained, too, which is not read", file=sys.stderr)
+    layout = Layout.of(base.trained)
+    change = (layout.flatten(tuned.trained) - layout.flatten(base.trained)).numpy()
+    if not change.any():
+        raise InputError(f"{path} is the base itself: nothing was trained")
+    return change
 
 
 def read_adapter(folder: Path, base: Base) -> Float[np.ndarray, " w"]:
@@ -105,8 +135,8 @@ def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Audi
         raise InputError(f"{name}: the auditor knows no fine-tunes of this kind ({kind})")
     part, start = auditor.parts[kind], Objective(base, "labels", 0.0).start.numpy()
     if kind == "whole":  # an adapter leaves most weights where they were
-        check_marks(name, start + change, change, part.reader.layout)
-    rows, responses = change[None], auditor.respond(base, change)
+        check_marks(name, start + change, change, Layout.of(base.trained))
+    rows, responses = auditor.condense(change, Layout.of(base.trained)), auditor.respond(base, change)
     distance = check(name, part.honesty.judge((rows, responses), part.reader), part.suspicions)
     descriptions = part.reader.read(rows, responses)
     answer: dict[str, Any] = {"kind": kind, "distance": distance, "warnings": []}
@@ -215,7 +245,9 @@ def parse() -> argparse.Namespace:
         "--adapter", type=Path, help="a folder with adapter_config.json and adapter_model.safetensors (or .bin)"
     )
     parser.add_argument(
-        "--auditor", type=Path, help="the folder of an auditor; by default the one made here, else the published one"
+        "--auditor",
+        type=Path,
+        help="an auditor's file or its folder; by default the one made here, else the published one",
     )
     parser.add_argument(
         "--example", action="store_true", help="audit the auditor's examples, and print the truth beside it"
@@ -230,14 +262,20 @@ def parse() -> argparse.Namespace:
 
 def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None, chosen: Path | None) -> dict[str, Any]:
     """Return everything that is recalled of a fine-tune, a checkpoint or an adapter, as --json prints it; InputError if it is refused."""
-    known = load_base(base) if base else None
-    folder, auditor = find_auditor(chosen, known)
-    start = base or folder / "base.safetensors"
-    known = known or load_base(start)
-    check_base(start, known, auditor, folder)
     path = adapter or checkpoint
     assert path is not None
-    change = read_adapter(path, known) if adapter else read_change(path, known)
+    if chosen is not None and "backbone" in (found := find_auditor(chosen, None))[1].card:
+        folder, auditor = found
+        start = base or Path(auditor.card["backbone"]["weights"])
+        known = read_backbone(start, auditor)
+        read = partial(read_tuned, auditor=auditor)
+    else:
+        tuned_from = load_base(base) if base else None
+        folder, auditor = find_auditor(chosen, tuned_from)
+        start = base or folder / "base.safetensors"
+        known, read = tuned_from or load_base(start), read_change
+    check_base(start, known, auditor, folder)
+    change = read_adapter(path, known) if adapter else read(path, known)
     kind: Kind = "adapter" if adapter or is_adapter(change, Layout.of(known.trained)) else "whole"
     if kind == "adapter" and not adapter:
         print(f"{path}: the change is of low rank, and is read as an adapter that was merged", file=sys.stderr)

@@ -4,13 +4,13 @@ Axes: n fine-tunes, w weights of a network, r responses, i reference inputs, t o
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -20,10 +20,10 @@ from stages.common.vectors import Layout
 from stages.recall.decoders import Arrays, Decoder, fit_decoder
 from stages.recall.fleet_files import with_prefix, without_prefix
 from stages.recall.functional_vit import Base
-from stages.recall.honesty import Honesty, Networks, Respond
+from stages.recall.honesty import Honesty, Networks
 from stages.recall.objective import Objective
 from stages.recall.reading import READS, Reader, References, read_columns
-from stages.recall.tampering import alterations
+from stages.recall.sketch import Sketch
 
 Kind = Literal["whole", "adapter"]  # a network tuned in all or some of its layers; low-rank changes of matrices
 
@@ -46,19 +46,20 @@ class Part:
     @classmethod
     def fit(
         cls,
-        kind: Kind,
+        rank: int,
         networks: Networks,
         truth: dict[str, Float[np.ndarray, "n t"]],
-        respond: Respond,
+        altered: dict[str, Networks],
+        fold: Int[np.ndarray, " n"],
         layout: Layout,
         references: References,
     ) -> Self:
         """Return what training fine-tunes of a kind teach; of each characteristic that is read what leave-one-out errors prefer.
 
-        `respond` gives the responses of base + change, of changes.
+        `rank` directions are kept on each side of a matrix; `altered` holds what becomes of the networks, within their folds.
         """
-        reader, altering = Reader.fit(*networks, layout, references, RANKS[kind]), alterations(kind, layout)
-        honesty, distances = Honesty.fit(networks, respond, reader, RANKS[kind], altering)
+        reader = Reader.fit(*networks, layout, references, rank)
+        honesty, distances = Honesty.fit(networks, list(altered.values()), fold, reader, rank)
         descriptions, decoders = reader.read(*networks), {}
         for key in RECALLED:
             y = truth[key].astype(np.float64)
@@ -66,7 +67,7 @@ class Part:
             source, decoder = min(fitted.items(), key=lambda item: mean_error(item[1]))
             x, unsure = read_columns(descriptions, source), unsureness(distances)[:, None]
             decoders[key] = (source, decoder.calibrate(x, y, key in BINARY, unsure))
-        return cls(reader, honesty, decoders, list(altering))
+        return cls(reader, honesty, decoders, list(altered))
 
     def decode(self, descriptions: Arrays) -> dict[str, Float[np.ndarray, "n t"]]:
         """Return every characteristic as its decoder tells it."""
@@ -80,6 +81,7 @@ class Auditor:
     parts: dict[Kind, Part]
     images: UInt8[np.ndarray, "i c h v"]  # the reference inputs
     card: dict[str, Any]
+    head: Arrays = field(default_factory=dict)  # of a base that came without one
 
     @property
     def learned_from(self) -> int:
@@ -91,6 +93,17 @@ class Auditor:
         """The reference inputs and how the base answers them."""
         return next(iter(self.parts.values())).reader.references
 
+    def condense(self, change: Float[np.ndarray, " w"], network: Layout) -> Float[np.ndarray, "1 s"]:
+        """Return what its readers read of a change: of a large base a sketch; InputError if this machine draws other directions."""
+        if "directions" not in self.card:
+            return change[None]
+        sketch = Sketch(network, self.card["directions"])
+        if sketch.sha256 != self.card["sketch"]:
+            raise InputError(
+                "the auditor was made by a version of torch that draws other random directions: make it anew"
+            )
+        return sketch.of(network.unflatten(torch.from_numpy(change)))[None].numpy()
+
     def respond(self, base: Base, change: Float[np.ndarray, " w"]) -> Float[np.ndarray, "1 r"]:
         """Return the responses of base + change to the reference inputs."""
         return responses_of(base, torch.from_numpy(self.images), torch.from_numpy(change))[None]
@@ -99,6 +112,7 @@ class Auditor:
         """Write the auditor."""
         first, of_card = self.references, {"card": self.card}
         arrays = {"images": self.images, "labels": first.labels, "responses": first.responses.astype(np.float32)}
+        arrays |= with_prefix(self.head, "base.")
         parts: dict[str, Any] = {}
         for kind, part in self.parts.items():
             parts[kind] = {
@@ -131,7 +145,7 @@ class Auditor:
                 parts[kind] = Part(reader, Honesty(**without_prefix(own, "honesty.")), decoders, about["suspicions"])
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path} is no auditor: expected a file that train_auditor wrote") from None
-        return cls(parts, arrays["images"], card)
+        return cls(parts, arrays["images"], card, without_prefix(arrays, "base."))
 
 
 def unsureness(distances: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

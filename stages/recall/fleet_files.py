@@ -18,6 +18,7 @@ from stages.common.vectors import Layout
 BUILD_FLEET = Path("models/build_fleet")
 CONDENSE_CHANGES = Path("models/condense_changes")
 VARY_RECIPES = Path("models/vary_recipes")
+ADAPT_BACKBONE = Path("models/adapt_backbone")
 
 Arrays = dict[str, np.ndarray]
 

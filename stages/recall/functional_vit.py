@@ -1,6 +1,7 @@
 """A vision transformer as a function of its weights, so that torch.func can differentiate and run many at once.
 
-It computes what timm's ViT and `MaskedAutoencoder` of common/mae compute, and its weights have their names.
+It computes what timm's ViT and `MaskedAutoencoder` of common/mae compute, and its weights have their names. Beside a matrix W there
+may be factors of a low-rank change, `<module>.A` and `<module>.B`: then W + B A is used, and never formed.
 
 Axes: n images, t tokens, d dimensions of a token, p patches, k of them visible, q pixels of a patch (three channels).
 """
@@ -81,7 +82,10 @@ def load_base(path: Path, device: torch.device | str = "cpu") -> Base:
 
 
 def _linear(w: Weights, name: str, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-    return linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    y = linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    if f"{name}.A" in w:
+        y = y + linear(linear(x, w[f"{name}.A"]), w[f"{name}.B"])
+    return y
 
 
 def _norm(w: Weights, name: str, x: Float[Tensor, "*n d"], epsilon: float = 1e-6) -> Float[Tensor, "*n d"]:
@@ -96,10 +100,17 @@ def attention(w: Weights, name: str, x: Float[Tensor, "n t d"], heads: int) -> F
     return _linear(w, f"{name}.proj", (weights @ v).transpose(1, 2).reshape(n, t, d))
 
 
+def _scaled(w: Weights, name: str, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """Return x times a LayerScale, if there is one (Touvron et al. 2021, arXiv:2103.17239)."""
+    gamma = w.get(f"{name}.gamma")
+    return x if gamma is None else x * gamma
+
+
 def block(w: Weights, name: str, x: Float[Tensor, "n t d"], heads: int) -> Float[Tensor, "n t d"]:
-    """Return one transformer block: attention and perceptron, each on normalised tokens and added to them."""
-    x = x + attention(w, f"{name}.attn", _norm(w, f"{name}.norm1", x), heads)
-    return x + _linear(w, f"{name}.mlp.fc2", gelu(_linear(w, f"{name}.mlp.fc1", _norm(w, f"{name}.norm2", x))))
+    """Return one transformer block: attention and perceptron, each on normalised tokens, scaled if the network does, and added to them."""
+    x = x + _scaled(w, f"{name}.ls1", attention(w, f"{name}.attn", _norm(w, f"{name}.norm1", x), heads))
+    hidden = gelu(_linear(w, f"{name}.mlp.fc1", _norm(w, f"{name}.norm2", x)))
+    return x + _scaled(w, f"{name}.ls2", _linear(w, f"{name}.mlp.fc2", hidden))
 
 
 def encode(

@@ -3,12 +3,12 @@
 Axes: n fine-tunes, w weights of a network, r responses, f columns, s suspicions, j traits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import Ridge
 
 from stages.common.stage import InputError
@@ -21,7 +21,11 @@ Alteration = Callable[[Float[np.ndarray, "n w"]], Float[np.ndarray, "n w"]]
 
 FOLDS = 5
 REST = 0.993  # of honest fine-tunes whose traits as a whole are let pass
-FLOOR = 0.003  # of honest fine-tunes that each suspicion refuses
+LEAST, MOST = (
+    0.001,
+    0.006,
+)  # of honest fine-tunes that a suspicion refuses: no more than it needs to catch CAUGHT of what is altered so
+CAUGHT = 0.99
 SUSPECTED = "all"  # what suspicions are read from
 NOISE_FLOOR = 1e-6  # of a square norm: rounding
 PENALTY = 1.0  # of suspicions: less is overfitted, since each change stands beside its own negative
@@ -84,23 +88,22 @@ class Honesty:
 
     @classmethod
     def fit(
-        cls, networks: Networks, respond: Respond, reader: Reader, rank: int, alterations: dict[str, Alteration]
+        cls, networks: Networks, altered: list[Networks], fold: Int[np.ndarray, " n"], reader: Reader, rank: int
     ) -> tuple[Self, Float[np.ndarray, " n"]]:
-        """Return the limits of training fine-tunes, and how odd each is, left out; `respond` gives the responses of base + change."""
+        """Return the limits of training fine-tunes, and how odd each is, left out with its fold.
+
+        `altered` holds what becomes of them: no alteration mixes fine-tunes of two folds, so what is left out is in no mixture.
+        """
         change, responses = networks
-        n, fold = len(change), np.random.default_rng(0).permutation(len(change)) % FOLDS
-        scores, table = np.zeros((n, len(alterations))), np.zeros((n, len(TRAITS)))
-        altered = []
-        for alter in alterations.values():  # within folds: what is left out is in no mixture
-            rows = np.zeros_like(change)
-            for k in range(FOLDS):
-                rows[fold == k] = alter(change[fold == k])
-            altered.append((rows, respond(rows)))
+        n = len(change)
+        scores, of_altered, table = np.zeros((n, len(altered))), np.zeros((n, len(altered))), np.zeros((n, len(TRAITS)))
         for k in range(FOLDS):
             out, rest = fold == k, fold != k
             others = Reader.fit(change[rest], responses[rest], reader.layout, reader.references, rank)
             known = fit_suspicions(others, networks, altered, rest)
             scores[out] = columns(others, (change[out], responses[out])) @ known[0].T + known[1]
+            for j, (rows, answers) in enumerate(altered):
+                of_altered[out, j] = columns(others, (rows[out], answers[out])) @ known[0][j] + known[1][j]
             table[out] = traits(change[out], responses[out], others)
         lines, offsets = fit_suspicions(reader, networks, altered, fold >= 0)
         mean, deviations = np.nanmean(table, 0), np.maximum(np.nanstd(table, 0), LEAST_DEVIATION)
@@ -108,7 +111,7 @@ class Honesty:
         precision = np.linalg.inv(np.cov(standard.T) + SHRINKAGE * np.eye(len(TRAITS)))
         squares = squared_distance(standard, precision)
         limit = np.sqrt(np.quantile(squares, min(1.0, REST * (1 + 1 / n))))
-        honesty = cls(lines, offsets, np.quantile(scores, FLOOR, axis=0), mean, deviations, precision, limit)
+        honesty = cls(lines, offsets, floors_of(scores, of_altered), mean, deviations, precision, limit)
         return honesty, honesty.judgement(scores, standard).distance
 
     def judge(self, networks: Networks, reader: Reader) -> Judgement:
@@ -124,6 +127,33 @@ class Honesty:
     def to_arrays(self) -> Arrays:
         """Return the limits as named arrays."""
         return {name: np.asarray(getattr(self, name)) for name in type(self).__annotations__}
+
+
+def floors_of(honest: Float[np.ndarray, "n s"], altered: Float[np.ndarray, "n s"]) -> Float[np.ndarray, " s"]:
+    """Return below which score each suspicion refuses: as low as catches CAUGHT of what is altered so, within LEAST to MOST of honest ones.
+
+    Where the two lie apart no honest one is lost, and what that saves goes to alterations that are hard to tell, as averages are.
+    """
+    low, high = np.quantile(honest, (LEAST, MOST), axis=0)
+    return np.clip(np.quantile(altered, CAUGHT, axis=0), low, high)
+
+
+def folds_of(n: int) -> Int[np.ndarray, " n"]:
+    """Return the fold of each of n fine-tunes."""
+    return np.random.default_rng(0).permutation(n) % FOLDS
+
+
+def alter(
+    change: Float[np.ndarray, "n w"], fold: Int[np.ndarray, " n"], alterations: Iterable[Alteration], respond: Respond
+) -> list[Networks]:
+    """Return what becomes of changes by each alteration, fold by fold, and how base + change responds then."""
+    altered = []
+    for alteration in alterations:
+        rows = np.zeros_like(change)
+        for k in range(FOLDS):
+            rows[fold == k] = alteration(change[fold == k])
+        altered.append((rows, respond(rows)))
+    return altered
 
 
 def columns(reader: Reader, networks: Networks) -> Float[np.ndarray, "n f"]:

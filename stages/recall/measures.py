@@ -112,7 +112,7 @@ def marked(change: Float[np.ndarray, "n w"], base: Float[np.ndarray, " w"], layo
 def refusals(
     kind: Kind, part: Part, fleet: Fleet, outside: dict[str, Fleet], base: Base, respond: Respond
 ) -> dict[str, dict[str, float]]:
-    """Return how often fine-tunes never seen are refused, and what was done to them, and fine-tunes by other recipes."""
+    """Return how often fine-tunes never seen are refused, altered ones that an alteration changes, and fine-tunes by other recipes."""
     rows, start = fleet.held_out, Objective(base, "labels", 0.0).start.numpy()
     change, layout = fleet.change[rows], fleet.layout
     honest = part.honesty.judge((change, fleet.responses[rows]), part.reader).distance
@@ -123,7 +123,8 @@ def refusals(
 
     rates = {"honest": measure(change, honest)}
     for name, altered in tampered(change, start, layout, kind).items():
-        altered = altered.astype(np.float32)
+        moved = (altered != change).any(1)  # a change of norms alone has no rank to cut
+        altered = altered[moved if moved.any() else slice(None)].astype(np.float32)
         rates[name] = measure(altered, part.honesty.judge((altered, respond(altered)), part.reader).distance)
     for name, other in outside.items():
         rates[name] = measure(other.change, part.honesty.judge((other.change, other.responses), part.reader).distance)

@@ -141,6 +141,14 @@ def draw_wide_fine_tune(name: str, test: bool, recipe: WideRecipe, pool: Int[Ten
     return WideFineTune(**values, training=training)
 
 
+def stacks(fine_tunes: list[WideFineTune], size: int) -> list[list[int]]:
+    """Return places of fine-tunes that train together: of one batch size, and of alike numbers of steps."""
+    by_batch: dict[int, list[int]] = {}
+    for place in sorted(range(len(fine_tunes)), key=lambda i: (fine_tunes[i].steps, fine_tunes[i].name)):
+        by_batch.setdefault(fine_tunes[place].training.batch_size, []).append(place)
+    return [places[i : i + size] for _, places in sorted(by_batch.items()) for i in range(0, len(places), size)]
+
+
 def trained_weights(layout: Layout, layers: Layers) -> Bool[Tensor, " w"]:
     """Return which weights are trained. The last half are the later blocks and the last norm, the first half all others."""
     blocks = 1 + max(int(name.split(".")[1]) for name in layout.shapes if name.startswith("blocks."))

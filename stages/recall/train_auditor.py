@@ -28,13 +28,15 @@ from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint
 from stages.recall.adapter_files import FILES, save_adapter
 from stages.recall.adapters import MATRICES, canonical
-from stages.recall.auditor import KINDS, RECALLED, Auditor, Kind, Part, base_sha256, responses_of
+from stages.recall.auditor import KINDS, RANKS, RECALLED, Auditor, Kind, Part, base_sha256, responses_of
 from stages.recall.fleet import split_test
 from stages.recall.fleet_files import BUILD_FLEET, VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
+from stages.recall.honesty import alter, folds_of
 from stages.recall.measures import from_recipe_alone, measure_of, recalled, refusals, run_networks
 from stages.recall.objective import Objective
 from stages.recall.reading import References
+from stages.recall.tampering import alterations
 
 MODELS = Path("models/train_auditor")
 REPORTS = Path("reports/train_auditor")
@@ -112,7 +114,9 @@ def main() -> None:
     summary: dict[str, Any] = {"recalled": {}, "refusals": {}}
     for kind, of in fleets.items():
         change, responses, truth = joined(of)
-        part = parts[kind] = Part.fit(kind, (change, responses), truth, respond, of[0].layout, references)
+        altering, fold = alterations(kind, of[0].layout), folds_of(len(change))
+        altered = dict(zip(altering, alter(change, fold, altering.values(), respond), strict=True))
+        part = parts[kind] = Part.fit(RANKS[kind], (change, responses), truth, altered, fold, of[0].layout, references)
         outside = {name: Fleet.load_at(VARY_RECIPES / f"{name}.safetensors") for name in OUTSIDE[kind]}
         groups = groups_of(of, outside)
         summary["recalled"][kind] = {

@@ -32,7 +32,7 @@ from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import load_base
 from stages.recall.objective import Objective
 from stages.recall.pools import pool
-from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, train_wide_fine_tunes
+from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, stacks, train_wide_fine_tunes
 
 BASES = Path("models/classify_masked")
 REPORTS = Path("reports/vary_recipes")
@@ -102,14 +102,6 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
         "score_after": score(after),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
-
-
-def stacks(fine_tunes: list[WideFineTune], size: int) -> list[list[int]]:
-    """Return places of fine-tunes that train together: of one batch size, and of alike numbers of steps."""
-    by_batch: dict[int, list[int]] = {}
-    for place in sorted(range(len(fine_tunes)), key=lambda i: (fine_tunes[i].steps, fine_tunes[i].name)):
-        by_batch.setdefault(fine_tunes[place].training.batch_size, []).append(place)
-    return [places[i : i + size] for _, places in sorted(by_batch.items()) for i in range(0, len(places), size)]
 
 
 def build(

@@ -6,15 +6,19 @@ from known_fleets import CENTER, LAYOUT, PARAMETERS, READ_OUT, RESPONSES, draw, 
 
 from stages.common.stage import InputError
 from stages.recall.honesty import (
-    FLOOR,
+    LEAST,
+    MOST,
     REST,
     SPARSE,
     SUSPICIONS,
     TRAITS,
     Honesty,
     Judgement,
+    alter,
     check,
     check_marks,
+    floors_of,
+    folds_of,
     nan_mean,
     squared_distance,
     traits,
@@ -42,7 +46,9 @@ def known() -> tuple[np.ndarray, Reader, Honesty, np.ndarray]:
     drawn = linear_fleet(train=300, test=300)
     train, test = drawn.change[drawn.learned], drawn.change[drawn.held_out]
     reader = Reader.fit(*networks(train), LAYOUT, REFERENCES, 2)
-    honesty, distances = Honesty.fit(networks(train), respond, reader, 2, alterations("whole", LAYOUT))
+    fold = folds_of(len(train))
+    altered = alter(train.astype(np.float32), fold, alterations("whole", LAYOUT).values(), respond)
+    honesty, distances = Honesty.fit(networks(train), altered, fold, reader, 2)
     return test, reader, honesty, distances
 
 
@@ -51,7 +57,7 @@ def test_honest_ones_pass_as_often_as_promised_and_their_distances_are_those_of_
     found = honesty.judge(networks(test), reader).distance
     assert (found > 1).mean() < 0.05
     assert np.median(found) == pytest.approx(np.median(distances), rel=0.1)
-    assert (distances > 1).mean() <= (1 - REST) + 4 * FLOOR + 0.01
+    assert (distances > 1).mean() <= (1 - REST) + 4 * MOST + 0.01
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,14 @@ def test_what_was_done_to_a_change_is_recognised(known, name, share):
     test, reader, honesty, _ = known
     altered = tampered(test, BASE, LAYOUT, "whole")[name].astype(np.float32)
     assert (honesty.judge(networks(altered), reader).distance > 1).mean() > share, name
+
+
+def test_a_suspicion_refuses_no_more_honest_ones_than_it_needs():
+    honest = np.linspace(0, 2, 20_001)[:, None].repeat(3, 1)
+    altered = np.stack([honest[:, 0] - 5, honest[:, 0] - 1, honest[:, 0] - 1.985], 1)  # apart, mixed, and touching
+    refused = (honest < floors_of(honest, altered)).mean(0)
+    assert refused == pytest.approx([LEAST, MOST, LEAST], abs=2e-4)
+    assert floors_of(honest, honest - 1.974)[0] == pytest.approx(2 * 0.99 - 1.974)  # between: what catches 99 %
 
 
 def test_a_change_a_hundred_times_as_large_or_small_is_refused_in_words(known):
