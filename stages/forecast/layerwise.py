@@ -94,9 +94,8 @@ class LayerForecaster(nn.Module):
         super().__init__()
         self.horizons = tuple(horizons)
         self.reads = {"with_state": False, "with_context": False}
-        self.gains: dict[
-            str, list[float]
-        ] = {}  # mean gains in loss by horizon on unseen runs, of "weights" and of their "average"
+        # mean gains in loss by horizon on unseen runs, of "weights" and of their "average", by steps between snapshots
+        self.gains: dict[str, dict[int, list[float]]] = {}
         with seeded_init(seed):
             self.body = nn.Sequential(nn.Linear(READS, d_model), nn.GELU(), nn.Linear(d_model, d_model), nn.GELU())
             self.head = nn.Linear(d_model, FEATURES * len(self.horizons))

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from stages.common.files import atomic_path, save_csv, save_json
+from stages.common.files import atomic_path, load_metadata, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
@@ -49,8 +49,10 @@ FEWEST = 8  # origins to learn from
 LONGEST = 60  # snapshots of a run that shrinking is tested on
 WORTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a prior, in origins, to choose from
 STRIDE_THIRDS = 3
+SMALLEST_DEVIATION = 0.01  # of what a prior believes
 
 Rows = list[dict[str, Any]]
+Gains = dict[str, dict[int, list[float]]]
 
 
 class Variant(StageParams):
@@ -265,13 +267,30 @@ def fit_prior(agreements: list[Agreement]) -> Prior:
         torch.stack(parts).clamp(-3, 3).nanmean(0).nan_to_num()
     )  # of horizons that no run reaches: not trusted
     factor = (cross / square.clamp(min=1e-6)).clamp(0, 1).float()
+    spread, noise = spreads(agreements)
 
     def mean_error(worth: float) -> float:
-        prior = Prior(factor, square.float(), worth)
+        prior = Prior(factor, square.float(), torch.zeros_like(factor), noise, worth)  # without caution
         errors = [torch.tensor(run_ratios(a, causal_shrinkage(a, prior))) for a in agreements]
         return float(torch.stack(errors).clamp(max=3).nanmean())
 
-    return Prior(factor, square.float(), min(WORTHS, key=mean_error))
+    return Prior(factor, square.float(), spread, noise, min(WORTHS, key=mean_error))
+
+
+def spreads(agreements: list[Agreement]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return by horizon the standard deviation of <y, d> over <d, d> between runs, of their means, and within runs, between origins."""
+    means, within = [], []
+    for agreement in agreements:
+        relative = (agreement.cross.sum(2) / agreement.energy.sum(2).clamp(min=1e-30)).clamp(-3, 3)
+        known = relative.isfinite().sum(0)
+        mean = relative.nanmean(0)
+        variance = (relative - mean).square().nansum(0) / (known - 1).clamp(min=1)
+        means.append(mean)
+        within.append(torch.where(known > 2, variance, torch.nan))
+    between = torch.stack(means)
+    spread = (between - between.nanmean(0)).square().nanmean(0).sqrt()
+    noise = torch.stack(within).nanmean(0).sqrt()
+    return tuple(x.nan_to_num().clamp(min=SMALLEST_DEVIATION).float() for x in (spread, noise))
 
 
 def shrink_unseen(unseen: list[Unseen]) -> Rows:
@@ -314,14 +333,18 @@ def summarise(rows: Rows) -> dict[str, Any]:
     return summary
 
 
-def mean_gains(unseen: list[Unseen]) -> dict[str, list[float]]:
-    """Return the mean gain in loss by horizon, each run and stride counting alike: of forecasts of weights, and of their average."""
-    gains = {"weights": [u.functions.gain for u in unseen], "average": [u.of_average.gain for u in unseen]}
-    return {name: torch.stack([g.mean(0) for g in values]).mean(0).tolist() for name, values in gains.items()}
+def mean_gains(unseen: list[Unseen], snapshot_every: int) -> Gains:
+    """Return the mean gain in loss of forecasts of weights, and of their average, by steps between snapshots and horizon."""
+    gains: Gains = {"weights": {}, "average": {}}
+    for stride in sorted({u.stride for u in unseen}):
+        alike = [u for u in unseen if u.stride == stride]
+        for of, parts in (("weights", [u.functions for u in alike]), ("average", [u.of_average for u in alike])):
+            gains[of][stride * snapshot_every] = torch.stack([x.gain.mean(0) for x in parts]).mean(0).tolist()
+    return gains
 
 
 def card_of(
-    path: Path, params: Params, prior: Prior, runs: list[Run], summary: dict[str, Any], gains: dict[str, list[float]]
+    path: Path, params: Params, prior: Prior, runs: list[Run], summary: dict[str, Any], gains: Gains
 ) -> dict[str, Any]:
     """Return the card of a forecaster: what rebuilds it, what it learned from, how it was tested, and its limits."""
     learned_from = {
@@ -345,7 +368,10 @@ def card_of(
             "with_state": False,
             "with_context": False,
         },
-        "prior": {"factor": prior.factor.tolist(), "strength": prior.strength.tolist(), "worth": prior.worth},
+        "prior": {
+            **{name: getattr(prior, name).tolist() for name in ("factor", "strength", "spread", "noise")},
+            "worth": prior.worth,
+        },
         "gains": gains,
         "learned_from": learned_from,
         "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk", "all_logits")},
@@ -360,6 +386,7 @@ def main() -> None:
     params = Params.load("learn_world", variant=name)
     pin_threads()
     runs = load_world(params.datasets)
+    every = load_metadata(next((RUNS / params.datasets[0]).glob("*.safetensors")))["snapshot_every"]
     world = draw_world(runs, params)
     unseen = all_at_once(world, params)
     rows = leave_one_out(world, params) + shrink_unseen(unseen)
@@ -369,7 +396,7 @@ def main() -> None:
     path = MODELS / name / "forecaster.safetensors"
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
-    save_json(path.with_suffix(".json"), card_of(path, params, prior, runs, summary, mean_gains(unseen)))
+    save_json(path.with_suffix(".json"), card_of(path, params, prior, runs, summary, mean_gains(unseen, every)))
     save_csv(REPORTS / name / "unseen.csv", rows)
     save_json(REPORTS / name / "summary.json", summary)
     means = ", ".join(f"{v['mean']:.3f} at {h}" for h, v in summary["all_shrunk"].items())

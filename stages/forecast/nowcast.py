@@ -47,8 +47,9 @@ class NowcastOptimizer(torch.optim.Optimizer):
     optimiser.
 
     Of a forecaster whose gains in loss were measured on runs that it had not seen, as the default one's are, only those horizons are
-    proposed whose expected gain is positive, going by these runs and by what came of earlier proposals in this one, which count for less
-    the older they are; if there is none, nothing is forecast. `record` says how often a gain so foretold came true.
+    proposed whose expected gain is positive, going by these runs at about the same `every` and by what came of earlier proposals in
+    this one, which count for less the older they are; if there is none, nothing is forecast. `record` says how often a gain so
+    foretold came true.
 
     Groups, state and defaults are those of the bare optimiser, `self.optimizer`: schedulers and scalers may be given either.
     Only parameters that require a gradient, have one and moved since the last proposal are moved; others keep every bit.
@@ -273,9 +274,14 @@ class NowcastOptimizer(torch.optim.Optimizer):
             return ["jump"]
         names = [f"ahead {h}" for h in self.forecaster.horizons]
         known = self.forecaster.gains.get("average" if self.decay else "weights")
-        if known is None:
+        if not known:
             return names
-        return [name for name, gain in zip(names, known, strict=True) if expected_gain(gain, self.gains.get(name)) > 0]
+        nearest = min(known, key=lambda every: abs(math.log(every / self.every)))
+        return [
+            name
+            for name, gain in zip(names, known[nearest], strict=True)
+            if expected_gain(gain, self.gains.get(name)) > 0
+        ]
 
     def _learn_gains(self, losses: dict[str, float]) -> None:
         """Remember by how much the loss of each forecast was below that of staying, over the latter."""

@@ -28,14 +28,15 @@ def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
     try:
         config, prior = card["config"], card["prior"]
         described = card["sha256"]
-        believed = Prior(torch.tensor(prior["factor"]), torch.tensor(prior["strength"]), float(prior["worth"]))
+        vectors = {name: torch.tensor(prior[name]) for name in ("factor", "strength", "spread", "noise")}
+        believed = Prior(**vectors, worth=float(prior["worth"]))
     except (KeyError, TypeError) as error:
         raise InputError(f"{beside} is no card of a forecaster: it has no {error}{remedy(path)}") from None
     if digest != described:
         raise InputError(f"{path} is not the file that {beside} describes: its SHA-256 is another{remedy(path)}")
     model = LayerForecaster(config["horizons"], config["d_model"], config["seed"])
     model.load_state_dict(load_file(path))
-    model.gains = card.get("gains", {})
+    model.gains = {of: {int(every): row for every, row in rows.items()} for of, rows in card.get("gains", {}).items()}
     return model.eval().requires_grad_(False), believed, card
 
 

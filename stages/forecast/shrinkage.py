@@ -19,6 +19,8 @@ from stages.forecast.trajectory import WINDOW, Trajectory, moved_lately
 
 SAMPLE = 1 << 14  # weights of a layer by which a forecast is checked: of larger ones, evenly spread
 LAYER_WORTH = 2.0  # origins that what all layers tell counts for, beside a layer's own
+CAUTION = 2.33  # standard deviations: 99 runs in 100
+NEARBY = 0.5
 SMALLEST = 1e-30  # of squares: a layer that stands still must not divide by 0
 
 
@@ -34,17 +36,21 @@ class Forecaster(Protocol):
 class Prior:
     """What is believed of a forecaster before a run's own past speaks, of each horizon.
 
-    factor: how far its movements can be trusted, 0 to 1. strength: <y, y> over <d, d>. worth: how many origins it counts for.
+    factor: how far its movements can be trusted, 0 to 1. strength: <y, y> over <d, d>. spread: standard deviation between runs of
+    <y, d> over <d, d>, 0 to ask for no caution; noise: between the origins of a run. worth: how many origins it counts for.
     """
 
     factor: Float[Tensor, " h"]
     strength: Float[Tensor, " h"]
+    spread: Float[Tensor, " h"]
+    noise: Float[Tensor, " h"]
     worth: float
 
     @staticmethod
     def sceptical(horizons: int) -> "Prior":
         """Return that of a forecaster of which nothing is known: to keep the last weights."""
-        return Prior(torch.zeros(horizons), torch.full((horizons,), 0.2), 2.0)
+        none = torch.zeros(horizons)
+        return Prior(none, torch.full((horizons,), 0.2), none, torch.ones(horizons), 2.0)
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,32 @@ def trusted(sums: Float[Tensor, "5 *o h l"], prior: Prior) -> Float[Tensor, "*o 
     own_cross, own_square = sums[:2]
     cross, square, origins = sums[2:].sum(-1)
     belief = prior.worth * prior.strength.double()
-    all_layers = (belief * prior.factor + cross) / (belief + square)
+    all_layers = (belief * prior.factor + cross) / (belief + square).clamp(min=SMALLEST)
     strength = (belief + square) / (prior.worth + origins)
     belief = (LAYER_WORTH * strength)[..., None]
-    return ((belief * all_layers[..., None] + own_cross) / (belief + own_square)).clamp(0, 1)
+    by_layer = ((belief * all_layers[..., None] + own_cross) / (belief + own_square).clamp(min=SMALLEST)).clamp(0, 1)
+    return torch.minimum(by_layer, cautious(sums, prior)[..., None])
+
+
+def cautious(sums: Float[Tensor, "5 *o h l"], prior: Prior) -> Float[Tensor, "*o h"]:
+    """Return the largest factor that is safe to the CAUTION-th standard deviation, going by the prior and by what is known so far.
+
+    <y, d> over <d, d> is normal between runs, and within a run between origins; what shorter horizons tell counts, too, and by NEARBY
+    less from one to the next.
+    """
+    known = sums[2:].sum(-1)
+    told = [known[..., 0]]
+    for i in range(1, known.shape[-1]):
+        told.append(known[..., i] + NEARBY * told[-1])
+    cross, square, origins = torch.stack(told, -1)
+    mean, strength, spread, noise = (
+        x.double() for x in (prior.factor * prior.strength, prior.strength, prior.spread, prior.noise)
+    )
+    worth = (noise / spread.clamp(min=1e-6)) ** 2  # of the prior, in origins
+    expected = (worth * mean + cross) / (worth + origins)
+    deviation = noise / (worth + origins).sqrt()
+    safe = (expected - CAUTION * deviation) / ((worth * strength + square) / (worth + origins)).clamp(min=SMALLEST)
+    return torch.where(spread > 0, safe.clamp(0, 1), 1.0)
 
 
 def shrinkage(agreement: Agreement, prior: Prior) -> Float[Tensor, "h l"]:

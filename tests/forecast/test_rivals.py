@@ -159,7 +159,7 @@ def test_only_forecasts_that_are_expected_to_gain_are_tried(gains, tried):
     torch.manual_seed(0)
     model, losses = nn.Linear(3, 4), []
     forecaster = moving()
-    forecaster.gains = {"weights": gains, "average": [1.0, 1.0]}
+    forecaster.gains = {"weights": {2: gains, 100: [1.0, 1.0]}, "average": {5: [1.0, 1.0]}}
     optimizer = NowcastOptimizer(
         torch.optim.Adam(model.parameters(), 0.05),
         forecaster,

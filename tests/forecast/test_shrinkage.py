@@ -62,7 +62,9 @@ def test_nothing_of_the_future_is_read():
 def test_errors_are_those_of_the_shrunk_forecasts():
     run, model = walk(), Extrapolation(HORIZONS)
     agreement = compare_with_past(model, run)
-    causal = causal_shrinkage(agreement, Prior(torch.tensor([0.5, 0.3]), torch.tensor([0.4, 0.4]), 1.0))
+    causal = causal_shrinkage(
+        agreement, Prior(torch.tensor([0.5, 0.3]), torch.tensor([0.4, 0.4]), torch.zeros(2), torch.ones(2), 1.0)
+    )
     for factors in (torch.ones_like(causal), causal):
         errors = agreement.errors(factors)
         for o in (0, 7, len(errors) - 1):
@@ -139,7 +141,21 @@ def test_trust_is_said_in_words():
 
 def test_a_prior_holds_until_the_past_speaks():
     run = walk(60)
-    sure = Prior(torch.ones(2), torch.full((2,), 0.2), 2.0)
+    sure = Prior(torch.ones(2), torch.full((2,), 0.2), torch.zeros(2), torch.ones(2), 2.0)
     agreement = compare_with_past(Seer(run, -1.0), run)
     assert torch.equal(shrinkage(agreement.until(WINDOW), sure), torch.ones(2, 3, dtype=torch.float64))
     assert (shrinkage(agreement, sure) < 0.05).all()
+
+
+def test_caution_only_shrinks_and_goes_as_a_good_past_gets_longer():
+    run = walk(80)
+    agreement = compare_with_past(Seer(run, 1.0), run)
+    bold, careful = (
+        Prior(torch.ones(2), torch.ones(2), torch.full((2,), spread), torch.full((2,), 0.2), 2.0)
+        for spread in (0.0, 0.5)
+    )
+    most, safe = (causal_shrinkage(agreement, prior) for prior in (bold, careful))
+    assert (safe <= most).all()
+    assert (safe[0] == 0).all()  # 1 of 0.5 either way: it might be none
+    assert (safe[1:] >= safe[:-1] - 1e-9).all()  # of a seer, each origin tells the same
+    assert (safe[-1] > 0.9).all()
