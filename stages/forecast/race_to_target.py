@@ -201,7 +201,7 @@ def train(
     model: LayerForecaster | None = None,
     nino: Nino | None = None,
 ) -> dict[str, Any]:
-    """Return history rows of one run, until all readers have reached the target or the steps are over, and what nowcasting chose.
+    """Return history rows of one run, until all readers reach the target or the steps are over, and what nowcasting chose.
 
     schedule: a cosine's length, and its peak in times the task's learning rate. model: what NowcastOptimizer forecasts by.
     """
@@ -251,8 +251,7 @@ def train(
             readers = {name: reader for name, reader in readers.items() if missing[name]}
             if not readers:
                 break
-    chosen = optimizer.chosen if model is not None else []
-    return {"history": history, "chosen": chosen}
+    return {"history": history, "chosen": optimizer.chosen if model is not None else []}
 
 
 def readers_beside(params: Params, model: LayerForecaster, prefix: str) -> Callable[[Layout], dict[str, Reader]]:

@@ -190,8 +190,8 @@ def may_be_left_out(found: dict[str, Read]) -> list[str]:
     return sorted(label for label, left in others.items() if len(left) >= LEFT)
 
 
-def main() -> None:
-    """Read the command line, and write the zoo."""
+def parse_options() -> argparse.Namespace:
+    """Read the command line; InputError where the name is taken or images are not square."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with metadata.json and files of weights")
     parser.add_argument("--name", required=True, help="of the zoo: what --dataset will say")
@@ -207,14 +207,19 @@ def main() -> None:
     )
     parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
     options = parser.parse_args()
-    pin_threads()
     shape = tuple(options.input_shape)
     if not NAME.fullmatch(options.name) or options.name in {*lookup("build_zoo.overrides"), OWN}:
         raise InputError(f"--name {options.name}: expected letters, digits and _, and none of params.yaml's data sets")
     if shape[1] != shape[2] or min(shape) < 1:
         raise InputError(f"--input-shape {' '.join(map(str, shape))}: expected square images")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    pin_threads()
     entries = load_entries(options.folder / "metadata.json")
-    found = read_all(options.folder, entries, shape, options)
+    found = read_all(options.folder, entries, tuple(options.input_shape), options)
     for label, read in found.items():
         columns = [name for name in read.rows[0] if name not in ("run", "snapshot", "file", "activation", "shard")]
         names = {"properties": [n for n in columns if not n.startswith("hyper_")]}
