@@ -74,7 +74,7 @@ def verdict(summary: dict[str, Any]) -> tuple[str, str]:
     return (
         f"{count} eigenvectors a class, read from the weights alone, classify {percent(acc['mean']).text} of test images "
         f"({whole['n']} seeds)",
-        f"any {count} eigenvectors have {percent(chance['mean']).text}, a linear classifier {percent(linear['mean']).text}, the "
+        f"{count} random ones of them have {percent(chance['mean']).text}, a linear classifier {percent(linear['mean']).text}, the "
         f"whole network {percent(whole['mean']).text}",
     )
 
@@ -95,7 +95,7 @@ def headline(summary: dict[str, Any]) -> Table:
             )
             for variant, label in LABELS.items()
         ),
-        row(f"accuracy from {count} eigenvectors a class", percent(acc), percent(chance), f"any {count} eigenvectors"),
+        row(f"accuracy from {count} eigenvectors a class", percent(acc), percent(chance), f"{count} random ones"),
         *(
             row(
                 f"accuracy under the most harmful mask, {LABELS[variant]}",

@@ -154,7 +154,7 @@ def verdict(decoded: dict[str, Any], sizes: dict[str, Any]) -> tuple[str, str]:
     return (
         f"{percent(present['change']['bits']['mean']).text} of the yes-or-no answers about which classes a fine-tune saw are right, from "
         f"its change of weights alone ({sizes['classes']['test']} unseen fine-tunes)",
-        f"answers that ignore the network are right on {percent(present['baseline']['bits']).text}",
+        f"the commonest answer for each class, whatever the network, is right on {percent(present['baseline']['bits']).text}",
     )
 
 

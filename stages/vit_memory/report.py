@@ -75,9 +75,9 @@ def verdict(shots: dict[str, Any], tasks: dict[str, Any]) -> tuple[str, str]:
     last = {name: percent(of["class"]["final"]["mean"]).text for name, of in tasks["methods"].items()}
     tuned = f"fine-tuning {last['finetune']}, " if "finetune" in last else ""  # where whole networks train
     return (
-        f"From a few images of each class, a memory on a frozen network is right on {few['memory_head']}; after all tasks, learnt one "
-        f"by one, on {last['memory']}",
-        f"a well-fitted linear probe has {few['linear_probe']}; {tuned}guessing "
+        f"A memory on a frozen network, of a few images of each class, is right on {few['memory_head']}; of classes that come task by "
+        f"task, on {last['memory']} at the end",
+        f"with the few images a well-fitted linear probe has {few['linear_probe']}; at the end of the tasks {tuned}guessing "
         f"{percent(tasks['chance']['class'], 0).text}",
     )
 

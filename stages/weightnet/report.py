@@ -72,7 +72,7 @@ def verdict(scores: dict[str, Any], runs: int) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     taus = {name: short(found["tau"]["mean"]) for name, found in scores["test_acc"].items()}
     return (
-        f"Unseen networks are put in order of their accuracy from an exam of drawn inputs, no test data: Kendall's tau {taus['exam']} "
+        f"Unseen networks are put in order of their accuracy from their answers to made-up inputs, an exam: Kendall's tau {taus['exam']} "
         f"with the true order ({runs} runs)",
         f"guessing has 0, boosting on statistics of the weights {taus['stats_gbm']}, on hyper-parameters alone "
         f"{taus['hyperparameters']}, 32 labelled images {taus['labelled_32']}",
