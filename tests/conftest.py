@@ -30,9 +30,3 @@ def as_in_a_stage() -> None:
     """Tests draw the same numbers whatever ran before, and run on one thread."""
     torch.manual_seed(0)
     pin_threads()
-
-
-@pytest.fixture
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items of `parallel_map` are computed in this process, so that a test sees what they do to it."""
-    monkeypatch.setattr("stages.common.runtime.os.cpu_count", lambda: 1)

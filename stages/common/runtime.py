@@ -1,16 +1,10 @@
 """Where and how torch runs: device, threads, precision."""
 
-import ctypes
-import multiprocessing
 import os
-import pickle
-import signal
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -19,7 +13,6 @@ from stages.common.stage import InputError, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -47,7 +40,7 @@ def pick_device() -> torch.device:
 def pin_threads() -> None:
     """Give every operation one thread: the number of threads changes sums, so weights, so every hash downstream.
 
-    Small models do not gain from more; parallelism is one model a process (`parallel_map`).
+    Small models do not gain from more; parallelism is one model a Python thread (`parallel_map`).
     """
     torch.set_num_threads(1)
 
@@ -57,51 +50,16 @@ def parallel_map(
 ) -> list[R]:
     """Return function(item) of all items in order: side by side on the cores, or one after the other on an accelerator.
 
-    Each core has a process of its own, forked from this one: nothing is imported or sent again, and small operations do not
-    wait for each other's interpreter lock. So a function changes nothing here, but by what it returns and the files it writes.
-    Threads take their place where a fork is not safe (not Linux, or CUDA). An item must draw from generators of its own; then
-    the results do not depend on how many cores there are. progress: the label of a progress bar over items, which begins at those
-    that were `kept` of an earlier run. InputError if a process was killed, as the system does when memory runs out.
+    Python threads do: torch releases the interpreter lock in every operation. (Forked processes took 10 to 30 % less time, but
+    MKL's allocator can hang in them.) An item must draw from generators of its own; then the results do not depend on how many
+    cores there are. progress: the label of a progress bar over items, which begins at those that were `kept` of an earlier run.
     """
-    count = (os.cpu_count() or 1) if device.type == "cpu" else 1
-    if len(items) < 2 or multiprocessing.parent_process() is not None:
-        count = 1  # within an item, the cores have theirs already
-    forks = count > 1 and sys.platform == "linux" and not torch.cuda.is_available()  # whose threads a fork would break
-    pool = fork_workers(count, function, items) if forks else ThreadPoolExecutor(count, initializer=pin_threads)
-    results = map(pickle.loads, pool.map(_compute, range(len(items)))) if forks else pool.map(function, items)
+    pool = ThreadPoolExecutor((os.cpu_count() or 1) if device.type == "cpu" else 1, initializer=pin_threads)
     try:
-        done = list(tqdm(results, progress, kept + len(items), initial=kept, disable=None if progress else True))
-    except BrokenProcessPool:
-        raise InputError("a process was killed while it computed: is there enough memory?") from None
-    except BaseException:
+        results = pool.map(function, items)
+        return list(tqdm(results, progress, kept + len(items), initial=kept, disable=None if progress else True))
+    finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody wants the rest
-        raise
-    pool.shutdown()  # the workers' seconds count as this process's from here on
-    return done
-
-
-def fork_workers(count: int, function: Callable[[Any], Any], items: Sequence[Any]) -> ProcessPoolExecutor:
-    """Return processes that know `function` and `items` by being forked from this one: both may be what cannot be pickled."""
-    fork = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(count, fork, initializer=_start_worker, initargs=(function, items))
-
-
-_work: tuple[Callable[[Any], Any], Sequence[Any]]  # of a worker: its function and all items
-
-
-def _start_worker(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-    """Make this forked process one that computes items, and ends when the one that forked it does, however that ends."""
-    global _work
-    _work = function, items
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    pin_threads()
-
-
-def _compute(place: int) -> bytes:
-    """Return the result of one item, pickled here: tensors that travel by themselves would take a file handle each."""
-    function, items = _work
-    return pickle.dumps(function(items[place]))
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -90,7 +90,6 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
         list(cluster_map(str, [1], "nothing"))
 
 
-@pytest.mark.usefixtures("one_core")
 def test_what_was_kept_is_counted_and_not_computed_again(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     computed = []

@@ -59,7 +59,6 @@ def test_recovered_images_are_compared_by_logits_pixels_and_the_judge_s_agreemen
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("one_core")
 def test_test_images_are_recovered_from_their_logits(base, monkeypatch):
     monkeypatch.setattr(recovered_images, "load_images", lambda *_: (TRAIN, TEST))
     monkeypatch.setattr(recovered_images, "TEST_IMAGES", 80)

@@ -55,7 +55,6 @@ def grow(monkeypatch, project, runs: int) -> None:
     start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
 
 
-@pytest.mark.usefixtures("one_core")
 def test_growing_a_zoo_trains_the_rest_only_and_shrinking_drops_it(project, monkeypatch):
     start(monkeypatch, fetch_data, dataset="digits")
     trained = []

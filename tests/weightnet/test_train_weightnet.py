@@ -88,7 +88,6 @@ def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
     assert all(torch.equal(a["values"], b["values"]) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.usefixtures("one_core")
 def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(project, monkeypatch):
     start(monkeypatch, fetch_data, dataset="digits")
     start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
