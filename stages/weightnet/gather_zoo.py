@@ -34,7 +34,7 @@ from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, lookup, run
 from stages.weightnet.tracing.program import Program, rescaled_input
 from stages.weightnet.tracing.saved import to_plain
-from stages.weightnet.user_networks import load_unique, read_network, user_program
+from stages.weightnet.user_networks import add_network_arguments, load_unique, read_network, user_program
 from stages.weightnet.zoo.properties import PROPERTIES, range_of
 from stages.weightnet.zoo.reading import OWN, ZOO, own_zoo_path
 
@@ -197,15 +197,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the zoo: what --dataset will say")
     parser.add_argument("--input-shape", type=int, nargs=3, required=True, metavar=("C", "H", "W"), help="of an image")
     parser.add_argument("--classes", type=int, default=10, help="that the networks tell apart (default: 10)")
-    parser.add_argument(
-        "--pixels",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("MEAN", "STD"),
-        help="mean and deviation of the pixels that the networks were trained on (default: 0 1)",
-    )
-    parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
+    add_network_arguments(parser)
     options = parser.parse_args()
     shape = tuple(options.input_shape)
     if not NAME.fullmatch(options.name) or options.name in {*lookup("build_zoo.overrides"), OWN}:

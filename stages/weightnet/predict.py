@@ -45,7 +45,13 @@ from stages.weightnet.predictors.statistics import pooled_statistics, what_is_ou
 from stages.weightnet.predictors.targets import own_units
 from stages.weightnet.tracing.program import Program, rescaled_input
 from stages.weightnet.tracing.recording import plain
-from stages.weightnet.user_networks import build_user_network, in_own_process, read_network, user_program
+from stages.weightnet.user_networks import (
+    add_network_arguments,
+    build_user_network,
+    in_own_process,
+    read_network,
+    user_program,
+)
 from stages.weightnet.zoo.architectures import ARCHITECTURES, zoo_program
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES, range_of
@@ -414,15 +420,7 @@ def main() -> None:
     )
     parser.add_argument("--tanh", action="store_true", help="a zoo architecture with tanh in place of ReLU")
     parser.add_argument("--allow-probe", action="store_true", help="run the network on the inputs of the zoo's exam")
-    parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
-    parser.add_argument(
-        "--pixels",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("MEAN", "STD"),
-        help="mean and deviation of the pixels that the networks were trained on (default: 0 1, as the zoo's)",
-    )
+    add_network_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     pin_threads()

@@ -1,5 +1,6 @@
 """Networks that users name: torchvision's, timm's, .json files of layers, functions of their own."""
 
+import argparse
 import importlib
 import json
 import multiprocessing
@@ -26,6 +27,19 @@ from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network
 from stages.weightnet.zoo.networks import Networks
 
 T = TypeVar("T")
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that reads users' networks asks of them."""
+    parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
+    parser.add_argument(
+        "--pixels",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("MEAN", "STD"),
+        help="mean and deviation of the pixels that the networks were trained on (default: 0 1, as the zoo's)",
+    )
 
 
 def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> nn.Module:
