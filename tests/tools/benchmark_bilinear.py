@@ -9,13 +9,13 @@ shape, fewer than MNIST's; results are for its 60,000. One thread, processor sec
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from timing import clock
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,14 +31,6 @@ ROUNDS = 3  # of which the fastest counts
 D_HIDDEN = 256
 NOISE = 0.4
 BANK = 16  # batches
-
-
-def clock(device: torch.device) -> float:
-    """Return processor seconds, or those that passed until the GPU was done."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def network(device: torch.device) -> BilinearImageClassifier:

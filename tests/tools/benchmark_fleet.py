@@ -5,12 +5,12 @@ Processor seconds, or on a GPU (WEIGHTLENS_DEVICE=cuda) those that pass.
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from timing import clock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -38,14 +38,6 @@ def train_alone(vit: nn.Module, head: nn.Linear, images: Tensor, labels: Tensor,
         loss.backward()
         optimizer.step()
     return vit
-
-
-def clock(device: torch.device) -> float:
-    """Return processor seconds, or those that passed until the GPU was done."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main() -> None:

@@ -5,13 +5,13 @@ Processor seconds, or on a GPU (WEIGHTLENS_DEVICE=cuda) those that pass.
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from timing import clock
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
@@ -82,14 +82,6 @@ def train_vmapped(kind: str, runs: list[Run], program: Program, images: Tensor, 
         slopes = gradients(stacked, images[index], seen)
         stacked = {k: w - rate.view(-1, *[1] * (w.dim() - 1)) * slopes[k] for k, w in stacked.items()}
     return stacked
-
-
-def clock(device: torch.device) -> float:
-    """Return processor seconds, or those that passed until the GPU was done."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def seconds_a_step(side: int) -> dict[str, float]:

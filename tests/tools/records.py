@@ -36,7 +36,6 @@ from stages.report import card
 
 RECORDS = ROOT / "reports/records"
 MEASURED = "measured"  # the record that is written by hand
-TIMES = ROOT / ".work/times"  # a file a stage, as DVC calls it
 DIGITS = 6  # of a number in a record
 ROUNDING = 10.0 ** (1 - DIGITS)
 DECIDES = ("dvc.yaml", "requirements.txt", "stages", ":(exclude)*.md", ":(exclude)stages/scales")
