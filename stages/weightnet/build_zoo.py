@@ -109,8 +109,8 @@ def stack_path(work: Path, stack: list[Run]) -> Path:
     return work / f"{names}.safetensors"
 
 
-def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> dict[str, Any]:
-    """Return one network's row."""
+def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str, varied: list[str]) -> dict[str, Any]:
+    """Return one network's row; varied: hyper-parameters that are told beside those that every zoo varies."""
     return {
         "run": one.name,
         "snapshot": SNAPSHOTS[snapshot],
@@ -125,12 +125,15 @@ def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str) -> 
         "label_noise": one.label_noise,
         "dropout": one.dropout,
         "steps": one.steps,
+        **{name: getattr(one, name) for name in varied},
         **values,
         "shard": shard,
     }
 
 
-def gather(stacks: dict[Path, list[Run]], shard: str) -> tuple[list[Float[np.ndarray, "3 p"]], list[dict[str, Any]]]:
+def gather(
+    stacks: dict[Path, list[Run]], shard: str, varied: list[str]
+) -> tuple[list[Float[np.ndarray, "3 p"]], list[dict[str, Any]]]:
     """Return the weights and the rows of the finished stacks of one shard, without runs that diverged: they have no final network."""
     weights, rows = [], []
     for path, stack in stacks.items():
@@ -140,7 +143,7 @@ def gather(stacks: dict[Path, list[Run]], shard: str) -> tuple[list[Float[np.nda
                 weights.append(arrays["weights"][i])
                 for j in range(len(SNAPSHOTS)):
                     values = {key: float(arrays[key][i, j]) for key in COLUMNS}
-                    rows.append(index_row(one, j, values, shard))
+                    rows.append(index_row(one, j, values, shard, varied))
     return weights, rows
 
 
@@ -178,7 +181,7 @@ def main() -> None:
     shape = (images.channels, images.classes, params.images.image_size)
     traced, _ = zoo_program(architecture, *shape)  # a symmetry that cannot be derived is refused before training
     names = [f"{architecture}-{i}" for i in range(params.variant.runs)]
-    runs = [fit_to(draw_run(one, params.seed, params.recipe), traced) for one in names]
+    runs = [fit_to(draw_run(one, params.seed, params.recipe), traced, len(images.train[1])) for one in names]
     fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.layout.size))
     work = stack_folder(dataset, params)
     shards = [
@@ -191,7 +194,7 @@ def main() -> None:
     rows = []
     for number, stacks in enumerate(shards):
         file = f"shard-{number:03d}.safetensors"
-        weights, of_shard = gather(stacks, file)
+        weights, of_shard = gather(stacks, file, params.recipe.varied)
         if weights:
             save_arrays(
                 MODELS / name / file,

@@ -23,6 +23,13 @@ SHAPE = (1, 10, 8)  # channels, classes, pixels of a side
 
 
 RECIPE = Recipe(
+    activations=["tanh", "relu"],
+    optimizers=["sgd", "adam"],
+    momenta=[0.9],
+    schedules=["constant"],
+    inits=["he"],
+    shifts=[0],
+    least_epochs=[0],
     learning_rate=(1e-3, 1e-2),
     sgd_factor=3.0,
     weight_decay=(1e-4, 1e-1),

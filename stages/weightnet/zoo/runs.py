@@ -3,34 +3,65 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from stages.common.randomness import generator, log_uniform
 from stages.common.stage import StageParams
 from stages.weightnet.tracing.program import Program
 
 Range = tuple[float, float]
+T = TypeVar("T")
+Choices = Annotated[list[T], Field(min_length=1)]
+Init = Literal["he", "torch", "xavier", "orthogonal"]
+Schedule = Literal["constant", "cosine", "step"]
 
-
+ROUNDING = 1e-9  # of thirds
 SNAPSHOTS = ("initial", "middle", "final")
 
 
 class Recipe(StageParams):
-    """From what the hyper-parameters of a run are drawn; pairs are the ends of ranges."""
+    """From what the hyper-parameters of a run are drawn; pairs are the ends of ranges, of lists each entry is as likely."""
 
+    activations: Choices[Literal["tanh", "relu"]]
+    optimizers: Choices[Literal["sgd", "adam", "adamw"]]
+    momenta: Choices[Annotated[float, Field(ge=0, lt=1)]]  # of SGD
+    schedules: Choices[Schedule]  # of the learning rate
+    inits: Choices[Init]
+    shifts: Choices[Annotated[int, Field(ge=0)]]  # pixels by which images are moved at random, at most
+    least_epochs: Choices[Annotated[int, Field(ge=0)]]  # passes over its images, whatever `steps` says
     learning_rate: Range  # log-uniform, of Adam
     sgd_factor: float  # SGD's learning rate is so much larger
-    weight_decay: Range  # log-uniform, added to the gradient
-    init_scale: Range  # log-uniform, times He's standard deviation
+    weight_decay: Range  # log-uniform, added to the gradient, or of AdamW to the step
+    init_scale: Range  # log-uniform, times the weights that are drawn
     train_fraction: Range  # log-uniform, of the training images
     label_noise: Range  # share of random labels: of half of the runs; 0 of the others
     dropout: Range  # before the last layer: of half of the runs
     steps: Range  # log-uniform
     batch_size: int
+
+    @property
+    def varied(self) -> list[str]:
+        """The hyper-parameters of `PLAIN` that differ between runs."""
+        choices = {
+            "adamw": "adamw" in self.optimizers,
+            "momentum": len(self.momenta) > 1,
+            "schedule": len(self.schedules) > 1,
+            "init": len(self.inits) > 1,
+            "shift": len(self.shifts) > 1,
+            "epochs": len(self.least_epochs) > 1,
+        }
+        return [name for name, varies in choices.items() if varies]
+
+
+# what a run does unless its recipe says otherwise
+PLAIN = {"adamw": False, "momentum": 0.9, "schedule": "constant", "init": "he", "shift": 0, "epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -49,28 +80,36 @@ class Run:
     dropout: float
     steps: int
     batch_size: int
+    adamw: bool
+    momentum: float  # of SGD
+    schedule: Schedule
+    init: Init
+    shift: int
+    epochs: int  # at least
 
     @property
     def config(self) -> str:
-        """A hash of the hyper-parameters: 12 hexadecimal digits."""
-        values = {key: value for key, value in vars(self).items() if key not in ("name", "seed")}
+        """A hash of the hyper-parameters, those of `PLAIN` where they are not plain: 12 hexadecimal digits."""
+        own = {key: value for key, value in vars(self).items() if key not in ("name", "seed")}
+        values = {key: value for key, value in own.items() if key not in PLAIN or value != PLAIN[key]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def draw_run(name: str, seed: int, recipe: Recipe) -> Run:
     """Return the run called `name`, its hyper-parameters drawn from the recipe."""
     u = torch.rand(12, generator=generator(seed, f"hyper-parameters of {name}"), dtype=torch.float64).tolist()
+    v = torch.rand(5, generator=generator(seed, f"choices of {name}"), dtype=torch.float64).tolist()
 
     def half(ends: Range, x: float, y: float) -> float:
         return 0.0 if x < 0.5 else ends[0] + y * (ends[1] - ends[0])
 
-    sgd = u[1] < 0.5
+    optimizer = pick(recipe.optimizers, u[1])
     return Run(
         name=name,
         seed=seed,
-        tanh=u[0] < 0.5,
-        sgd=sgd,
-        learning_rate=log_uniform(recipe.learning_rate, u[2]) * (recipe.sgd_factor if sgd else 1.0),
+        tanh=pick(recipe.activations, u[0]) == "tanh",
+        sgd=optimizer == "sgd",
+        learning_rate=log_uniform(recipe.learning_rate, u[2]) * (recipe.sgd_factor if optimizer == "sgd" else 1.0),
         weight_decay=log_uniform(recipe.weight_decay, u[3]),
         init_scale=log_uniform(recipe.init_scale, u[4]),
         train_fraction=log_uniform(recipe.train_fraction, u[5]),
@@ -78,13 +117,48 @@ def draw_run(name: str, seed: int, recipe: Recipe) -> Run:
         dropout=half(recipe.dropout, u[8], u[9]),
         steps=round(log_uniform(recipe.steps, u[10])),
         batch_size=recipe.batch_size,
+        adamw=optimizer == "adamw",
+        momentum=pick(recipe.momenta, v[0]),
+        schedule=pick(recipe.schedules, v[1]),
+        init=pick(recipe.inits, v[2]),
+        shift=pick(recipe.shifts, v[3]),
+        epochs=pick(recipe.least_epochs, v[4]),
     )
 
 
-def fit_to(run: Run, program: Program) -> Run:
-    """Return the run without what its network has no place for: tanh where no ReLU is, dropout where no dropout step is."""
+def pick(choices: Sequence[T], u: float) -> T:
+    """Return the choice that lies at `u`, from 0 up to 1, of the way through the list."""
+    return choices[int(u * len(choices))]
+
+
+def fit_to(run: Run, program: Program, images: int) -> Run:
+    """Return the run as it is for its network and so many training images.
+
+    Without what the network has no place for (tanh where no ReLU is, dropout where no dropout step is), and with as many steps as its
+    least epochs take.
+    """
     kinds = {step.kind for step in program.steps}
-    return replace(run, tanh=run.tanh and "relu" in kinds, dropout=run.dropout if "dropout" in kinds else 0.0)
+    steps = max(run.steps, math.ceil(run.epochs * count_images(run, images) / run.batch_size))
+    dropout = run.dropout if "dropout" in kinds else 0.0
+    return replace(run, tanh=run.tanh and "relu" in kinds, dropout=dropout, steps=steps)
+
+
+def count_images(run: Run, images: int) -> int:
+    """Return how many of so many training images a run sees."""
+    return max(run.batch_size, round(run.train_fraction * images))
+
+
+def learning_rates(run: Run) -> Float[Tensor, " t"]:
+    """Return a run's learning rate at each step, in float64: as torch's CosineAnnealingLR, or a tenth at each third as StepLR."""
+    done = torch.arange(run.steps, dtype=torch.float64) / run.steps
+    match run.schedule:
+        case "constant":
+            factor = torch.ones_like(done)
+        case "cosine":
+            factor = (1 + (math.pi * done).cos()) / 2
+        case "step":
+            factor = 0.1 ** (3 * done + ROUNDING).floor()
+    return run.learning_rate * factor
 
 
 @dataclass(frozen=True)
@@ -96,20 +170,14 @@ class Draws:
     labels: Int[Tensor, " m"]  # as it sees them
     batches: Int[Tensor, "t b"]  # places in `images`
     kept: list[Bool[Tensor, "t b f"]]  # what each dropout step keeps; empty without dropout
+    moves: Int[Tensor, "t b 2"]  # pixels that each image is moved down and right; empty without shifts
 
 
 def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
     """Draw what is random about a run on training images with these labels."""
     random = generator(run.seed, run.name)
-    parts = []
-    for name, shape in program.layout.shapes.items():
-        size = math.prod(shape)
-        if len(shape) > 1:
-            scale = run.init_scale * (2 / math.prod(shape[1:])) ** 0.5
-            parts.append(scale * torch.randn(size, generator=random))
-        else:  # a norm's weights and variances start at 1, biases and means at 0
-            parts.append(torch.full((size,), float(name.endswith(("weight", "running_var")))))
-    n = max(run.batch_size, round(run.train_fraction * len(labels)))
+    weights = torch.cat([draw_tensor(run, name, program.layout.shapes, random) for name in program.layout.shapes])
+    n = count_images(run, len(labels))
     images = torch.randperm(len(labels), generator=random)[:n]
     classes = program.steps[-1].shape[0]
     noise = torch.rand(len(images), generator=random) < run.label_noise
@@ -118,4 +186,32 @@ def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
     batches = torch.randint(len(images), (run.steps, run.batch_size), generator=random)
     dropped = program.numbers_of("dropout") if run.dropout else []
     kept = [torch.rand(run.steps, run.batch_size, f, generator=random) >= run.dropout for f in dropped]
-    return Draws(torch.cat(parts), images, seen, batches, kept)
+    moved = (run.steps, run.batch_size, 2) if run.shift else (0, run.batch_size, 2)
+    moves = torch.randint(-run.shift, run.shift + 1, moved, generator=random)
+    return Draws(weights, images, seen, batches, kept, moves)
+
+
+def draw_tensor(
+    run: Run, name: str, shapes: dict[str, tuple[int, ...]], random: torch.Generator
+) -> Float[Tensor, " p"]:
+    """Return the first values of one of a network's tensors, flat: as the functions of torch.nn.init draw them, times the run's scale.
+
+    A norm's weights and variances start at 1, biases and means at 0; but PyTorch's own layers draw biases, too.
+    """
+    shape = shapes[name]
+    if len(shape) == 1:
+        weight = shapes.get(name.removesuffix("bias") + "weight", shape)
+        if run.init == "torch" and name.endswith("bias") and len(weight) > 1:
+            return (2 * torch.rand(shape, generator=random) - 1) * math.prod(weight[1:]) ** -0.5
+        return torch.full(shape, float(name.endswith(("weight", "running_var"))))
+    if run.init == "he":
+        return run.init_scale * (2 / math.prod(shape[1:])) ** 0.5 * torch.randn(math.prod(shape), generator=random)
+    drawn = torch.empty(shape)
+    match run.init:
+        case "torch":
+            nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=random)
+        case "xavier":
+            nn.init.xavier_uniform_(drawn, generator=random)
+        case "orthogonal":
+            nn.init.orthogonal_(drawn, generator=random)
+    return run.init_scale * drawn.flatten()

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.weightnet.tracing.program import Program, Weights, run_stack
-from stages.weightnet.zoo.runs import SNAPSHOTS, Run, draw_all
+from stages.weightnet.zoo.runs import SNAPSHOTS, Run, draw_all, learning_rates
 
 
 @cache
@@ -29,6 +30,18 @@ def keep_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def shift(images: Float[Tensor, "n b c h w"], moves: Int[Tensor, "n b 2"]) -> Float[Tensor, "n b c h w"]:
+    """Return images moved by so many pixels down and right; what leaves them on one side comes in on the other."""
+    n, b, _, h, w = images.shape
+    rows, columns = (
+        (torch.arange(size, device=moves.device) - by[..., None]) % size
+        for size, by in zip((h, w), moves.unbind(2), strict=True)
+    )
+    network, image = torch.arange(n, device=moves.device)[:, None], torch.arange(b, device=moves.device)
+    places = (network[..., None, None], image[:, None, None], slice(None), rows[..., None], columns[:, :, None])
+    return images[places].movedim(4, 2)
+
+
 def train_stack(
     program: Program,
     runs: list[Run],
@@ -37,7 +50,7 @@ def train_stack(
 ) -> Float[Tensor, "r 3 p"]:
     """Return the weights of all runs before training, after half of the steps and after all, in the dtype of `images`.
 
-    Adam and SGD are those of torch.optim (Adam: beta 0.9 and 0.999, epsilon 1e-8; SGD: momentum 0.9).
+    Adam, AdamW and SGD are those of torch.optim (Adam: beta 0.9 and 0.999, epsilon 1e-8).
     """
     keep_memory()
     device, dtype = images.device, images.dtype
@@ -50,7 +63,13 @@ def train_stack(
 
     tanh = torch.tensor([run.tanh for run in runs], device=device)
     sgd = torch.tensor([run.sgd for run in runs], device=device)[:, None]
-    rate, decay = column([run.learning_rate for run in runs]), column([run.weight_decay for run in runs])
+    adamw = torch.tensor([run.adamw for run in runs], device=device)[:, None]
+    decay, memory = (
+        column([run.weight_decay for run in runs]),
+        column([run.momentum if run.sgd else 0.9 for run in runs]),
+    )
+    rates = pad_sequence([learning_rates(run) for run in runs], batch_first=True).to(device, dtype)
+    moved = any(run.shift for run in runs)
     weights = torch.stack([draw.weights for draw in draws]).to(device, dtype)
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     keep_rate = 1 - column([run.dropout for run in runs])[..., None]
@@ -66,7 +85,7 @@ def train_stack(
             alive -= 1
         if alive < len(weights):
             weights, first, second = (t[:alive].clone() for t in (weights, first, second))
-            tanh, sgd, rate, decay = tanh[:alive], sgd[:alive], rate[:alive], decay[:alive]
+            tanh, sgd, adamw, decay, memory = (t[:alive] for t in (tanh, sgd, adamw, decay, memory))
         index = torch.stack([batches[step - 1] for batches in seen_images[:alive]]).to(device)
         seen = torch.stack([batches[step - 1] for batches in seen_labels[:alive]]).to(device)
         masks = []
@@ -74,17 +93,23 @@ def train_stack(
             ones = torch.ones(batch, f, dtype=torch.bool)
             mask = torch.stack([draw.kept[place][step - 1] if draw.kept else ones for draw in draws[:alive]])
             masks.append(mask.to(device) / keep_rate[:alive])
+        shown = images[index]
+        if moved:
+            still = torch.zeros(batch, 2, dtype=torch.long)
+            moves = torch.stack([draw.moves[step - 1] if len(draw.moves) else still for draw in draws[:alive]])
+            shown = shift(shown, moves.to(device))
         weights.requires_grad_()
         running: Weights = {}
-        logits = run_stack(program, program.layout.unflatten(weights), images[index], tanh, masks, running)
+        logits = run_stack(program, program.layout.unflatten(weights), shown, tanh, masks, running)
         loss = cross_entropy(logits.flatten(0, 1), seen.flatten(), reduction="sum") / batch
         (gradient,) = torch.autograd.grad(loss, weights)
         with torch.no_grad():
-            gradient += decay * weights
-            first.mul_(0.9).add_(gradient)
+            rate, decayed = rates[:alive, step - 1, None], decay * weights
+            gradient += torch.where(adamw, 0, decayed)
+            first.mul_(memory).add_(gradient)
             second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             adam = first * (0.1 / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            weights = weights.detach() - rate * torch.where(sgd, first, adam)
+            weights = weights.detach() - rate * (torch.where(sgd, first, adam) + torch.where(adamw, decayed, 0))
             own = program.layout.unflatten(weights)
             for name, statistic in running.items():  # these are not learned
                 own[name].copy_(statistic)
