@@ -70,6 +70,12 @@ def matched(pattern: dict[str, Any], module: str, default: float) -> float:
     return default
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """Return the folder of the adapter that a path names, by itself or by one of its files; None if it names none."""
+    folder = path.parent if path.name in (CONFIG, *FILES) else path
+    return folder if (folder / CONFIG).is_file() else None
+
+
 def load_adapter(folder: Path, layout: Layout) -> tuple[dict[str, Canonical], list[str]]:
     """Return the change of each adapted matrix of a network of this layout in canonical form, and notes on what was left out.
 

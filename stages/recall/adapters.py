@@ -103,17 +103,36 @@ def canonical(b: Float[np.ndarray, "o r"], a: Float[np.ndarray, "r i"], scale: f
     return Canonical(u * signs, values[:k], v * signs)
 
 
-def is_adapter(change: Float[np.ndarray, " w"], layout: Layout) -> bool:
-    """Whether a change is that of an adapter: only matrices of blocks moved, and each by at most half of the ranks that it has."""
-    ranks = []
+def merged_adapter(
+    change: Float[np.ndarray, " w"], weights: Float[np.ndarray, " w"], layout: Layout
+) -> dict[str, Canonical] | None:
+    """Return the adapter that was merged into a network; None if the change is of no adapter.
+
+    An adapter moves only matrices of blocks, and each by at most half of the ranks that it has. weights: after the change. Ranks that
+    do not rise above the rounding of the weights are left out: errors of deviation d have singular values up to d (√o + √i).
+    """
+    forms = {}
     for name, where in layout.slices.items():
-        moved, shape = change[where].astype(np.float64), layout.shapes[name]
-        if moved.any():
+        if change[where].any():
             if not name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)):
-                return False
-            values = np.linalg.svd(moved.reshape(shape[0], -1), compute_uv=False)
-            ranks.append((values > ROUNDING * values[0]).sum() <= min(shape) // 2)
-    return bool(ranks) and all(ranks)
+                return None
+            shape = layout.shapes[name]
+            u, values, vt = np.linalg.svd(change[where].astype(np.float64).reshape(shape[0], -1), full_matrices=False)
+            noise = rounding_error(weights[where]) * (len(u) ** 0.5 + vt.shape[1] ** 0.5)
+            rank = int((values > max(ROUNDING * values[0], noise)).sum())
+            if rank > min(shape) // 2:
+                return None
+            forms[name] = Canonical(u[:, :rank], values[:rank], vt[:rank].T)
+    return forms or None
+
+
+def rounding_error(weights: Float[np.ndarray, " w"]) -> float:
+    """Return the deviation of the errors with which weights were saved in half precision; 0 if they were saved in more."""
+    values = torch.from_numpy(weights)
+    for half in (torch.bfloat16, torch.float16):  # the coarser one first: what it can write the other can, too
+        if torch.allclose(values, values.to(half).to(values.dtype), rtol=1e-5, atol=1e-8):
+            return float(values.square().mean().sqrt()) * torch.finfo(half).eps / 12**0.5
+    return 0.0
 
 
 def dense(adapters: Mapping[str, Canonical], layout: Layout) -> Float[np.ndarray, " w"]:

@@ -1,10 +1,11 @@
 """Tell from a fine-tune what it was trained on: which classes, in which proportions, how many images, how noisy labels.
 
 Needs an auditor of its base: the one that 'dvc repro train_auditor' makes here, else the published one (models/released/auditor). A whole
-network is given by --checkpoint, a LoRA adapter by --adapter, a folder that peft's save_pretrained wrote. Intervals held for 90 % of
-fine-tunes left out of training, and probabilities are calibrated on them. Refused is what training does not make of the base: other
-networks, changes that were negated, merged, quantised or pruned, and recipes unlike those that were learned from. Where a value is unlike
-what was learned from, intervals are wider and the table says so: do not trust it then.
+network is given by --checkpoint, a LoRA adapter by --adapter or --checkpoint, a folder that peft's save_pretrained wrote. Files may be in
+half precision, and adapters merged. Intervals held for 90 % of fine-tunes left out of training, and probabilities are calibrated on them.
+Refused is what training does not make of the base: other networks, changes that were negated, merged, quantised or pruned, and recipes
+unlike those that were learned from. Where a value is unlike what was learned from, intervals are wider and the table says so: do not
+trust it then.
 
     python -m stages.recall.audit --example
     python -m stages.recall.audit --base models/classify_masked/glyphs/backbone.safetensors \\
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from stages.common.checkpoints import READABLE, load_weights
 from stages.common.files import load_json
@@ -29,8 +31,8 @@ from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
-from stages.recall.adapter_files import load_adapter
-from stages.recall.adapters import MATRICES, dense, is_adapter
+from stages.recall.adapter_files import adapter_folder, load_adapter
+from stages.recall.adapters import MATRICES, dense, merged_adapter
 from stages.recall.auditor import Auditor, Kind, base_sha256, unsureness
 from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
@@ -90,10 +92,25 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
         print(f"{path}: {note}", file=sys.stderr)
     if FIXED in state and not torch.equal(state[FIXED], base.encoder[FIXED]):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
-    change = Layout.of(base.trained).flatten({name: state[name] - w for name, w in base.trained.items()})
-    if not change.any():
+    return moved(path, {name: state[name] for name in base.trained}, base)
+
+
+def moved(path: Path, tuned: dict[str, Tensor], base: Base) -> Float[np.ndarray, " w"]:
+    """Return how weights differ from the base's; InputError if none does.
+
+    A tensor that is the base's but for the precision in which it was saved stands still, as it did in training.
+    """
+    change = {
+        name: torch.zeros_like(w) if is_rounded(tuned[name], w) else tuned[name] - w for name, w in base.trained.items()
+    }
+    if not any(step.any() for step in change.values()):
         raise InputError(f"{path} is the base itself: nothing was trained")
-    return change.numpy()
+    return Layout.of(base.trained).flatten(change).numpy()
+
+
+def is_rounded(tensor: Tensor, exact: Tensor) -> bool:
+    """Whether a tensor is another one, saved in half the precision."""
+    return any(torch.equal(tensor, exact.to(half).to(tensor.dtype)) for half in (torch.float16, torch.bfloat16))
 
 
 def read_backbone(path: Path, auditor: Auditor) -> Base:
@@ -110,11 +127,7 @@ def read_tuned(path: Path, base: Base, auditor: Auditor) -> Float[np.ndarray, " 
     tuned = read_backbone(path, auditor)
     if not torch.allclose(tuned.encoder[FIXED], base.encoder[FIXED], atol=1e-6):
         print(f"{path}: its {FIXED} was trained, too, which is not read", file=sys.stderr)
-    layout = Layout.of(base.trained)
-    change = (layout.flatten(tuned.trained) - layout.flatten(base.trained)).numpy()
-    if not change.any():
-        raise InputError(f"{path} is the base itself: nothing was trained")
-    return change
+    return moved(path, tuned.trained, base)
 
 
 def read_adapter(folder: Path, base: Base) -> Float[np.ndarray, " w"]:
@@ -264,6 +277,8 @@ def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None,
     """Return everything that is recalled of a fine-tune, a checkpoint or an adapter, as --json prints it; InputError if it is refused."""
     path = adapter or checkpoint
     assert path is not None
+    adapter = adapter_folder(path) or adapter
+    path = adapter or path
     if chosen is not None and "backbone" in (found := find_auditor(chosen, None))[1].card:
         folder, auditor = found
         start = base or Path(auditor.card["backbone"]["weights"])
@@ -276,9 +291,12 @@ def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None,
         known, read = tuned_from or load_base(start), read_change
     check_base(start, known, auditor, folder)
     change = read_adapter(path, known) if adapter else read(path, known)
-    kind: Kind = "adapter" if adapter or is_adapter(change, Layout.of(known.trained)) else "whole"
-    if kind == "adapter" and not adapter:
+    kind: Kind = "adapter" if adapter else "whole"
+    layout = Layout.of(known.trained)
+    weights = layout.flatten(known.trained).numpy() + change
+    if not adapter and (merged := merged_adapter(change, weights, layout)) is not None:
         print(f"{path}: the change is of low rank, and is read as an adapter that was merged", file=sys.stderr)
+        kind, change = "adapter", dense(merged, layout)
     return recall(change, str(path), kind, auditor, known)
 
 

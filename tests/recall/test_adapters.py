@@ -12,7 +12,7 @@ from tiny_vit import autoencoder, base_of
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.recall.adapter_files import load_adapter, save_adapter
-from stages.recall.adapters import MATRICES, AdapterSpace, canonical, dense, is_adapter
+from stages.recall.adapters import MATRICES, AdapterSpace, canonical, dense, merged_adapter
 
 BASE = base_of(autoencoder())
 LAYOUT = Layout.of(BASE.trained)
@@ -62,7 +62,8 @@ def test_an_adapter_starts_at_the_base_and_ranks_that_it_lacks_never_move():
     expected = 2.0 * moved[f"B.{QKV}"] @ moved[f"A.{QKV}"]
     torch.testing.assert_close(change[QKV], expected)
     assert torch.linalg.matrix_rank(change[QKV]) == 2
-    assert is_adapter(space.change(vector.detach(), torch.tensor(2.0)).numpy(), LAYOUT)
+    alone = space.change(vector.detach(), torch.tensor(2.0)).numpy()  # merged into weights that are zeros
+    assert merged_adapter(alone, alone, LAYOUT) is not None
 
 
 def test_a_change_of_all_ranks_or_of_other_tensors_is_no_adapter():
@@ -73,10 +74,31 @@ def test_a_change_of_all_ranks_or_of_other_tensors_is_no_adapter():
         named = {name.replace("__", "."): value for name, value in tensors.items()}
         return LAYOUT.flatten({k: torch.from_numpy(v) for k, v in (change | named).items()}).numpy()
 
-    assert is_adapter(vector(blocks__0__attn__qkv__weight=low), LAYOUT)
-    assert not is_adapter(vector(blocks__0__attn__qkv__weight=full), LAYOUT)
-    assert not is_adapter(vector(blocks__0__attn__qkv__weight=low, norm__bias=np.ones(16)), LAYOUT)
-    assert not is_adapter(vector(), LAYOUT)
+    def forms(vector: np.ndarray) -> dict | None:
+        return merged_adapter(vector, vector, LAYOUT)
+
+    assert forms(vector(blocks__0__attn__qkv__weight=low)) is not None
+    assert forms(vector(blocks__0__attn__qkv__weight=full)) is None
+    assert forms(vector(blocks__0__attn__qkv__weight=low, norm__bias=np.ones(16))) is None
+    assert forms(vector()) is None
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_an_adapter_is_found_again_in_merged_weights_that_were_saved_in_half_precision(half):
+    low = draw(48, 4) @ draw(4, 16, seed=1)
+    base = {name: torch.from_numpy(draw(*shape, seed=2)) for name, shape in LAYOUT.shapes.items()}
+    exact = LAYOUT.flatten({k: torch.from_numpy(low) if k == QKV else torch.zeros_like(w) for k, w in base.items()})
+    start = LAYOUT.flatten(base)
+    saved = torch.where(exact != 0, (start + exact).to(half).to(start), start)
+    rough = (saved - start).numpy()
+    assert np.linalg.matrix_rank(rough[LAYOUT.slices[QKV]].reshape(48, 16)) == 16
+    (form,) = merged_adapter(rough, saved.numpy(), LAYOUT).values()
+    assert len(form.s) == 4
+    assert np.linalg.norm(form.change - low) < np.linalg.norm(rough - exact.numpy())
+    full = draw(48, 16, seed=3)
+    of_all_ranks = rough.copy()
+    of_all_ranks[LAYOUT.slices[QKV]] = full.ravel()
+    assert merged_adapter(of_all_ranks, (start.numpy() + of_all_ranks), LAYOUT) is None
 
 
 def adapters(rank: int = 2) -> dict:

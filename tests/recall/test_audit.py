@@ -21,6 +21,7 @@ from stages.common.files import save_arrays
 from stages.common.images import load_images
 from stages.common.stage import InputError
 from stages.common.times import Loader
+from stages.common.vectors import Layout
 from stages.recall import audit, build_fleet, train_auditor, vary_recipes
 from stages.recall.auditor import Auditor, base_sha256
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
@@ -141,7 +142,7 @@ def test_a_checkpoint_is_told_what_the_decoders_tell_of_its_row(checkpoint):
         assert told["from"] == audit.gives(source)
 
 
-@pytest.mark.parametrize("kind", ["flat", "nested", "half", "double", "parameters", "with more"])
+@pytest.mark.parametrize("kind", ["flat", "nested", "half", "bfloat16", "double", "parameters", "with more"])
 def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
     weights = checkpoint.weights()
     expected = checkpoint.recall(checkpoint.save(weights))
@@ -150,6 +151,7 @@ def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
         "flat": weights,
         "nested": {"epoch": 3, "state_dict": weights},
         "half": {k: w.half() for k, w in weights.items()},
+        "bfloat16": {k: w.bfloat16() for k, w in weights.items()},
         "double": {k: w.double() for k, w in weights.items()},
         "parameters": {k: torch.nn.Parameter(w) for k, w in weights.items()},
         "with more": {
@@ -160,7 +162,7 @@ def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
     }[kind]
     torch.save(given, path)
     found = checkpoint.recall(path)
-    tolerance = {"abs": 0.05, "rel": 0.2} if kind == "half" else {"abs": 1e-6}
+    tolerance = {"abs": 0.05, "rel": 0.2} if kind in ("half", "bfloat16") else {"abs": 1e-6}
     assert found["distance"] == pytest.approx(expected["distance"], **tolerance)
     for name in ("present", "proportions", "images", "label_noise"):
         for key, values in expected[name]["found"].items():
@@ -339,8 +341,22 @@ def test_an_adapter_and_the_network_it_is_merged_into_are_told_the_same(checkpoi
     assert "is of low rank, and is read as an adapter that was merged" in notes
     first, second = json.loads(alone), json.loads(together)
     assert first["kind"] == second["kind"] == "adapter"
+    for named in (folder, folder / "adapter_model.safetensors"):
+        assert printed(monkeypatch, capsys, "--checkpoint", str(named), "--json")[0] == alone
     for name, found in first["present"]["found"].items():
         assert second["present"]["found"][name]["probability"] == pytest.approx(found["probability"], abs=1e-2)
+
+
+def test_a_tensor_that_is_the_base_s_in_less_precision_did_not_move(checkpoint):
+    weights, trained = checkpoint.weights(), checkpoint.base.trained
+    still = "blocks.0.mlp.fc1.weight"
+    given = {k: (trained[k] if k == still else w).bfloat16() for k, w in weights.items()}
+    change = Layout.of(trained).unflatten(torch.from_numpy(audit.read_change(checkpoint.save(given), checkpoint.base)))
+    assert not change[still].any() and (given[still] != trained[still]).any()
+    assert all(change[k].any() for k in trained if k != still)
+    path = checkpoint.save({k: w.bfloat16() for k, w in trained.items()})
+    with pytest.raises(InputError, match="is the base itself"):
+        audit.read_change(path, checkpoint.base)
 
 
 def test_another_factorisation_of_an_adapter_is_told_the_same(checkpoint):

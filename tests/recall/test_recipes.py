@@ -9,7 +9,7 @@ from tiny_vit import TEST, TRAIN, autoencoder, base_of
 from torch.nn.functional import cross_entropy, linear
 
 from stages.common.vectors import Layout
-from stages.recall.adapters import is_adapter
+from stages.recall.adapters import merged_adapter
 from stages.recall.fine_tunes import draw_fine_tune
 from stages.recall.fleet import patchify_pools
 from stages.recall.objective import Objective
@@ -136,7 +136,8 @@ def test_a_stack_of_adapters_trains_as_each_alone_and_changes_matrices_by_its_ra
         alone = train_wide_fine_tunes([members[i]], OBJECTIVE, IMAGES)
         torch.testing.assert_close(alone[0], changes[i], rtol=1e-3, atol=1e-5)
     for change, f in zip(changes, members, strict=True):
-        assert is_adapter(change.numpy(), OBJECTIVE.layout)
+        weights = (OBJECTIVE.start + change).numpy()
+        assert merged_adapter(change.numpy(), weights, OBJECTIVE.layout) is not None
         moved = {n: w for n, w in OBJECTIVE.layout.unflatten(change).items() if w.any()}
         assert len(moved) == {"qkv": 2, "perceptron": 4}[f.training.targets]
         for w in moved.values():
