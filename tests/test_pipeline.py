@@ -18,10 +18,9 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_cache_hash
 from dvc.stage.serialize import to_single_stage_lockfile
-from dvc.utils.hydra import apply_overrides
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
-from reproduction import ROOT, scale_overrides
+from reproduction import ROOT, scale_overrides, set_params
 
 from stages.bilinear import decompose_bilinear, train_bilinear, vary_regularisation
 from stages.forecast import (
@@ -76,7 +75,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[PipelineStage]:
     folder = tmp_path_factory.mktemp("stages")
     for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
         shutil.copy(ROOT / name, folder)
-    apply_overrides(folder / "params.yaml", ["pretrain_backbone.backbones=[glyphs]"])
+    set_params(folder / "params.yaml", ["pretrain_backbone.backbones=[glyphs]"])
     with Repo.init(folder, no_scm=True) as repo:
         return list(repo.index.stages)
 
@@ -287,7 +286,7 @@ def test_a_scale_says_first_how_long_it_takes(scale):
 def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
-    apply_overrides(path, scale_overrides(scale))  # raises on a key that params.yaml lacks
+    set_params(path, scale_overrides(scale))  # raises on a key that params.yaml lacks
     changed = yaml.safe_load(path.read_text())
     assert changed != PARAMS
     monkeypatch.chdir(tmp_path)

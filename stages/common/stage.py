@@ -4,10 +4,12 @@ params.yaml is the only source of values, and every mistake in it is reported at
 """
 
 import argparse
+import copy
 import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NoReturn, Self
 
 import yaml
@@ -84,7 +86,7 @@ class StageParams(BaseModel):
 def lookup(key: str) -> dict[str, Any]:
     """Return the mapping at dotted `key` of params.yaml; InputError says which part of the key is missing."""
     try:
-        node = yaml.load(PARAMS.read_text(), times.Loader)
+        node = _parsed(PARAMS.read_text())
     except FileNotFoundError:
         raise InputError(f"{PARAMS} is missing: run from the project's top folder") from None
     except yaml.YAMLError as error:
@@ -98,7 +100,13 @@ def lookup(key: str) -> dict[str, Any]:
         walked.append(part)
     if not isinstance(node, dict):
         raise InputError(f"{PARAMS}: {key} must be a mapping, got {node!r}")
-    return node
+    return copy.deepcopy(node)
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> Any:
+    """Return what a YAML text says: a stage looks up several keys of one file. Callers must leave it as it is."""
+    return yaml.load(text, times.Loader)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:

@@ -27,8 +27,18 @@ from typing import Any
 
 import yaml
 from dvc.repo import Repo
-from dvc.utils.hydra import apply_overrides
-from reproduction import EXPECTED, ROOT, alike, command, differences, flatten, kind_of, scale_overrides, width
+from reproduction import (
+    EXPECTED,
+    ROOT,
+    alike,
+    command,
+    differences,
+    flatten,
+    kind_of,
+    scale_overrides,
+    set_params,
+    width,
+)
 
 sys.path.insert(0, str(ROOT))  # the project need not be installed
 from stages.common.times import noted
@@ -63,7 +73,7 @@ def params_text(scale: str) -> str:
         path = Path(folder, "params.yaml")
         path.write_text(command(ROOT, "git", "show", "HEAD:params.yaml"))
         if changes := overrides(scale):
-            apply_overrides(path, changes)
+            set_params(path, changes)
         return path.read_text()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
+from reproduction import set_params
 from running import start
 from small_networks import seeded
 
@@ -51,7 +51,7 @@ def test_summaries_are_of_the_rows_that_they_name():
 
 def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
     skipped = ["probe", "stats_gbm", "stats", "mlp", "nfn", "no_cross", "no_intra", "no_augmentation", "canonical"]
-    apply_overrides(project / "params.yaml", [f"train_weightnet.skipped=[{','.join([*skipped, 'one_sided'])}]"])
+    set_params(project / "params.yaml", [f"train_weightnet.skipped=[{','.join([*skipped, 'one_sided'])}]"])
     start(monkeypatch, fetch_data, dataset="digits")
     for variant in ARCHITECTURES:
         start(monkeypatch, build_zoo, dataset="digits", variant=variant)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
+from reproduction import set_params
 from running import start
 from small_networks import member, seeded, select
 
@@ -126,7 +126,7 @@ def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(proje
     ],
 )
 def test_a_mistake_in_a_member_is_named_where_it_was_made(project, setting, key):
-    apply_overrides(project / "params.yaml", [f"train_weightnet.{setting}"])
+    set_params(project / "params.yaml", [f"train_weightnet.{setting}"])
     params = TrainParams.load("train_weightnet", "digits", "baselines")
     with pytest.raises(InputError, match=rf"^params.yaml: train_weightnet.{key}: "):
         train_weightnet.parse_members(params, "digits", "baselines")
