@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vit import SIDE, save_inputs, seeded
 
 from stages.common.images import load_images
-from stages.common.stage import InputError
-from stages.common.times import Loader
+from stages.common.stage import InputError, Loader
 from stages.common.vectors import Layout
 from stages.recall import adapt_backbone, audit, audit_backbone
 from stages.recall.adapter_files import load_adapter, save_adapter

@@ -41,7 +41,7 @@ from reproduction import (
 )
 
 sys.path.insert(0, str(ROOT))  # the project need not be installed
-from stages.common.times import noted
+from stages.common.stage import noted
 from stages.report import card
 
 RECORDS = ROOT / "reports/records"
