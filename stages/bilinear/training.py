@@ -142,8 +142,8 @@ def train_run(config: dict[str, Any]) -> TrainedRun:
             "lr": schedule.get_last_lr()[0],
         }
         where = f"{config['run_dir']}, epoch {epoch}"
-        require_convergence(metrics["train_loss"], math.log(data.num_classes), where, REMEDY)
-        require_convergence(val_loss, math.inf, where, REMEDY)  # of a few images it may be large
+        require_convergence(metrics["train_loss"], where, REMEDY, math.log(data.num_classes))
+        require_convergence(val_loss, where, REMEDY)  # of a few images it may be large
         history.append(metrics)
         latest = {"model_state_dict": _copy(model), "config": config, "epoch": epoch, "metrics": metrics}
         if not best or (val_acc, -val_loss) > (best["metrics"]["val_acc"], -best["metrics"]["val_loss"]):

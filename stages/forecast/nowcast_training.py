@@ -171,7 +171,7 @@ def compare(histories: dict[str, list[Rows]], steps: int) -> dict[str, Any]:
     """
     for name, row in ((name, row) for name, runs in histories.items() for rows in runs for row in rows):
         where = f"{name}, seed {row['seed']}, step {row['step']}"
-        require_convergence(row["loss"], math.inf, where, "lower nowcast_training.grid")
+        require_convergence(row["loss"], where, "lower nowcast_training.grid")
     baseline = next(iter(histories.values()))
     budgets = np.arange(1, steps + 1)
     target = statistics.fmean(row["loss"] for rows in baseline for row in rows[-max(1, len(rows) // 10) :])

@@ -141,7 +141,7 @@ def train_shared(
             if best is None or val_loss < min(row["val_loss"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
-            require_convergence(val_loss, history[0]["val_loss"], f"step {step}", REMEDY)
+            require_convergence(val_loss, f"step {step}", REMEDY, history[0]["val_loss"])
     return best, history
 
 
@@ -186,7 +186,7 @@ def train_coefficients(
             with torch.no_grad():
                 val_loss = mse_loss(model(held_out[0]), held_out[1]).item()
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
-            require_convergence(val_loss, history[0]["val_loss"], f"step {step}", REMEDY)
+            require_convergence(val_loss, f"step {step}", REMEDY, history[0]["val_loss"])
     return model.state_dict(), history
 
 

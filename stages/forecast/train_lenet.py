@@ -100,7 +100,7 @@ def train_lenet(
                 "test_acc": accuracy(logits, test_labels).item(),
             }
             remedy = f"lower train_lenet.regimes.{regime_of(name)}.learning_rate"
-            require_convergence(row["test_loss"], math.log(len(data.classes)), f"{name}, step {step}", remedy)
+            require_convergence(row["test_loss"], f"{name}, step {step}", remedy, math.log(len(data.classes)))
             history.append(row)
             losses.zero_()
         if step == steps:

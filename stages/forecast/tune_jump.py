@@ -7,7 +7,6 @@ Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of
 Axes: p weights, d what the jump is linear in.
 """
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def tune_jump(
         optimizer.step()
         if step % check_every == 0 or step == steps:
             jump_ratio = validate(lambda o: o.jump(model.step))
-            require_convergence(jump_ratio, math.inf, f"step {step}", "lower tune_jump.learning_rate")
+            require_convergence(jump_ratio, f"step {step}", "lower tune_jump.learning_rate")
             if best is None or jump_ratio < min(row["val_ratio"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append(

@@ -203,7 +203,7 @@ def train_mae(
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             val_error = validation_error(model, validation, params.seed)
             history.append({"step": step + 1, "train_error": loss.item(), "val_error": val_error})
-            require_convergence(val_error, history[0]["val_error"], f"step {step + 1}", "lower train_mae.learning_rate")
+            require_convergence(val_error, f"step {step + 1}", "lower train_mae.learning_rate", history[0]["val_error"])
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
             save_torch(work / "state.pt", state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})

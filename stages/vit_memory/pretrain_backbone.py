@@ -147,8 +147,8 @@ def pretrain(
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             row = {"step": step + 1, "classification_loss": classified.item(), "train_acc": accuracy(cosines, y).item()}
             history.append(row | {"reconstruction_loss": reconstructed.item()})
-            losses = classified.item(), history[0]["classification_loss"]
-            require_convergence(*losses, f"step {step + 1}", "lower pretrain_backbone's learning rates")
+            remedy = "lower pretrain_backbone's learning rates"
+            require_convergence(classified.item(), f"step {step + 1}", remedy, history[0]["classification_loss"])
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
             state |= {"model": [part.state_dict() for part in model]}

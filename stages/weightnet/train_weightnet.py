@@ -148,7 +148,7 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
         who = {"predictor": job.name, "task": job.task_name, "split": job.split, "number": number}
         who["run"] = " ".join(map(str, who.values()))
         history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
-        require_convergence(total / n, history[0]["train_loss"], f"{who['run']}, epoch {epoch}", REMEDY)
+        require_convergence(total / n, f"{who['run']}, epoch {epoch}", REMEDY, history[0]["train_loss"])
     model.load_state_dict(best)
     return model, history
 
