@@ -15,6 +15,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -279,23 +280,36 @@ class Analysis:
     permuted_masks: Float[Tensor, "c d"]
 
 
-def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -> Analysis:
-    """Measure one single-layer classifier; its random baselines are drawn by `params.seed` and its own seed."""
-    model, split, seed = network.model, network.config["dataset"], params.seed + network.seed
+def analyse(
+    network: Network,
+    train: ImageSet,
+    test: ImageSet,
+    seed: int,
+    *,
+    ranks: list[int],
+    deletion_pixels: list[int],
+    candidates: Callable[[DecompositionArtifacts], Float[Tensor, "c m d"]],
+    validation_images: int,
+) -> Analysis:
+    """Measure one single-layer classifier; its random baselines are drawn by `seed` and its own.
+
+    candidates: the masks to choose from, on so many validation images, by the decomposition (see `candidate_masks`).
+    """
+    model, split, seed = network.model, network.config["dataset"], seed + network.seed
     rest, validation = split_validation(train, split["validation_fraction"], split["split_seed"])
-    chosen = torch.randperm(len(validation), generator=generator(seed, "validation images"))[: params.validation_images]
+    chosen = torch.randperm(len(validation), generator=generator(seed, "validation images"))[:validation_images]
     bases, x = decompose_in_bases(model, rest.pixels()), test.pixels()
-    candidates = candidate_masks(bases["input"], params.mask_norm, params.mask_rank)
-    mask_acc, masks, permuted = mask_accuracy(model, candidates, validation.subset(chosen), test, seed)
-    ranks = {basis: clip_ranks(params.ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
+    mask_acc, masks, permuted = mask_accuracy(model, candidates(bases["input"]), validation.subset(chosen), test, seed)
+    ranks_in = {basis: clip_ranks(ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
     numbers = {
         "full_acc": accuracy(model(x), test.labels).item(),
         "reconstruction_error": {basis: reconstruction_error(model, a, x) for basis, a in bases.items()},
         "truncated_acc": {
-            basis: truncation_accuracy(model, artifacts, test, ranks[basis], seed) for basis, artifacts in bases.items()
+            basis: truncation_accuracy(model, artifacts, test, ranks_in[basis], seed)
+            for basis, artifacts in bases.items()
         },
         "mask_acc": mask_acc,
-        "kept_prediction": deletion_agreement(model, test, params.deletion_pixels, seed),
+        "kept_prediction": deletion_agreement(model, test, deletion_pixels, seed),
     }
     return Analysis(model, numbers, bases, masks, permuted)
 
@@ -384,9 +398,12 @@ def main() -> None:
     summary["majority_acc"] = majority_accuracy(train.labels, test.labels)
     linear = [accuracy(network.model(test.pixels()), test.labels).item() for network in networks["linear"]]
     summary["linear"] = {"full_acc": mean_std(linear)}
+    candidates = partial(candidate_masks, norm=params.mask_norm, rank=params.mask_rank)
+    measure = partial(analyse, train=train, test=test, seed=params.seed, ranks=params.ranks, candidates=candidates)
+    measure = partial(measure, deletion_pixels=params.deletion_pixels, validation_images=params.validation_images)
     first: dict[str, Analysis] = {}
     for variant in SINGLE_LAYER:
-        analyses = parallel_map(lambda n: analyse(n, train, test, params), networks[variant], device, variant)
+        analyses = parallel_map(measure, networks[variant], device, variant)
         summary[variant] = over_seeds([analysis.numbers for analysis in analyses])
         summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses], *similarity_ranks)
         first[variant] = analyses[0]

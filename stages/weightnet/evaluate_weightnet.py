@@ -243,22 +243,22 @@ def over_drawings(rows: Rows) -> dict[str, float]:
     return mean_std(taus) if taus else {}
 
 
-def relabelling(kept: dict[str, Ensemble | Examiner], zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
-    """Return by how much relabelling the neurons of trained networks changes their outputs, and predictions of test accuracy.
+def relabelling(kept: dict[str, Ensemble | Examiner], zoos: dict[str, Zoo], count: int, seed: int) -> dict[str, Any]:
+    """Return by how much relabelling the neurons of `count` trained networks changes their outputs, and predictions of test accuracy.
 
     In float64 and relative: outputs to their largest, predictions to their spread over networks. one_sided: what a relabelling
     that is none (one layer's rows alone) changes.
     """
-    random = generator(params.seed, "relabelling")
+    random = generator(seed, "relabelling")
     table: dict[str, Any] = {}
     for architecture, zoo in zoos.items():
         if len(zoo.symmetry.edges) < 2:  # nothing that one side of could be moved
             continue
-        final = rows_of(zoo, zoo.run, ["final"])[: params.networks]
+        final = rows_of(zoo, zoo.run, ["final"])[:count]
         orders = random_permutations(zoo.symmetry, random)
         images = torch.randn(16, *zoo.program.input_shape, generator=random).double()
         answers: dict[str, list[torch.Tensor]] = {name: [] for name in ("function", *kept)}
-        for rows in final.split(zoo.at_a_time(params.networks)):
+        for rows in final.split(zoo.at_a_time(count)):
             found = zoo.networks(rows)
             networks = replace(found, weights={name: tensor.double() for name, tensor in found.weights.items()})
             relabelled = replace(networks, weights=permute(networks.weights, zoo.symmetry, orders))
@@ -337,7 +337,7 @@ def main() -> None:
         "held_out": by_architecture([row for row in rows if row["task"].startswith(HELD_OUT)]),
         "coverage": coverage(table, zoos, lambda task: task == ALL),
         "coverage_held_out": coverage(table, zoos, lambda task: task.startswith(HELD_OUT)),
-        "relabelling": relabelling(kept, zoos, params),
+        "relabelling": relabelling(kept, zoos, params.networks, params.seed),
     }
     save_json(folder / "summary.json", summary)
     save_json(folder / "metrics.json", headline_metrics(summary | {"scores": scores["test_acc"]}, HEADLINES))

@@ -111,30 +111,32 @@ def predict(models: Sequence[Predictor], data: Data, rows: dict[str, Rows]) -> F
     return torch.cat(found)
 
 
-def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[Predictor, list[dict[str, Any]]]:
+def train_predictor(
+    job: Job, number: int, data: Data, seed: int, *, batch_size: int, weight_decay: float, rescaling: float
+) -> tuple[Predictor, list[dict[str, Any]]]:
     """Return one of a job's predictors at its best epoch on validation runs, and a history row for each epoch."""
     member = job.member
-    seed = (params.seed + job.split) * job.task.seeds + number
+    seed = (seed + job.split) * job.task.seeds + number
     random = generator(seed, f"{job.name} {job.task_name}")
     first = next(iter(data.split.train))
     example = data.zoos[first].networks(data.split.train[first][:2])
     config = member.model_dump() | {"properties": len(data.measured)}
     model = Predictor(config, example, data.inputs[first].shape[1], seed)
-    steps = member.epochs * len(batches(data, params.batch_size, generator(0, "count")))
-    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=params.weight_decay)
+    steps = member.epochs * len(batches(data, batch_size, generator(0, "count")))
+    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=weight_decay)
     rate = warmup_times_cosine(member.learning_rate, steps, WARMUP_FRACTION)
     truth = data.part(data.split.validation, data.targets)
     step, best, history = 0, {}, []
     for epoch in range(1, member.epochs + 1):
         model.train()
         total = 0.0
-        for name, rows in batches(data, params.batch_size, random):
+        for name, rows in batches(data, batch_size, random):
             set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
             for part in rows.split(data.zoos[name].at_a_time(len(rows))):
                 networks = data.zoos[name].networks(part)
                 if member.augment:
-                    networks = augmented(networks, params.rescaling, random)
+                    networks = augmented(networks, rescaling, random)
                 loss = loss_on_known(model(networks, data.inputs[name][part]), data.targets[name][part])
                 (loss * (len(part) / len(rows))).backward()
                 total += loss.item() * len(part)
@@ -177,7 +179,8 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
         case "nearest":
             predictions = {job.name: nearest(data)}
         case _:
-            trained = [train_predictor(job, number, data, params) for number in range(task.seeds)]
+            settings = params.model_dump(include={"batch_size", "weight_decay", "rescaling"})
+            trained = [train_predictor(job, number, data, params.seed, **settings) for number in range(task.seeds)]
             models, history = [model for model, _ in trained], [row for _, rows in trained for row in rows]
             validation, test = (predict(models, data, rows) for rows in (split.validation, split.test))
             predictions = {job.name: (validation, test)}
