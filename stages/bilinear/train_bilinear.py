@@ -8,12 +8,13 @@ Writes  models/train_bilinear/<dataset>/<variant>/seed<seed>/{best.pt, latest.pt
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
+from stages.bilinear.model import Config
 from stages.bilinear.training import TrainedRun, train_run
-from stages.common.files import save_csv, save_json
+from stages.common.files import Summary, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import majority_accuracy, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
@@ -61,7 +62,7 @@ class Params(StageParams):
             raise ValueError(f"a seed is named twice: {seeds}")
         return seeds
 
-    def config(self, dataset: str, name: str, seed: int) -> dict[str, Any]:
+    def config(self, dataset: str, name: str, seed: int) -> Config:
         """Return the config (see stages.bilinear.training) of one seed's run of the variant called `name`."""
         shared, variant = self.model_dump(), self.variants[name].model_dump()
         recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_fraction")
@@ -80,7 +81,7 @@ class Params(StageParams):
         }
 
 
-def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> dict[str, Any]:
+def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> Summary:
     """Return each variant's accuracies over seeds, beside that of always answering the largest class."""
     accuracies = {
         name: {

@@ -32,10 +32,10 @@ from stages.bilinear.decomposition import (
     truncated_logits,
 )
 from stages.bilinear.legibility import effective_rank, smoothness
-from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
+from stages.bilinear.model import BilinearImageClassifier, Config, build_image_classifier
 from stages.bilinear.pictures import draw_factors
 from stages.bilinear.training import train_run
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, save_csv, save_json
 from stages.common.images import ImageSet, load_images
 from stages.common.metrics import accuracy, majority_accuracy, mean_std
 from stages.common.runtime import pick_device, pin_threads
@@ -48,8 +48,6 @@ FACTORS = ("weight_decay", "input_noise", "shift")
 MEASURES = ("test_acc", "truncated_acc", "effective_rank", "smoothness")  # of one network; similarity is of two
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Config = dict[str, Any]
-Rows = list[dict[str, Any]]
 
 
 class Params(StageParams):
@@ -139,9 +137,11 @@ def summary_of(runs: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, float
     return values | {"similarity": mean_std(similarities(runs))}
 
 
-def effects(found: list[tuple[dict[str, float], dict[str, dict[str, float]]]]) -> dict[str, dict[str, Any]]:
+def effects(
+    found: list[tuple[dict[str, float], dict[str, dict[str, float]]]],
+) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by factor and measure, the mean over the others' combinations of what the factor changes, and their spread."""
-    changed: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, dict[str, float]]] = {}
     for factor in FACTORS:
         low = min(condition[factor] for condition, _ in found)
         with_it, without = (
@@ -195,7 +195,7 @@ def main() -> None:
         for i, condition in enumerate(params.conditions)
     ]
     rows: Rows = [
-        condition | {"measure": name, "mean": value["mean"], "std": value["std"]}
+        {**condition, "measure": name, "mean": value["mean"], "std": value["std"]}
         for condition, values in found
         for name, value in values.items()
     ]

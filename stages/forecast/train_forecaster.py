@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,8 +18,8 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from stages.common.checkpoints import save_torch
-from stages.common.files import save_csv
+from stages.common.checkpoints import Checkpoint, save_torch
+from stages.common.files import Rows, save_csv
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
@@ -43,7 +43,6 @@ LARGEST_GRADIENT = 1.0  # its norm is cut there: a few weights that moved far ma
 COEFFICIENT_BATCH = 32  # sequences; as in the design that `pca_transformer` repeats
 REMEDY = "lower train_forecaster.variants.*.learning_rate"  # of training that diverges
 
-Rows = list[dict[str, Any]]
 Batch = tuple[Features, torch.Tensor]
 
 
@@ -121,7 +120,7 @@ def train_shared(
     steps: int,
     learning_rate: float,
     weight_decay: float,
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Return the state of the best checkpoint on held-out batches, and a history row for each check."""
     noise = generator(seed, "diffusion noise")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
@@ -147,7 +146,7 @@ def train_shared(
 
 def fit_ridge(
     model: RidgeForecaster, draw: Callable[[], Batch], held_out: list[Batch], *, seed: int, steps: int, ridge: float
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Fit by the normal equations on `steps` batches; return the state and one history row."""
     for _ in tqdm(range(steps), desc="observe", unit=" batches", disable=None):
         model.observe(*draw())
@@ -164,7 +163,7 @@ def train_coefficients(
     seed: int,
     steps: int,
     learning_rate: float,
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Return the state after training on the mean squared error of the next snapshot's coefficients, and the history."""
 
     def sequences(runs: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +191,7 @@ def train_coefficients(
 
 def train_variant(
     name: str, params: Params, train: list[Trajectory], validation: list[Trajectory]
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Return the checkpoint ("config", "state_dict") of one variant, and its history."""
     variant, seed = params.variants[name], params.seed
     config = variant.model_dump(include={"kind", "with_state", "with_context", "d_model"})

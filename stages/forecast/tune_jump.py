@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from stages.common.checkpoints import save_torch
-from stages.common.files import save_csv
+from stages.common.files import Rows, save_csv
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
@@ -117,7 +116,7 @@ def tune_jump(
     batch_size: int,
     proximal_weight: float,
     check_every: int,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], Rows]:
     """Return the state of the best step on validation runs and images, and a history row for each check.
 
     validate: a way to propose weights at an origin -> `mean_ratio` on what is held out.

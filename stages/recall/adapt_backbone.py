@@ -13,14 +13,13 @@ Writes  models/adapt_backbone/<name>/fleet.safetensors   of each kind (whole, ad
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.files import save_arrays, save_json
+from stages.common.files import Metadata, save_arrays, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
 from stages.common.randomness import generator
@@ -143,7 +142,7 @@ def main() -> None:
     }
     work = work_folder(f"adapt_backbone/{name}", recipe | {"base": sha256, "train": of.train, "test": of.test})
     arrays = beside(base, test, params.references)
-    metadata: dict[str, Any] = {"classes": train.classes, "base_sha256": sha256}
+    metadata: Metadata = {"classes": train.classes, "base_sha256": sha256}
     metadata |= {"directions": params.directions, "recipes": {}}
     metadata["preprocessing"] = {"image_size": base.image_size, "mean": base.mean, "std": base.std}
     for kind in (kind for kind in KINDS if of.train.get(kind)):

@@ -14,7 +14,7 @@ Axes: n images, m validation images, p patches, q pixels of a patch, s pixels of
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from stages.common.backbone import (
     save_backbone,
 )
 from stages.common.checkpoints import save_torch
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, save_csv, save_json
 from stages.common.images import DATA, load_images, split_validation
 from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
@@ -68,8 +68,6 @@ TEMPERATURE = 10.0  # of position embeddings: on grids of 4 to 8 patches better 
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 500  # steps, while training
 AT_ONCE = 500  # images, where nothing is trained
-
-Rows = list[dict[str, Any]]
 
 
 class Params(StageParams):

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.files import save_arrays, save_json, save_table
+from stages.common.files import Rows, save_arrays, save_json, save_table
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -129,9 +129,7 @@ def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str, var
     }
 
 
-def gather(
-    stacks: dict[Path, list[Run]], shard: str, varied: list[str]
-) -> tuple[list[Float[np.ndarray, "3 p"]], list[dict[str, Any]]]:
+def gather(stacks: dict[Path, list[Run]], shard: str, varied: list[str]) -> tuple[list[Float[np.ndarray, "3 p"]], Rows]:
     """Return the weights and the rows of the finished stacks of one shard, without runs that diverged: they have no final network."""
     weights, rows = [], []
     for path, stack in stacks.items():
@@ -155,7 +153,7 @@ def spread(values: Float[np.ndarray, " r"]) -> dict[str, float]:
     }
 
 
-def write_report(name: str, rows: list[dict[str, Any]], runs: int, traced: Program) -> None:
+def write_report(name: str, rows: Rows, runs: int, traced: Program) -> None:
     """Write what was measured of a zoo's final networks, as numbers and as a picture; `runs`: with those that diverged."""
     final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}
     count = {"runs": len(final["gap"]), "diverged": runs - len(final["gap"]), "parameters": traced.layout.size}
