@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from stages.common.stage import InputError, one_line
+from stages.common.stage import DVC_YAML, PARAMS, InputError, Loader, one_line
 
 Cell = str | int | float | bool | None
 Row = dict[str, Cell]  # of a table: a value for each column
@@ -152,8 +152,8 @@ def missing_from_list(stage: str) -> str:
     """Return what to add to params.yaml, so that <stage>@<item> is a stage of dvc.yaml; nothing if it is one, or if neither is there."""
     name, _, item = stage.partition("@")
     try:
-        matrix = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]["matrix"]
-        params = yaml.safe_load(Path("params.yaml").read_text())
+        matrix = yaml.load(DVC_YAML.read_text(), Loader)["stages"][name]["matrix"]
+        params = yaml.load(PARAMS.read_text(), Loader)
     except (OSError, KeyError, yaml.YAMLError):
         return ""
     for variant in next((values for values in matrix.values() if isinstance(values, list)), []):
