@@ -190,30 +190,37 @@ def train_coefficients(
 
 
 def train_variant(
-    name: str, params: Params, train: list[Trajectory], validation: list[Trajectory]
+    variant: Variant,
+    train: list[Trajectory],
+    validation: list[Trajectory],
+    seed: int,
+    *,
+    horizons: list[int],
+    components: int,
+    pairs: int,
+    weights: int,
+    ridge: float,
+    weight_decay: float,
 ) -> tuple[Checkpoint, Rows]:
     """Return the checkpoint ("config", "state_dict") of one variant, and its history."""
-    variant, seed = params.variants[name], params.seed
     config = variant.model_dump(include={"kind", "with_state", "with_context", "d_model"})
-    config |= {"horizons": params.horizons, "n_layers": len(train[0].layout.shapes), "seed": seed}
+    config |= {"horizons": horizons, "n_layers": len(train[0].layout.shapes), "seed": seed}
     schedule = {"seed": seed, "steps": variant.steps, "learning_rate": variant.learning_rate}
     if variant.kind == "pca_transformer":
-        mean, basis, _ = principal_components(torch.cat([t.weights for t in train]), params.components)
+        mean, basis, _ = principal_components(torch.cat([t.weights for t in train]), components)
         model = build_forecaster(config, {"mean": mean, "basis": basis})
         state, history = train_coefficients(model, train, validation, **schedule)
     else:
         model = build_forecaster(config)
-        draw = partial(draw_batch, model, pairs=params.pairs, weights=params.weights)
+        draw = partial(draw_batch, model, pairs=pairs, weights=weights)
         random = generator(seed, "held out")
         held_out = [draw(validation, random=random) for _ in range(HELD_OUT)]  # the same for all forecasters
         draw_training = partial(draw, train, random=generator(seed, "forecaster batches"))
         if variant.kind == "ridge":
-            state, history = fit_ridge(
-                model, draw_training, held_out, seed=seed, steps=variant.steps, ridge=params.ridge
-            )
+            state, history = fit_ridge(model, draw_training, held_out, seed=seed, steps=variant.steps, ridge=ridge)
         else:
-            state, history = train_shared(model, draw_training, held_out, **schedule, weight_decay=params.weight_decay)
-    return {"config": config, "state_dict": state}, [{"variant": name, **row} for row in history]
+            state, history = train_shared(model, draw_training, held_out, **schedule, weight_decay=weight_decay)
+    return {"config": config, "state_dict": state}, history
 
 
 def main() -> None:
@@ -222,15 +229,15 @@ def main() -> None:
     pin_threads()
     runs = load_runs(dataset)
     train, validation = list(runs.train.values()), list(runs.validation.values())
-    trained = parallel_map(
-        lambda name: train_variant(name, params, train, validation),
-        list(params.variants),
-        torch.device("cpu"),
-        f"forecasters of {dataset}",
-    )
+    settings = params.model_dump(include={"horizons", "components", "pairs", "weights", "ridge", "weight_decay"})
+    train_one = partial(train_variant, train=train, validation=validation, seed=params.seed, **settings)
+    trained = parallel_map(train_one, list(params.variants.values()), torch.device("cpu"), f"forecasters of {dataset}")
     for name, (checkpoint, _) in zip(params.variants, trained, strict=True):
         save_torch(MODELS / dataset / name / "forecaster.pt", checkpoint)
-    save_csv(REPORTS / dataset / "history.csv", [row for _, history in trained for row in history])
+    rows = [
+        {"variant": name, **row} for name, (_, history) in zip(params.variants, trained, strict=True) for row in history
+    ]
+    save_csv(REPORTS / dataset / "history.csv", rows)
     losses = ", ".join(
         f"{name} {history[-1]['val_loss']:.4g}" for name, (_, history) in zip(params.variants, trained, strict=True)
     )

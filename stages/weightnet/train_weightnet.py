@@ -231,12 +231,14 @@ def table_rows(job: Job, result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def job_folder(job: Job, params: Params, data: str) -> Path:
-    """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
-    recipe = params.model_dump(exclude={"variant", "tasks", "member", "skipped"})
+def job_folder(job: Job, recipe: dict[str, object], data: str) -> Path:
+    """Return where a finished predictor waits: a folder for everything that it follows from.
+
+    recipe: the params of all jobs; data: a hash of the zoo.
+    """
     task = {key: value for key, value in vars(job.task).items() if key != "splits"}
-    recipe |= vars(job) | {"member": job.member.model_dump(), "task": task, "data": data}
-    return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe)
+    of_job = vars(job) | {"member": job.member.model_dump(), "task": task, "data": data}
+    return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe | of_job)
 
 
 def parse_members(params: Params, dataset: str, family: str) -> dict[str, Member]:
@@ -280,8 +282,9 @@ def main() -> None:
     statistics = {(name, pooled): statistics_of(zoos[name], pooled) for name, pooled in sorted(needed)}
     data = fingerprint(*(path for zoo in zoos.values() for path in zoo.files))
 
+    recipe = params.model_dump(exclude={"variant", "tasks", "member", "skipped"})
     paths = [
-        job_folder(job, params, data) / "result.pt" for job in jobs
+        job_folder(job, recipe, data) / "result.pt" for job in jobs
     ]  # now: threads import modules while they train
 
     def finish(place: int) -> dict[str, Any]:
