@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
-from reproduction import ROOT, scale_overrides
+from reproduction import ROOT, scale_overrides, set_params
 
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
@@ -16,7 +15,7 @@ from stages.common.runtime import pin_threads
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with params.yaml at smoke scale; no mirror, no network needed."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    apply_overrides(tmp_path / "params.yaml", scale_overrides("smoke"))
+    set_params(tmp_path / "params.yaml", scale_overrides("smoke"))
     monkeypatch.chdir(tmp_path)
     for name in ("WEIGHTLENS_MIRROR", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)

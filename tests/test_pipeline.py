@@ -18,12 +18,12 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_cache_hash
 from dvc.stage.serialize import to_single_stage_lockfile
-from dvc.utils.hydra import apply_overrides
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
-from reproduction import ROOT, scale_overrides
+from reproduction import ROOT, scale_overrides, set_params
 
 from stages.bilinear import decompose_bilinear, train_bilinear, vary_regularisation
+from stages.common.stage import Loader
 from stages.forecast import (
     compress_trajectory,
     evaluate_forecaster,
@@ -50,8 +50,8 @@ from stages.vit_memory import diagnose_memory, extract_features, pretrain_backbo
 from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 
 TEXT = (ROOT / "dvc.yaml").read_text()
-DVC_YAML = yaml.safe_load(TEXT)["stages"]
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+DVC_YAML = yaml.load(TEXT, Loader)["stages"]
+PARAMS = yaml.load((ROOT / "params.yaml").read_text(), Loader)
 COMMANDS = {
     "compare",
     "reproduce",
@@ -76,7 +76,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[PipelineStage]:
     folder = tmp_path_factory.mktemp("stages")
     for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
         shutil.copy(ROOT / name, folder)
-    apply_overrides(folder / "params.yaml", ["pretrain_backbone.backbones=[glyphs]"])
+    set_params(folder / "params.yaml", ["pretrain_backbone.backbones=[glyphs]"])
     with Repo.init(folder, no_scm=True) as repo:
         return list(repo.index.stages)
 
@@ -127,7 +127,7 @@ def test_whatever_dvc_yaml_should_not_say_is_found_and_mended(there, planted):
     assert text != TEXT
     assert list(dependencies.edits(text, PARAMS))
     mended = dependencies.updated(text, PARAMS)
-    assert yaml.safe_load(mended) == yaml.safe_load(TEXT)
+    assert yaml.load(mended, Loader) == yaml.load(TEXT, Loader)
     assert dependencies.updated(mended, PARAMS) == mended
 
 
@@ -136,7 +136,7 @@ def test_computed_lists_are_written_for_a_stage_that_has_none():
     for name in ("train_mae", "build_fleet"):
         start = TEXT.index(f"  {name}:\n")
         text = TEXT[:start] + lists.sub("", TEXT[start:], count=2)
-        mended = yaml.safe_load(dependencies.updated(text, PARAMS))["stages"]
+        mended = yaml.load(dependencies.updated(text, PARAMS), Loader)["stages"]
         stage, whole = (stages[name].get("do", stages[name]) for stages in (mended, DVC_YAML))
         assert stage["params"] == whole["params"]
         assert stage["deps"] == [dep for dep in whole["deps"] if dependencies.is_code(dep)]
@@ -258,7 +258,7 @@ def test_no_stage_depends_on_a_folder_that_several_write(stages):
 
 def test_lock_is_consistent(stages):
     """Every recorded hash is that of this code, these params and these outputs in git."""
-    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    lock = yaml.load((ROOT / "dvc.lock").read_text(), Loader)["stages"]
     stages = [stage for stage in stages if stage.name != "pretrain_backbone@glyphs"]  # not of the default
     assert set(lock) == {stage.name for stage in stages}
     for stage in stages:
@@ -287,8 +287,8 @@ def test_a_scale_says_first_how_long_it_takes(scale):
 def test_scales_set_keys_that_exist(scale, tmp_path, monkeypatch):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
-    apply_overrides(path, scale_overrides(scale))  # raises on a key that params.yaml lacks
-    changed = yaml.safe_load(path.read_text())
+    set_params(path, scale_overrides(scale))  # raises on a key that params.yaml lacks
+    changed = yaml.load(path.read_text(), Loader)
     assert changed != PARAMS
     monkeypatch.chdir(tmp_path)
     fetched, trained = changed["fetch_data"]["datasets"], changed["train_bilinear"]["datasets"]
@@ -360,7 +360,7 @@ def test_variants_are_the_same_everywhere():
 def test_plots_at_the_top_are_of_outputs_and_have_their_templates(stages):
     outputs = {out.def_path for stage in stages for out in stage.outs}
     resolved = {key: str(value) for key, value in PARAMS["build_report"].items()}
-    for (plot,) in (plot.items() for plot in yaml.safe_load(TEXT)["plots"]):
+    for (plot,) in (plot.items() for plot in yaml.load(TEXT, Loader)["plots"]):
         title, settings = plot
         assert (ROOT / ".dvc/plots" / f"{settings['template']}.json").is_file(), title
         for path in settings["y"]:
@@ -371,7 +371,7 @@ def test_plots_at_the_top_are_of_outputs_and_have_their_templates(stages):
 
 def test_artifacts_are_released_models_with_cards():
     """A file has its card beside it, a folder inside it, by the same name; a card has the hash of every file but itself."""
-    artifacts = {Path(artifact["path"]) for artifact in yaml.safe_load(TEXT)["artifacts"].values()}
+    artifacts = {Path(artifact["path"]) for artifact in yaml.load(TEXT, Loader)["artifacts"].values()}
     released = {Path(path) for path in tracked() if path.startswith("models/released/")}
     for path in artifacts:
         whole = (ROOT / path).is_dir()

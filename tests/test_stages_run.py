@@ -17,8 +17,7 @@ import browser
 import documents
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
-from reproduction import ROOT, scale_overrides
+from reproduction import ROOT, scale_overrides, set_params
 
 from stages.bilinear.training import load_model
 from stages.common.stage import InputError
@@ -88,7 +87,7 @@ def leaves(value: object) -> list[object]:
 def run_all(folder: Path, threads: str) -> str:
     """Run the pipeline at smoke scale in an empty folder, in a process of its own, and return what it prints."""
     shutil.copy(ROOT / "params.yaml", folder)
-    apply_overrides(folder / "params.yaml", scale_overrides("smoke"))
+    set_params(folder / "params.yaml", scale_overrides("smoke"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "WEIGHTLENS_DEVICE": "cpu"}
     words = [sys.executable, "-c", RUN_ALL, json.dumps(PIPELINE)]
     return subprocess.run(words, cwd=folder, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout

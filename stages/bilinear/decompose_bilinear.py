@@ -15,9 +15,10 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -43,10 +44,10 @@ from stages.bilinear.decomposition import (
     subspace_similarity,
     truncated_logits,
 )
-from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
+from stages.bilinear.model import BilinearImageClassifier, Config, build_image_classifier
 from stages.bilinear.training import load_model
 from stages.common.checkpoints import save_torch
-from stages.common.files import remedy, save_csv, save_json
+from stages.common.files import Rows, Summary, remedy, save_csv, save_json
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.metrics import accuracy, headline_metrics, majority_accuracy, mean_std, over_seeds
 from stages.common.randomness import generator
@@ -73,7 +74,6 @@ MASK_CANDIDATES = 3  # masks of each class, and their negatives, among which val
 
 Ranks = Annotated[list[PositiveInt], Field(min_length=1)]
 Model = BilinearImageClassifier
-Rows = list[dict[str, Any]]
 
 
 class Params(StageParams):
@@ -102,7 +102,7 @@ class Network:
     """A trained classifier and the config of its run."""
 
     model: Model
-    config: dict[str, Any]
+    config: Config
 
     @property
     def seed(self) -> int:
@@ -238,7 +238,7 @@ def seed_similarity(
     }
 
 
-def analyse_two_layer(network: Network, test: ImageSet, ranks: list[int], seed: int) -> dict[str, Any]:
+def analyse_two_layer(network: Network, test: ImageSet, ranks: list[int], seed: int) -> Summary:
     """Return a two-layer network's accuracy, and `nested`[ranking][k1][k2] from k1 outer and k2 inner eigenvectors a class.
 
     Rankings: `magnitude` takes the largest, `random`, the baseline, any.
@@ -273,29 +273,42 @@ class Analysis:
     """What one single-layer classifier's decomposition gives: numbers for the tables, tensors for the pictures."""
 
     model: Model
-    numbers: dict[str, Any]
+    numbers: Summary
     bases: dict[str, DecompositionArtifacts]
     masks: Float[Tensor, "c d"]
     permuted_masks: Float[Tensor, "c d"]
 
 
-def analyse(network: Network, train: ImageSet, test: ImageSet, params: Params) -> Analysis:
-    """Measure one single-layer classifier; its random baselines are drawn by `params.seed` and its own seed."""
-    model, split, seed = network.model, network.config["dataset"], params.seed + network.seed
+def analyse(
+    network: Network,
+    train: ImageSet,
+    test: ImageSet,
+    seed: int,
+    *,
+    ranks: list[int],
+    deletion_pixels: list[int],
+    candidates: Callable[[DecompositionArtifacts], Float[Tensor, "c m d"]],
+    validation_images: int,
+) -> Analysis:
+    """Measure one single-layer classifier; its random baselines are drawn by `seed` and its own.
+
+    candidates: the masks to choose from, on so many validation images, by the decomposition (see `candidate_masks`).
+    """
+    model, split, seed = network.model, network.config["dataset"], seed + network.seed
     rest, validation = split_validation(train, split["validation_fraction"], split["split_seed"])
-    chosen = torch.randperm(len(validation), generator=generator(seed, "validation images"))[: params.validation_images]
+    chosen = torch.randperm(len(validation), generator=generator(seed, "validation images"))[:validation_images]
     bases, x = decompose_in_bases(model, rest.pixels()), test.pixels()
-    candidates = candidate_masks(bases["input"], params.mask_norm, params.mask_rank)
-    mask_acc, masks, permuted = mask_accuracy(model, candidates, validation.subset(chosen), test, seed)
-    ranks = {basis: clip_ranks(params.ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
+    mask_acc, masks, permuted = mask_accuracy(model, candidates(bases["input"]), validation.subset(chosen), test, seed)
+    ranks_in = {basis: clip_ranks(ranks, artifacts.eigenvalues.shape[1]) for basis, artifacts in bases.items()}
     numbers = {
         "full_acc": accuracy(model(x), test.labels).item(),
         "reconstruction_error": {basis: reconstruction_error(model, a, x) for basis, a in bases.items()},
         "truncated_acc": {
-            basis: truncation_accuracy(model, artifacts, test, ranks[basis], seed) for basis, artifacts in bases.items()
+            basis: truncation_accuracy(model, artifacts, test, ranks_in[basis], seed)
+            for basis, artifacts in bases.items()
         },
         "mask_acc": mask_acc,
-        "kept_prediction": deletion_agreement(model, test, params.deletion_pixels, seed),
+        "kept_prediction": deletion_agreement(model, test, deletion_pixels, seed),
     }
     return Analysis(model, numbers, bases, masks, permuted)
 
@@ -305,7 +318,7 @@ def clip_ranks(ranks: list[int], largest: int) -> list[int]:
     return sorted({min(rank, largest) for rank in [*ranks, largest]})
 
 
-def headline(result: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
+def headline(result: Summary, ranks: list[int]) -> Summary:
     """Return one variant's result with its truncation curves cut to `ranks` eigenvectors of either sign."""
     curves = {
         basis: {ranking: {k: curve[str(k)] for k in ranks if str(k) in curve} for ranking, curve in rankings.items()}
@@ -314,7 +327,7 @@ def headline(result: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
     return result | {"truncated_acc": curves}
 
 
-def truncation_rows(summary: dict[str, Any]) -> Rows:
+def truncation_rows(summary: Summary) -> Rows:
     """Return the truncation curves as rows: `k`, the number of eigenvectors it stands for, and the accuracy."""
     return [
         {
@@ -333,7 +346,7 @@ def truncation_rows(summary: dict[str, Any]) -> Rows:
     ]
 
 
-def two_layer_rows(nested: dict[str, Any]) -> Rows:
+def two_layer_rows(nested: Summary) -> Rows:
     """Return the table of the two-layer network as rows."""
     return [
         {"ranking": ranking, "outer": int(k1), "inner": int(k2), "acc": acc["mean"], "std": acc["std"]}
@@ -344,7 +357,7 @@ def two_layer_rows(nested: dict[str, Any]) -> Rows:
 
 
 def write_report(
-    folder: Path, summary: dict[str, Any], first: dict[str, Analysis], test: ImageSet, headline_ranks: list[int]
+    folder: Path, summary: Summary, first: dict[str, Analysis], test: ImageSet, headline_ranks: list[int]
 ) -> None:
     """Write the tables, and the pictures of the `first` network of each variant."""
     regularised, unregularised = first["regularised"], first["unregularised"]
@@ -380,13 +393,16 @@ def main() -> None:
     similarity_ranks = params.similarity_rank, params.subspace_rank
     networks = {variant: load_networks(dataset, variant, depth) for variant, depth in DEPTHS.items()}
 
-    summary: dict[str, Any] = {"mask_norm": params.mask_norm}
+    summary: Summary = {"mask_norm": params.mask_norm}
     summary["majority_acc"] = majority_accuracy(train.labels, test.labels)
     linear = [accuracy(network.model(test.pixels()), test.labels).item() for network in networks["linear"]]
     summary["linear"] = {"full_acc": mean_std(linear)}
+    candidates = partial(candidate_masks, norm=params.mask_norm, rank=params.mask_rank)
+    measure = partial(analyse, train=train, test=test, seed=params.seed, ranks=params.ranks, candidates=candidates)
+    measure = partial(measure, deletion_pixels=params.deletion_pixels, validation_images=params.validation_images)
     first: dict[str, Analysis] = {}
     for variant in SINGLE_LAYER:
-        analyses = parallel_map(lambda n: analyse(n, train, test, params), networks[variant], device, variant)
+        analyses = parallel_map(measure, networks[variant], device, variant)
         summary[variant] = over_seeds([analysis.numbers for analysis in analyses])
         summary[variant]["similarity"] = seed_similarity([a.bases["input"] for a in analyses], *similarity_ranks)
         first[variant] = analyses[0]

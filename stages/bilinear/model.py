@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from stages.common.randomness import generator
 
+Config = dict[str, Any]  # of a network, of its training, or of both: see build_image_classifier and training.py
+
 
 class Bilinear(nn.Linear):
     """h -> (L h + l) * (R h + r), elementwise; L, l are the first half of `weight`, `bias`, and R, r the second."""
@@ -85,6 +87,6 @@ class BilinearImageClassifier(nn.Module):
         return torch.stack([torch.stack(bias.chunk(2)) for bias in biases])
 
 
-def build_image_classifier(model_cfg: dict[str, Any], seed: int) -> BilinearImageClassifier:
+def build_image_classifier(model_cfg: Config, seed: int) -> BilinearImageClassifier:
     """Return the classifier of `model_cfg` (d_input, d_hidden, d_output, n_layer, bias, residual), initialised from `seed`."""
     return BilinearImageClassifier(**model_cfg, seed=seed)

@@ -5,7 +5,7 @@ Axes: c classes, d pixels times channels.
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from stages.bilinear.decomposition import DecompositionArtifacts, pixel_attributions
 from stages.bilinear.model import BilinearImageClassifier
 from stages.common.figures import image_grid, legible, save_figure, save_plot, show_image, show_signed
+from stages.common.files import Rows, Summary
 from stages.common.images import ImageSet
 
 if TYPE_CHECKING:  # half a second to load
@@ -68,7 +69,7 @@ def draw_spectra(path: Path, decompositions: dict[str, DecompositionArtifacts], 
     save_plot(path, figure)
 
 
-def draw_truncation(path: Path, rows: list[dict[str, Any]], full: dict[str, float]) -> None:
+def draw_truncation(path: Path, rows: Rows, full: dict[str, float]) -> None:
     """Draw accuracy against eigenvectors a class: by basis, for each network and ranking."""
     figure, axes = plt.subplots(1, len(full), figsize=(4.5 * len(full), 3.2), sharey=True, layout="constrained")
     styles = {"sign": "-", "magnitude": "--", "random": ":"}
@@ -155,7 +156,7 @@ def draw_matches(path: Path, a: DecompositionArtifacts, b: DecompositionArtifact
     save_figure(path, figure)
 
 
-def draw_factors(path: Path, found: list[tuple[dict[str, float], dict[str, Any]]], summary: dict[str, Any]) -> None:
+def draw_factors(path: Path, found: list[tuple[dict[str, float], Summary]], summary: Summary) -> None:
     """Draw every measure under every combination of the factors, with its spread; dashed: untrained networks, dotted: principal components.
 
     found: conditions and their measures, of `stages.bilinear.vary_regularisation`; summary: its baselines.

@@ -1,8 +1,6 @@
 """The report's section on the eigenvectors of bilinear networks."""
 
-from typing import Any
-
-from stages.common.files import load_csv, load_json
+from stages.common.files import Summary, load_csv, load_json
 from stages.common.report import REPORTS, Cell, Detail, Row, Section, Table, decimal, percent, pictures, row
 
 DECOMPOSED = REPORTS / "decompose_bilinear"
@@ -60,14 +58,14 @@ def bilinear_section(dataset: str) -> Section:
     )
 
 
-def few(summary: dict[str, Any], variant: str = "regularised") -> tuple[int, dict[str, float], dict[str, float]]:
+def few(summary: Summary, variant: str = "regularised") -> tuple[int, dict[str, float], dict[str, float]]:
     """Return how many eigenvectors a class the headline is about, the accuracy from them, and from any as many."""
     curves = summary[variant]["truncated_acc"]["hidden"]
     k = list(curves["sign"])[-1]
     return 2 * int(k), curves["sign"][k], curves["random"][k]
 
 
-def verdict(summary: dict[str, Any]) -> tuple[str, str]:
+def verdict(summary: Summary) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     count, acc, chance = few(summary)
     whole, linear = summary["regularised"]["full_acc"], summary["linear"]["full_acc"]
@@ -79,7 +77,7 @@ def verdict(summary: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def headline(summary: dict[str, Any]) -> Table:
+def headline(summary: Summary) -> Table:
     """The main numbers, each beside its baseline."""
     count, acc, chance = few(summary)
     main, linear = summary["regularised"], percent(summary["linear"]["full_acc"])
@@ -128,7 +126,7 @@ def headline(summary: dict[str, Any]) -> Table:
     return Table(caption, ["measure", "value", "baseline", "the baseline is"], rows)
 
 
-def similarity_table(summary: dict[str, Any]) -> Table:
+def similarity_table(summary: Summary) -> Table:
     """How alike the eigenvectors of two seeds are, beside those of untrained networks."""
     labels = {"eigenvectors": "matched eigenvectors", "subspace": "span of the top eigenvectors"}
     names = {**{variant: LABELS[variant] for variant in SINGLE_LAYER}, "untrained": "untrained"}
@@ -144,7 +142,7 @@ def similarity_table(summary: dict[str, Any]) -> Table:
     )
 
 
-def truncation_table(summary: dict[str, Any]) -> Table:
+def truncation_table(summary: Summary) -> Table:
     """Accuracy from a few eigenvectors, beside the whole network's and that of as many random eigenvectors."""
     rows = [
         row(
@@ -166,7 +164,7 @@ def truncation_table(summary: dict[str, Any]) -> Table:
     return Table(caption, ["network", "basis", "eigenvectors", "accuracy", "whole network", "any as many"], rows)
 
 
-def mask_table(summary: dict[str, Any]) -> Table:
+def mask_table(summary: Summary) -> Table:
     """Accuracy under masks made from the weights, beside the same masks with their pixels permuted and chosen alike."""
     labels = {"best": "the most harmful", "mean": "mean over classes"}
     rows = [
@@ -184,7 +182,7 @@ def mask_table(summary: dict[str, Any]) -> Table:
     return Table(caption, ["network", "mask", "accuracy", "pixels permuted", "no mask"], rows)
 
 
-def pixel_table(summary: dict[str, Any]) -> Table:
+def pixel_table(summary: Summary) -> Table:
     """Answers kept without the pixels that add most to them, beside those kept without the brightest or random ones."""
     kept = summary["regularised"]["kept_prediction"]
     rows = [
@@ -197,7 +195,7 @@ def pixel_table(summary: dict[str, Any]) -> Table:
     return Table(caption, ["pixels deleted", "those that add most", "the brightest", "random lit ones"], rows)
 
 
-def two_layer_tables(dataset: str, summary: dict[str, Any]) -> list[Table]:
+def two_layer_tables(dataset: str, summary: Summary) -> list[Table]:
     """Accuracy of the two-layer network from a few outer (rows) and inner (columns) eigenvectors: the largest, and any."""
     cells = load_csv(DECOMPOSED / dataset / "two_layer.csv")
     whole = summary["two_layer"]["full_acc"]

@@ -8,12 +8,13 @@ Writes  models/train_bilinear/<dataset>/<variant>/seed<seed>/{best.pt, latest.pt
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
+from stages.bilinear.model import Config
 from stages.bilinear.training import TrainedRun, train_run
-from stages.common.files import save_csv, save_json
+from stages.common.files import Summary, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import majority_accuracy, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
@@ -61,27 +62,26 @@ class Params(StageParams):
             raise ValueError(f"a seed is named twice: {seeds}")
         return seeds
 
+    def config(self, dataset: str, name: str, seed: int) -> Config:
+        """Return the config (see stages.bilinear.training) of one seed's run of the variant called `name`."""
+        shared, variant = self.model_dump(), self.variants[name].model_dump()
+        recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_fraction")
+        optional = {key: shared[key] for key in ("gradient_clip", "noise_bank")} | {"mirror": variant["mirror"] or None}
+        return {
+            "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
+            "model": {"n_layer": variant["n_layer"], **{key: shared[key] for key in ("d_hidden", "bias", "residual")}},
+            "train": {
+                **{key: shared[key] for key in recipe},
+                "shift": variant["shift"],
+                "input_noise": variant["input_noise"],
+                **{key: value for key, value in optional.items() if value is not None},
+            },
+            "seed": seed,
+            "run_dir": str(MODELS / dataset / name / f"seed{seed}"),
+        }
 
-def run_config(dataset: str, name: str, seed: int, params: Params) -> dict[str, Any]:
-    """Return the config (see stages.bilinear.training) of one seed's run of the variant called `name`."""
-    shared, variant = params.model_dump(), params.variants[name].model_dump()
-    recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup_fraction")
-    optional = {key: shared[key] for key in ("gradient_clip", "noise_bank")} | {"mirror": variant["mirror"] or None}
-    return {
-        "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
-        "model": {"n_layer": variant["n_layer"], **{key: shared[key] for key in ("d_hidden", "bias", "residual")}},
-        "train": {
-            **{key: shared[key] for key in recipe},
-            "shift": variant["shift"],
-            "input_noise": variant["input_noise"],
-            **{key: value for key, value in optional.items() if value is not None},
-        },
-        "seed": seed,
-        "run_dir": str(MODELS / dataset / name / f"seed{seed}"),
-    }
 
-
-def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> dict[str, Any]:
+def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> Summary:
     """Return each variant's accuracies over seeds, beside that of always answering the largest class."""
     accuracies = {
         name: {
@@ -99,7 +99,7 @@ def main() -> None:
     pin_threads()
     device = pick_device()
     train, test = load_images(dataset, device)
-    configs = [run_config(dataset, name, seed, params) for name in params.variants for seed in params.seeds]
+    configs = [params.config(dataset, name, seed) for name in params.variants for seed in params.seeds]
     trained = parallel_map(train_run, configs, device, f"train {dataset}")
 
     shutil.rmtree(MODELS / dataset, ignore_errors=True)  # only now: an interrupted run loses nothing

@@ -13,16 +13,15 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
-from stages.common.checkpoints import load_torch, save_torch
-from stages.common.files import save_csv, save_json
+from stages.bilinear.model import BilinearImageClassifier, Config, build_image_classifier
+from stages.common.checkpoints import Checkpoint, load_torch, save_torch
+from stages.common.files import Rows, Summary, save_csv, save_json
 from stages.common.images import Batches, load_images, split_validation
 from stages.common.optim import require_convergence, warmup_cosine
 from stages.common.randomness import set_seed
@@ -57,7 +56,7 @@ class DatasetBundle:
     num_classes: int
 
 
-def build_image_dataloaders(dataset_cfg: dict[str, Any], train_cfg: dict[str, Any], seed: int = 0) -> DatasetBundle:
+def build_image_dataloaders(dataset_cfg: Config, train_cfg: Config, seed: int = 0) -> DatasetBundle:
     """Return the batches of `dataset_cfg["name"]`, any data set of fetch_data; `seed` draws the training batches."""
     train, test = load_images(dataset_cfg["name"], pick_device())
     train, validation = split_validation(train, dataset_cfg["validation_fraction"], dataset_cfg["split_seed"])
@@ -82,10 +81,10 @@ def build_image_dataloaders(dataset_cfg: dict[str, Any], train_cfg: dict[str, An
 class TrainedRun:
     """What a run leaves behind: its checkpoints (see `load_checkpoint`), a row of metrics for each epoch, and its results."""
 
-    best: dict[str, Any]
-    latest: dict[str, Any]
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
+    best: Checkpoint
+    latest: Checkpoint
+    history: Rows
+    summary: Summary
 
     def write(self, run_dir: Path) -> dict[str, Path]:
         """Write best.pt, latest.pt, metrics.csv and summary.json into `run_dir`, and return their paths by name."""
@@ -103,7 +102,7 @@ class TrainedRun:
         return paths
 
 
-def train_image_experiment(config: dict[str, Any]) -> dict[str, Path]:
+def train_image_experiment(config: Config) -> dict[str, Path]:
     """Train by `config` (see the module) and write into its `run_dir`.
 
     Returns {"run_dir", "metrics_path", "summary_path", "best_checkpoint_path", "latest_checkpoint_path"}.
@@ -111,7 +110,7 @@ def train_image_experiment(config: dict[str, Any]) -> dict[str, Path]:
     return train_run(config).write(Path(config["run_dir"]))
 
 
-def train_run(config: dict[str, Any]) -> TrainedRun:
+def train_run(config: Config) -> TrainedRun:
     """Train by `config`; validation chooses the best epoch, and the test set is read once, for that one.
 
     InputError as soon as it diverges.
@@ -127,8 +126,8 @@ def train_run(config: dict[str, Any]) -> TrainedRun:
     )
     schedule = LambdaLR(optimizer, warmup_cosine(recipe["epochs"] * len(data.train_loader), recipe["warmup_fraction"]))
     criterion = nn.CrossEntropyLoss()
-    history: list[dict[str, Any]] = []
-    best: dict[str, Any] = {}
+    history: Rows = []
+    best: Checkpoint = {}
 
     for epoch in range(1, recipe["epochs"] + 1):
         train_loss, train_acc = train_epoch(model, data.train_loader, optimizer, schedule, recipe.get("gradient_clip"))
@@ -142,8 +141,8 @@ def train_run(config: dict[str, Any]) -> TrainedRun:
             "lr": schedule.get_last_lr()[0],
         }
         where = f"{config['run_dir']}, epoch {epoch}"
-        require_convergence(metrics["train_loss"], math.log(data.num_classes), where, REMEDY)
-        require_convergence(val_loss, math.inf, where, REMEDY)  # of a few images it may be large
+        require_convergence(metrics["train_loss"], where, REMEDY, math.log(data.num_classes))
+        require_convergence(val_loss, where, REMEDY)  # of a few images it may be large
         history.append(metrics)
         latest = {"model_state_dict": _copy(model), "config": config, "epoch": epoch, "metrics": metrics}
         if not best or (val_acc, -val_loss) > (best["metrics"]["val_acc"], -best["metrics"]["val_loss"]):
@@ -205,7 +204,7 @@ def evaluate(
     return loss / n, correct / n
 
 
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> Checkpoint:
     """Return a checkpoint: model_state_dict, config, epoch, metrics. Nothing but tensors and plain values is unpickled.
 
     InputError if the file is missing, damaged, or no such checkpoint.
@@ -213,7 +212,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     return load_torch(Path(path), CHECKPOINT_KEYS, map_location)
 
 
-def load_model(path: str | Path) -> tuple[BilinearImageClassifier, dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[BilinearImageClassifier, Config]:
     """Return the classifier of a checkpoint on the picked device, and the checkpoint's config."""
     checkpoint = load_checkpoint(path)
     model = build_image_classifier(checkpoint["config"]["model"], checkpoint["config"]["seed"])

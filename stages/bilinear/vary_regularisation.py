@@ -32,10 +32,10 @@ from stages.bilinear.decomposition import (
     truncated_logits,
 )
 from stages.bilinear.legibility import effective_rank, smoothness
-from stages.bilinear.model import BilinearImageClassifier, build_image_classifier
+from stages.bilinear.model import BilinearImageClassifier, Config, build_image_classifier
 from stages.bilinear.pictures import draw_factors
 from stages.bilinear.training import train_run
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, save_csv, save_json
 from stages.common.images import ImageSet, load_images
 from stages.common.metrics import accuracy, majority_accuracy, mean_std
 from stages.common.runtime import pick_device, pin_threads
@@ -48,8 +48,6 @@ FACTORS = ("weight_decay", "input_noise", "shift")
 MEASURES = ("test_acc", "truncated_acc", "effective_rank", "smoothness")  # of one network; similarity is of two
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Config = dict[str, Any]
-Rows = list[dict[str, Any]]
 
 
 class Params(StageParams):
@@ -70,24 +68,23 @@ class Params(StageParams):
     shift: tuple[NonNegativeInt, NonNegativeInt]  # pixels
     rank: PositiveInt  # eigenvectors a class that are kept in truncation, matched between seeds, and looked at
 
+    @property
+    def conditions(self) -> list[dict[str, float]]:
+        """All combinations of the factors."""
+        values = itertools.product(self.weight_decay, self.input_noise, self.shift)
+        return [dict(zip(FACTORS, one, strict=True)) for one in values]
 
-def conditions(params: Params) -> list[dict[str, float]]:
-    """Return all combinations of the factors."""
-    values = params.model_dump()
-    return [dict(zip(FACTORS, one, strict=True)) for one in itertools.product(*(values[factor] for factor in FACTORS))]
-
-
-def run_config(dataset: str, condition: dict[str, float], seed: int, params: Params) -> Config:
-    """Return the config (see stages.bilinear.training) of one seed's run under a condition."""
-    shared = params.model_dump()
-    recipe = ("epochs", "batch_size", "learning_rate", "warmup_fraction", "gradient_clip", "noise_bank")
-    return {
-        "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
-        "model": {"n_layer": 1, "d_hidden": params.d_hidden, "bias": False, "residual": False},
-        "train": {key: shared[key] for key in recipe} | condition,
-        "seed": seed,
-        "run_dir": " ".join(f"{factor}={value}" for factor, value in condition.items()),
-    }
+    def config(self, dataset: str, condition: dict[str, float], seed: int) -> Config:
+        """Return the config (see stages.bilinear.training) of one seed's run under a condition."""
+        shared = self.model_dump()
+        recipe = ("epochs", "batch_size", "learning_rate", "warmup_fraction", "gradient_clip", "noise_bank")
+        return {
+            "dataset": {"name": dataset, **{key: shared[key] for key in ("validation_fraction", "split_seed")}},
+            "model": {"n_layer": 1, "d_hidden": self.d_hidden, "bias": False, "residual": False},
+            "train": {key: shared[key] for key in recipe} | condition,
+            "seed": seed,
+            "run_dir": " ".join(f"{factor}={value}" for factor, value in condition.items()),
+        }
 
 
 @torch.no_grad()
@@ -140,9 +137,11 @@ def summary_of(runs: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, float
     return values | {"similarity": mean_std(similarities(runs))}
 
 
-def effects(found: list[tuple[dict[str, float], dict[str, dict[str, float]]]]) -> dict[str, dict[str, Any]]:
+def effects(
+    found: list[tuple[dict[str, float], dict[str, dict[str, float]]]],
+) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by factor and measure, the mean over the others' combinations of what the factor changes, and their spread."""
-    changed: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, dict[str, float]]] = {}
     for factor in FACTORS:
         low = min(condition[factor] for condition, _ in found)
         with_it, without = (
@@ -155,17 +154,17 @@ def effects(found: list[tuple[dict[str, float], dict[str, dict[str, float]]]]) -
     return changed
 
 
-def baselines(dataset: str, train: ImageSet, test: ImageSet, params: Params) -> dict[str, Any]:
-    """Return the measures of untrained networks, and the smoothness of the training images' own principal components."""
-    untrained = []
-    for seed in params.seeds:
-        sizes = {"d_input": test.images[0].numel(), "d_output": len(test.classes)}
-        model = build_image_classifier(run_config(dataset, {}, seed, params)["model"] | sizes, seed)
-        untrained.append(
-            {name: torch.from_numpy(np.asarray(v)) for name, v in measure(model, test, params.rank).items()}
-        )
+def baselines(model: Config, seeds: list[int], rank: int, train: ImageSet, test: ImageSet) -> dict[str, Any]:
+    """Return the measures of untrained networks, and the smoothness of the training images' own principal components.
+
+    model: a config's.
+    """
+    sizes, untrained = {"d_input": test.images[0].numel(), "d_output": len(test.classes)}, []
+    for seed in seeds:
+        measured = measure(build_image_classifier(model | sizes, seed), test, rank)
+        untrained.append({name: torch.from_numpy(np.asarray(v)) for name, v in measured.items()})
     x = train.pixels().flatten(1)
-    components = torch.linalg.eigh(torch.cov(x.T)).eigenvectors[:, -params.rank :].T
+    components = torch.linalg.eigh(torch.cov(x.T)).eigenvectors[:, -rank:].T
     return {
         "untrained": summary_of(untrained),
         "principal_components": {
@@ -184,8 +183,8 @@ def main() -> None:
     recipe = params.model_dump() | {"images": fingerprint(Path(f"data/{dataset}.safetensors"))}
     work = work_folder(f"vary_regularisation/{dataset}", recipe)
     configs = {
-        (i, seed): run_config(dataset, condition, seed, params)
-        for i, condition in enumerate(conditions(params))
+        (i, seed): params.config(dataset, condition, seed)
+        for i, condition in enumerate(params.conditions)
         for seed in params.seeds
     }
     pieces = {work / f"{i}-{seed}.safetensors": config for (i, seed), config in configs.items()}
@@ -193,14 +192,15 @@ def main() -> None:
 
     found = [
         (condition, summary_of([load_file(work / f"{i}-{seed}.safetensors") for seed in params.seeds]))
-        for i, condition in enumerate(conditions(params))
+        for i, condition in enumerate(params.conditions)
     ]
     rows: Rows = [
-        condition | {"measure": name, "mean": value["mean"], "std": value["std"]}
+        {**condition, "measure": name, "mean": value["mean"], "std": value["std"]}
         for condition, values in found
         for name, value in values.items()
     ]
-    summary = baselines(dataset, train, test, params) | {"effects": effects(found)}
+    model = params.config(dataset, {}, 0)["model"]
+    summary = baselines(model, params.seeds, params.rank, train, test) | {"effects": effects(found)}
     save_csv(REPORTS / dataset / "conditions.csv", rows)
     save_json(REPORTS / dataset / "summary.json", summary)
     draw_factors(REPORTS / dataset / "factors.png", found, summary)

@@ -49,11 +49,12 @@ SAVE = "save model.state_dict() with torch.save"
 HUB = re.compile(r"hf:/{1,2}([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)|hf[-_]hub:([^/@]+/[^/@]+)(?:@(.+))?")
 
 State = dict[str, Tensor]
+Checkpoint = dict[str, Any]  # tensors and plain values by name, as torch.save writes them
 Shapes = Mapping[str, tuple[int, ...]]
 Fetch = Callable[[str], Path]  # a file's place by its name
 
 
-def save_torch(path: Path, value: dict[str, Any]) -> None:
+def save_torch(path: Path, value: Checkpoint) -> None:
     """Write a dictionary of tensors and plain values; `load_torch` reads it."""
     buffer = io.BytesIO()  # not the file: torch would store its name inside, and fail obscurely on a full disk
     torch.save(value, buffer)
@@ -61,7 +62,7 @@ def save_torch(path: Path, value: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
-def load_torch(path: Path, keys: set[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load_torch(path: Path, keys: set[str], map_location: str | torch.device = "cpu") -> Checkpoint:
     """Return a dictionary that has `keys`, by unpickling nothing but tensors and plain values.
 
     InputError if the file is missing, damaged, or holds something else.

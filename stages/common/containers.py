@@ -255,12 +255,12 @@ class Shell:
 
     origin = ""  # module and name of that class
 
-    def __new__(cls, *_: Any) -> Any:
+    def __new__(cls, *_: object) -> Any:
         return object.__new__(cls)
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
-    def __setstate__(self, _: Any) -> None: ...
+    def __setstate__(self, _: object) -> None: ...
 
 
 class ArrayShell(Shell):
@@ -278,7 +278,7 @@ class ArrayShell(Shell):
 class TypeShell(Shell):
     """Stands for a dtype of numpy."""
 
-    def __init__(self, code: Any = "", *_: Any) -> None:
+    def __init__(self, code: Any = "", *_: object) -> None:
         self.code, self.order = code, "="
 
     def __setstate__(self, state: Any) -> None:
@@ -288,7 +288,7 @@ class TypeShell(Shell):
 class DictionaryShell(Shell):
     """Makes a plain dictionary of what was an object of a class derived from it."""
 
-    def __new__(cls, *_: Any) -> Any:
+    def __new__(cls, *_: object) -> Any:
         return OrderedDict()
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -15,7 +15,13 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from stages.common.stage import InputError, one_line
+from stages.common.stage import DVC_YAML, PARAMS, InputError, Loader, one_line
+
+Cell = str | int | float | bool | None
+Row = dict[str, Cell]  # of a table: a value for each column
+Rows = list[Row]
+Metadata = dict[str, Any]  # of a file of arrays: each has keys of its own
+Summary = dict[str, Any]  # numbers by the names of what was measured, nested: each summary.json has names of its own
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def load_json(path: Path) -> Any:
     return json.loads(require(path).read_text(encoding="utf-8"))
 
 
-def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def save_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows that share their keys as CSV with a header; floats keep 6 significant digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -74,7 +80,7 @@ def load_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def save_table(path: Path, rows: list[dict[str, Any]]) -> None:
+def save_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows that share their keys as Parquet, which keeps types, with the same bytes for the same values."""
     import pyarrow as pa  # here: 0.2 s that most stages do without
     from pyarrow import parquet
@@ -94,7 +100,7 @@ def load_table(path: Path) -> dict[str, list[Any]]:
         raise InputError(f"{path} is damaged ({one_line(error)[:120]}){remedy(path, '-f ')}") from None
 
 
-def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: Metadata) -> None:
     """Write arrays as safetensors. `metadata` becomes one JSON string, because several keys are not byte-stable."""
     # safetensors writes memory as it lies
     in_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -102,7 +108,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, A
         temporary.write_bytes(safetensors_numpy.save(in_order, metadata={"json": json.dumps(metadata, sort_keys=True)}))
 
 
-def load_metadata(path: Path) -> dict[str, Any]:
+def load_metadata(path: Path) -> Metadata:
     """Return the metadata that `save_arrays` stored; InputError if the file is missing, damaged, or not of `save_arrays`."""
     try:
         with safe_open(require(path), framework="numpy") as file:
@@ -146,8 +152,8 @@ def missing_from_list(stage: str) -> str:
     """Return what to add to params.yaml, so that <stage>@<item> is a stage of dvc.yaml; nothing if it is one, or if neither is there."""
     name, _, item = stage.partition("@")
     try:
-        matrix = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]["matrix"]
-        params = yaml.safe_load(Path("params.yaml").read_text())
+        matrix = yaml.load(DVC_YAML.read_text(), Loader)["stages"][name]["matrix"]
+        params = yaml.load(PARAMS.read_text(), Loader)
     except (OSError, KeyError, yaml.YAMLError):
         return ""
     for variant in next((values for values in matrix.values() if isinstance(values, list)), []):

@@ -41,8 +41,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def require_convergence(loss: float, start: float, where: str, remedy: str) -> None:
-    """InputError if training has diverged: a loss that is not finite, or above twice that of the untrained network (`start`).
+def require_convergence(loss: float, where: str, remedy: str, start: float = math.inf) -> None:
+    """InputError if training has diverged: a loss that is not finite, or above twice that of the untrained network (`start`, if known).
 
     Such a network is no result, whatever becomes of it later. `loss` is a mean over many batches or over held-out data: that of one
     batch may jump. where: of which training, and when; remedy: what the user may do, both for the message.

@@ -1,21 +1,31 @@
-"""What every stage's script shares: its parameters, its command line, and errors that fit on one line.
+"""What every stage's script shares: its parameters, its command line, errors that fit on one line, and how long it takes.
 
-params.yaml is the only source of values, and every mistake in it is reported at once.
+params.yaml is the only source of values, and every mistake in it is reported at once. Times are noted outside of what stages make,
+so that no result depends on them.
 """
 
 import argparse
+import copy
 import gc
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import lru_cache
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stages.common import times
-
-PARAMS = times.PARAMS
+PARAMS, DVC_YAML = Path("params.yaml"), Path("dvc.yaml")
+TIMES = Path(".work/times")  # a file a stage and item, as DVC calls them
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
+# When this process began: what it has computed until here are imports, which wait for nothing.
+BEGAN = time.monotonic() - time.process_time()
 # Which variants DVC makes, where not all of them: no stage reads these lists.
 VARIANT_LISTS = ("backbones", "learned", "raced")
 
@@ -84,7 +94,7 @@ class StageParams(BaseModel):
 def lookup(key: str) -> dict[str, Any]:
     """Return the mapping at dotted `key` of params.yaml; InputError says which part of the key is missing."""
     try:
-        node = yaml.load(PARAMS.read_text(), times.Loader)
+        node = _parsed(PARAMS.read_text())
     except FileNotFoundError:
         raise InputError(f"{PARAMS} is missing: run from the project's top folder") from None
     except yaml.YAMLError as error:
@@ -98,7 +108,13 @@ def lookup(key: str) -> dict[str, Any]:
         walked.append(part)
     if not isinstance(node, dict):
         raise InputError(f"{PARAMS}: {key} must be a mapping, got {node!r}")
-    return node
+    return copy.deepcopy(node)
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> Any:
+    """Return what a YAML text says: a stage looks up several keys of one file. Callers must leave it as it is."""
+    return yaml.load(text, Loader)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
@@ -131,9 +147,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     gc.enable()  # paused by stages/__init__.py until here
     code = 0
     try:
-        times.announce()
+        announce()
         main()
-        times.note()
+        note()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
@@ -145,3 +161,60 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # at once: sys.exit would wait for threads that still train, and take half a second to unload torch
+
+
+def settings() -> str:
+    """Return a hash of params.yaml: a time tells of the results that lie here only if they were made with the same settings."""
+    return sha256(PARAMS.read_bytes()).hexdigest()
+
+
+def all_stages() -> list[str]:
+    """Return what stages and their items are called, in the order in which `dvc repro` comes to them; none without a dvc.yaml."""
+    if not DVC_YAML.is_file():
+        return []
+    params = yaml.load(PARAMS.read_text(), Loader)
+    names = []
+    for name, stage in yaml.load(DVC_YAML.read_text(), Loader)["stages"].items():
+        items = [stage["foreach"]] if "foreach" in stage else stage.get("matrix", {}).values()
+        lists = [_values(params, values) for values in items]
+        names += [f"{name}@{'-'.join(map(str, item))}" for item in product(*lists)] if lists else [name]
+    return names
+
+
+def _values(params: dict[str, Any], values: Any) -> list[Any]:
+    """Return a list of a matrix, or the list or keys that it names in params.yaml: "${train_bilinear.datasets}"."""
+    if isinstance(values, str):
+        node: Any = params
+        for key in values.strip("${}").split("."):
+            node = node[key]
+        values = node
+    return list(values)
+
+
+def announce() -> None:
+    """Print which of how many stages this is, if DVC runs it."""
+    if stage := os.environ.get("DVC_STAGE"):
+        names = all_stages()
+        if stage in names:
+            print(f"stage {names.index(stage) + 1} of {len(names)}", flush=True)
+
+
+def note() -> None:
+    """Write down how long this process has taken until now, if DVC runs it."""
+    if stage := os.environ.get("DVC_STAGE"):
+        used = os.times()
+        processor = used.user + used.system + used.children_user + used.children_system
+        taken = {"wall": time.monotonic() - BEGAN, "processor": processor, "settings": settings()}
+        TIMES.mkdir(parents=True, exist_ok=True)
+        (TIMES / f"{stage}.json").write_text(json.dumps(taken))
+
+
+def noted() -> dict[str, dict[str, float]]:
+    """Return the seconds (wall, processor) of every stage of dvc.yaml that was run here with the settings of now, in order."""
+    found = {}
+    for stage in all_stages():
+        path = TIMES / f"{stage}.json"
+        taken = json.loads(path.read_text()) if path.is_file() else {}
+        if taken.get("settings") == settings():
+            found[stage] = {"wall": taken["wall"], "processor": taken["processor"]}
+    return found

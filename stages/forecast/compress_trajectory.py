@@ -11,7 +11,7 @@ Axes: n vectors, p weights, k components.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, Summary, save_csv, save_json
 from stages.common.metrics import mean_interval
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -30,7 +30,6 @@ from stages.forecast.trajectory import Trajectory, origins
 
 REPORTS = Path("reports/compress_trajectory")
 
-Rows = list[dict[str, Any]]
 Explained = dict[str, dict[str, list[float]]]  # by kind of run and of variance, a value for each k
 
 
@@ -100,12 +99,12 @@ def span_rows(
     return rows
 
 
-def span_table(rows: Rows) -> dict[str, Any]:
+def span_table(rows: Rows) -> Summary:
     """Return the mean fraction, over origins and phases, with its interval over runs: by span, horizon and k."""
     cells: dict[tuple[str, int, int], dict[str, list[float]]] = {}
     for row in rows:
         cells.setdefault((row["span"], row["h"], row["k"]), {}).setdefault(row["run"], []).append(row["share"])
-    table: dict[str, Any] = {}
+    table: Summary = {}
     for (span, h, k), fractions_by_run in cells.items():
         means = [sum(fractions) / len(fractions) for fractions in fractions_by_run.values()]
         table.setdefault(span, {}).setdefault(str(h), {})[str(k)] = mean_interval(means)
@@ -121,7 +120,7 @@ def explained_rows(explained: Explained, components: list[int]) -> Rows:
     ]
 
 
-def summarise(train: list[Trajectory], explained: Explained, rows: Rows, components: list[int]) -> dict[str, Any]:
+def summarise(train: list[Trajectory], explained: Explained, rows: Rows, components: list[int]) -> Summary:
     """Return what components hold, with what a random subspace would beside it."""
     return {
         "between_share": between_fraction(train),

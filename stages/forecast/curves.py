@@ -9,7 +9,7 @@ Axes: t points.
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float64
@@ -61,12 +61,25 @@ WAYS: dict[str, Callable[[Curve, int], float]] = {
 }
 
 
-def carry_on(curve: Curve, horizons: Sequence[int]) -> list[dict[str, Any]]:
-    """Return a row for each horizon that the past can be asked about: the value expected, in what way, and how wrong that was so far.
+class Expected(TypedDict):
+    """A value that a curve is expected to have: in what way, and how wrong that was so far.
 
     low, high: between them lie the values that COVERAGE of past errors allow.
     """
-    rows = []
+
+    h: int  # snapshots ahead
+    expected: float
+    low: float
+    high: float
+    way: str
+    error: float
+    error_keep: float  # of keeping the last value
+    origins: int
+
+
+def carry_on(curve: Curve, horizons: Sequence[int]) -> list[Expected]:
+    """Return a row for each horizon that the past can be asked about."""
+    rows: list[Expected] = []
     for h in horizons:
         origins = range(FEWEST, len(curve) - h + 1)
         if len(origins) < 2:
@@ -89,7 +102,7 @@ def carry_on(curve: Curve, horizons: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def worth(rows: list[dict[str, Any]], curve: Curve) -> str:
+def worth(rows: list[Expected], curve: Curve) -> str:
     """Return in words whether the value is expected to leave the mean of the last three by more than past errors."""
     now = latest_mean(curve, 0)
     if not rows:

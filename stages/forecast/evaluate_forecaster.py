@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, Summary, save_csv, save_json
 from stages.common.metrics import accuracy, headline_metrics, mean_interval
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -58,7 +58,6 @@ VARIANTS = ("transformer", "weights_only", "mlp", "ridge", "diffusion", "pca_tra
 TRANSFORMER = "transformer"
 
 Forecaster = Callable[[Trajectory, int], Float[Tensor, "h p"]]
-Rows = list[dict[str, Any]]
 Tables = dict[str, pd.DataFrame]
 
 CELL = ["forecaster", "regime", "phase", "h"]
@@ -208,9 +207,9 @@ def network_changes(networks: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
     )
 
 
-def nest(values: pd.Series) -> dict[str, Any]:
+def nest(values: pd.Series) -> Summary:
     """Return a series of several index levels as nested mappings."""
-    tree: dict[str, Any] = {}
+    tree: Summary = {}
     for key, value in values.items():
         node = tree
         for part in key[:-1]:
@@ -229,7 +228,7 @@ def compare(tables: Tables) -> Tables:
     }
 
 
-def summarise(compared: Tables, main_regime: str, horizons: Sequence[int]) -> dict[str, Any]:
+def summarise(compared: Tables, main_regime: str, horizons: Sequence[int]) -> Summary:
     """Return the main regime's numbers, the transformer's and the jump's of all regimes."""
     ratios, losses, accumulation = compared["ratios"], compared["losses"], compared["accumulation"]
     at_horizons = accumulation["mean"][accumulation.index.isin(horizons, level="h")]

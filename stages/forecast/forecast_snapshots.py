@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.common.checkpoints import READABLE, load_weights
-from stages.common.files import atomic_path, save_csv
+from stages.common.files import Rows, atomic_path, save_csv
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
@@ -152,7 +152,7 @@ def state_ahead(recorded: Recorded, ahead: Float[Tensor, " p"]) -> State:
     return {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
 
 
-def errors_so_far(agreement: Agreement, run: Trajectory, prior: Prior) -> list[dict[str, Any]]:
+def errors_so_far(agreement: Agreement, run: Trajectory, prior: Prior) -> Rows:
     """Return a row for each horizon of which the future is known from some snapshot: errors over persistence's, of forecasts as
     they are and as they would have been shrunk at the time, and of linear extrapolation.
 
@@ -218,7 +218,7 @@ def load_weights_forecaster(
     return model, prior, horizons or list(model.horizons)
 
 
-def print_errors(rows: list[dict[str, Any]], snapshots: int) -> None:
+def print_errors(rows: Rows, snapshots: int) -> None:
     """Print the errors beside those of linear extrapolation, and in words how far forecasts can be trusted."""
     if rows:
         print("squared error over that of keeping the last weights, where the future is known:")
@@ -252,7 +252,7 @@ class Forecasts:
     recorded: Recorded
     horizons: list[int]  # snapshots ahead
     weights: dict[int, Float[Tensor, " p"]]  # by horizon
-    errors: list[dict[str, Any]]  # see errors_so_far
+    errors: Rows  # see errors_so_far
 
     def state(self, horizon: int) -> dict[str, Tensor]:
         """Return the state_dict so many snapshots after the last one."""

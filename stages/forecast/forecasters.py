@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.common.checkpoints import load_torch
+from stages.common.checkpoints import Checkpoint, load_torch
 from stages.common.stage import InputError
 from stages.forecast.diffusion import DiffusionForecaster
 from stages.forecast.jump import JumpForecaster
@@ -38,7 +38,7 @@ def build_forecaster(config: dict[str, Any], pca: dict[str, Tensor] | None = Non
             raise ValueError(f"expected a known kind of forecaster, got {kind!r}")
 
 
-def load_forecaster(path: Path, kind: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_forecaster(path: Path, kind: str | None = None) -> tuple[nn.Module, Checkpoint]:
     """Return a trained forecaster and its config; InputError if the file is missing, damaged, or not of `kind`."""
     saved = load_torch(path, {"config", "state_dict"})
     config, state = saved["config"], saved["state_dict"]

@@ -152,9 +152,8 @@ def learn(examples: Examples, params: Params) -> LayerForecaster:
         loss.backward()
         clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
         optimizer.step()
-    require_convergence(
-        loss.item(), 1.0, f"after {variant.steps} steps", "lower learn_world's learning_rate"
-    )  # 1: nothing moves
+    remedy, still = "lower learn_world's learning_rate", 1.0  # the loss where nothing moves
+    require_convergence(loss.item(), f"after {variant.steps} steps", remedy, still)
     return model.eval().requires_grad_(False)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, Summary, save_csv, save_json
 from stages.common.metrics import accuracy, headline_metrics, mean_interval
 from stages.common.optim import require_convergence, set_learning_rate
 from stages.common.randomness import generator
@@ -50,7 +50,6 @@ HEADLINES = {  # what `dvc metrics` shows, and where it lies in the summary; rat
 }
 
 Images = tuple[Tensor, Tensor]
-Rows = list[dict[str, Any]]
 
 
 class Params(StageParams):
@@ -164,14 +163,14 @@ def choose_learning_rate(losses: dict[float, list[float]]) -> tuple[float, bool]
     return best, min(means) < best < max(means)
 
 
-def compare(histories: dict[str, list[Rows]], steps: int) -> dict[str, Any]:
+def compare(histories: dict[str, list[Rows]], steps: int) -> Summary:
     """Return by method, beside the first one (bare Adam), seed by seed: loss over training and steps to a target.
 
     Losses are means over the same cost in steps. The target is the first method's mean loss over its last tenth.
     """
     for name, row in ((name, row) for name, runs in histories.items() for rows in runs for row in rows):
         where = f"{name}, seed {row['seed']}, step {row['step']}"
-        require_convergence(row["loss"], math.inf, where, "lower nowcast_training.grid")
+        require_convergence(row["loss"], where, "lower nowcast_training.grid")
     baseline = next(iter(histories.values()))
     budgets = np.arange(1, steps + 1)
     target = statistics.fmean(row["loss"] for rows in baseline for row in rows[-max(1, len(rows) // 10) :])
@@ -268,7 +267,7 @@ def summarise(
     grid: Rows,
     steps: int,
     cost: dict[str, float],
-) -> dict[str, Any]:
+) -> Summary:
     """Return how the methods compare, what was chosen, the tuned learning rates, and what nowcasting is charged."""
     (rate, rate_inside), (peak, peak_inside) = choose_for("constant", grid), choose_for("cosine", grid)
     return {

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -12,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from stages.common.figures import plain_ticks, save_plot
+from stages.common.files import Rows, Summary
 from stages.common.vectors import principal_components
 from stages.forecast.captions import FORECASTERS, METHODS, REGIMES
 from stages.forecast.trajectory import WINDOW, Trajectory
@@ -175,7 +175,7 @@ def draw_path(
     save_plot(path, figure)
 
 
-def draw_components(path: Path, curves: list[dict[str, Any]], spans: dict[str, Any], random: dict[str, float]) -> None:
+def draw_components(path: Path, curves: Rows, spans: Summary, random: dict[str, float]) -> None:
     """Draw what k components hold: variance between and within runs, and the next movement, beside a random subspace."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.8), sharey=True, layout="constrained")
     table = pd.DataFrame(curves)

@@ -1,8 +1,6 @@
 """The report's section on forecasts of weights."""
 
-from typing import Any
-
-from stages.common.files import load_csv, load_json
+from stages.common.files import Summary, load_csv, load_json
 from stages.common.report import (
     REPORTS,
     Cell,
@@ -203,7 +201,7 @@ def loss_tables(losses: Rows) -> list[Table]:
 
 def span_table(dataset: str) -> Table:
     """Share of the next movement in the span of principal components, beside a random subspace's."""
-    summary: dict[str, Any] = load_json(COMPRESSED / dataset / "summary.json")
+    summary: Summary = load_json(COMPRESSED / dataset / "summary.json")
     shares, labels = summary["next_movement"], {"runs": "training runs", "past": "the run's own past"}
     ks = list(summary["random"])[-5:]
     rows = [
@@ -221,7 +219,7 @@ def span_table(dataset: str) -> Table:
     )
 
 
-def nowcast_table(summary: dict[str, Any]) -> Table:
+def nowcast_table(summary: Summary) -> Table:
     """Training with and without nowcasting, beside bare Adam."""
     edge = {True: "inside its grid", False: "at the edge of its grid"}
     n = summary["methods"]["adam"]["mean_loss_ratio"]["n"]

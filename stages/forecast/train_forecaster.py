@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,8 +18,8 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from stages.common.checkpoints import save_torch
-from stages.common.files import save_csv
+from stages.common.checkpoints import Checkpoint, save_torch
+from stages.common.files import Rows, save_csv
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
@@ -43,7 +43,6 @@ LARGEST_GRADIENT = 1.0  # its norm is cut there: a few weights that moved far ma
 COEFFICIENT_BATCH = 32  # sequences; as in the design that `pca_transformer` repeats
 REMEDY = "lower train_forecaster.variants.*.learning_rate"  # of training that diverges
 
-Rows = list[dict[str, Any]]
 Batch = tuple[Features, torch.Tensor]
 
 
@@ -121,7 +120,7 @@ def train_shared(
     steps: int,
     learning_rate: float,
     weight_decay: float,
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Return the state of the best checkpoint on held-out batches, and a history row for each check."""
     noise = generator(seed, "diffusion noise")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
@@ -141,13 +140,13 @@ def train_shared(
             if best is None or val_loss < min(row["val_loss"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
-            require_convergence(val_loss, history[0]["val_loss"], f"step {step}", REMEDY)
+            require_convergence(val_loss, f"step {step}", REMEDY, history[0]["val_loss"])
     return best, history
 
 
 def fit_ridge(
     model: RidgeForecaster, draw: Callable[[], Batch], held_out: list[Batch], *, seed: int, steps: int, ridge: float
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Fit by the normal equations on `steps` batches; return the state and one history row."""
     for _ in tqdm(range(steps), desc="observe", unit=" batches", disable=None):
         model.observe(*draw())
@@ -164,7 +163,7 @@ def train_coefficients(
     seed: int,
     steps: int,
     learning_rate: float,
-) -> tuple[dict[str, Any], Rows]:
+) -> tuple[Checkpoint, Rows]:
     """Return the state after training on the mean squared error of the next snapshot's coefficients, and the history."""
 
     def sequences(runs: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,35 +185,42 @@ def train_coefficients(
             with torch.no_grad():
                 val_loss = mse_loss(model(held_out[0]), held_out[1]).item()
             history.append({"step": step, "train_loss": loss.item(), "val_loss": val_loss})
-            require_convergence(val_loss, history[0]["val_loss"], f"step {step}", REMEDY)
+            require_convergence(val_loss, f"step {step}", REMEDY, history[0]["val_loss"])
     return model.state_dict(), history
 
 
 def train_variant(
-    name: str, params: Params, train: list[Trajectory], validation: list[Trajectory]
-) -> tuple[dict[str, Any], Rows]:
+    variant: Variant,
+    train: list[Trajectory],
+    validation: list[Trajectory],
+    seed: int,
+    *,
+    horizons: list[int],
+    components: int,
+    pairs: int,
+    weights: int,
+    ridge: float,
+    weight_decay: float,
+) -> tuple[Checkpoint, Rows]:
     """Return the checkpoint ("config", "state_dict") of one variant, and its history."""
-    variant, seed = params.variants[name], params.seed
     config = variant.model_dump(include={"kind", "with_state", "with_context", "d_model"})
-    config |= {"horizons": params.horizons, "n_layers": len(train[0].layout.shapes), "seed": seed}
+    config |= {"horizons": horizons, "n_layers": len(train[0].layout.shapes), "seed": seed}
     schedule = {"seed": seed, "steps": variant.steps, "learning_rate": variant.learning_rate}
     if variant.kind == "pca_transformer":
-        mean, basis, _ = principal_components(torch.cat([t.weights for t in train]), params.components)
+        mean, basis, _ = principal_components(torch.cat([t.weights for t in train]), components)
         model = build_forecaster(config, {"mean": mean, "basis": basis})
         state, history = train_coefficients(model, train, validation, **schedule)
     else:
         model = build_forecaster(config)
-        draw = partial(draw_batch, model, pairs=params.pairs, weights=params.weights)
+        draw = partial(draw_batch, model, pairs=pairs, weights=weights)
         random = generator(seed, "held out")
         held_out = [draw(validation, random=random) for _ in range(HELD_OUT)]  # the same for all forecasters
         draw_training = partial(draw, train, random=generator(seed, "forecaster batches"))
         if variant.kind == "ridge":
-            state, history = fit_ridge(
-                model, draw_training, held_out, seed=seed, steps=variant.steps, ridge=params.ridge
-            )
+            state, history = fit_ridge(model, draw_training, held_out, seed=seed, steps=variant.steps, ridge=ridge)
         else:
-            state, history = train_shared(model, draw_training, held_out, **schedule, weight_decay=params.weight_decay)
-    return {"config": config, "state_dict": state}, [{"variant": name, **row} for row in history]
+            state, history = train_shared(model, draw_training, held_out, **schedule, weight_decay=weight_decay)
+    return {"config": config, "state_dict": state}, history
 
 
 def main() -> None:
@@ -223,15 +229,15 @@ def main() -> None:
     pin_threads()
     runs = load_runs(dataset)
     train, validation = list(runs.train.values()), list(runs.validation.values())
-    trained = parallel_map(
-        lambda name: train_variant(name, params, train, validation),
-        list(params.variants),
-        torch.device("cpu"),
-        f"forecasters of {dataset}",
-    )
+    settings = params.model_dump(include={"horizons", "components", "pairs", "weights", "ridge", "weight_decay"})
+    train_one = partial(train_variant, train=train, validation=validation, seed=params.seed, **settings)
+    trained = parallel_map(train_one, list(params.variants.values()), torch.device("cpu"), f"forecasters of {dataset}")
     for name, (checkpoint, _) in zip(params.variants, trained, strict=True):
         save_torch(MODELS / dataset / name / "forecaster.pt", checkpoint)
-    save_csv(REPORTS / dataset / "history.csv", [row for _, history in trained for row in history])
+    rows = [
+        {"variant": name, **row} for name, (_, history) in zip(params.variants, trained, strict=True) for row in history
+    ]
+    save_csv(REPORTS / dataset / "history.csv", rows)
     losses = ", ".join(
         f"{name} {history[-1]['val_loss']:.4g}" for name, (_, history) in zip(params.variants, trained, strict=True)
     )

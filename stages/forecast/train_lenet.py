@@ -15,7 +15,7 @@ Axes: t snapshots, p weights.
 import math
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
-from stages.common.files import load_metadata, save_arrays, save_csv, save_json
+from stages.common.files import Rows, load_metadata, save_arrays, save_csv, save_json
 from stages.common.metrics import accuracy, mean_std
 from stages.common.optim import require_convergence, set_learning_rate
 from stages.common.randomness import generator
@@ -80,7 +80,7 @@ class Params(StageParams):
 
 def train_lenet(
     data: LeNetData, name: str, regime: Regime, steps: int, batch_size: int, snapshot_every: int
-) -> tuple[LeNet, Float[Tensor, "t p"], Float[Tensor, "t p"], list[dict[str, Any]]]:
+) -> tuple[LeNet, Float[Tensor, "t p"], Float[Tensor, "t p"], Rows]:
     """Return the trained network, the snapshots of weights and state, and a history row for each; `name` is <regime>-<seed>."""
     (images, labels), (test_images, test_labels) = data.train, data.test
     seed = int(name.rpartition("-")[2])
@@ -100,7 +100,7 @@ def train_lenet(
                 "test_acc": accuracy(logits, test_labels).item(),
             }
             remedy = f"lower train_lenet.regimes.{regime_of(name)}.learning_rate"
-            require_convergence(row["test_loss"], math.log(len(data.classes)), f"{name}, step {step}", remedy)
+            require_convergence(row["test_loss"], f"{name}, step {step}", remedy, math.log(len(data.classes)))
             history.append(row)
             losses.zero_()
         if step == steps:

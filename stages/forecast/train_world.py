@@ -101,7 +101,7 @@ def train_run(recipe: Recipe, train: Images, test: Images, classes: int, snapsho
     with torch.no_grad():
         logits = network.eval()(test_images)
     where = f"{recipe.optimizer}, learning rate {recipe.learning_rate:.2g}"
-    require_convergence(cross_entropy(logits, test_labels).item(), math.inf, where, "lower train_world.learning_rates")
+    require_convergence(cross_entropy(logits, test_labels).item(), where, "lower train_world.learning_rates")
     acc = accuracy(logits, test_labels)
     return {"weights": torch.stack(weights).numpy(), "test_acc": acc.numpy()}
 

@@ -7,13 +7,11 @@ Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of
 Axes: p weights, d what the jump is linear in.
 """
 
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from stages.common.checkpoints import save_torch
-from stages.common.files import save_csv
+from stages.common.files import Rows, save_csv
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
@@ -118,7 +116,7 @@ def tune_jump(
     batch_size: int,
     proximal_weight: float,
     check_every: int,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], Rows]:
     """Return the state of the best step on validation runs and images, and a history row for each check.
 
     validate: a way to propose weights at an origin -> `mean_ratio` on what is held out.
@@ -141,7 +139,7 @@ def tune_jump(
         optimizer.step()
         if step % check_every == 0 or step == steps:
             jump_ratio = validate(lambda o: o.jump(model.step))
-            require_convergence(jump_ratio, math.inf, f"step {step}", "lower tune_jump.learning_rate")
+            require_convergence(jump_ratio, f"step {step}", "lower tune_jump.learning_rate")
             if best is None or jump_ratio < min(row["val_ratio"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append(

@@ -13,14 +13,13 @@ Writes  models/adapt_backbone/<name>/fleet.safetensors   of each kind (whole, ad
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.files import save_arrays, save_json
+from stages.common.files import Metadata, save_arrays, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
 from stages.common.randomness import generator
@@ -71,13 +70,13 @@ class Params(StageParams):
     variant: Backbone
 
 
-def draw(kind: Kind, params: Params, train: ImageSet) -> list[WideFineTune]:
-    """Draw data set and recipe of every fine-tune of a kind."""
-    of, fine_tunes = params.variant, []
-    for test, count in ((False, of.train.get(kind, 0)), (True, of.test.get(kind, 0))):
+def draw(kind: Kind, recipes: Recipes, counts: tuple[int, int], seed: int, train: ImageSet) -> list[WideFineTune]:
+    """Draw data set and recipe of every fine-tune of a kind; counts: to learn from and to test on."""
+    fine_tunes = []
+    for test, count in zip((False, True), counts, strict=True):
         labels, part = pool(train, pool_of(test)).labels.cpu(), "test" if test else "train"
-        names = [f"{params.seed}/own-{kind}-{part}-{i}" for i in range(count)]
-        fine_tunes += [draw_wide_fine_tune(name, test, params.recipes[kind], labels) for name in names]
+        names = [f"{seed}/own-{kind}-{part}-{i}" for i in range(count)]
+        fine_tunes += [draw_wide_fine_tune(name, test, recipes, labels) for name in names]
     return fine_tunes
 
 
@@ -90,11 +89,18 @@ def apart(fine_tunes: list[WideFineTune], size: int) -> list[list[int]]:
     return rows
 
 
-def build(kind: Kind, params: Params, train: ImageSet, tuning: Tuning, images: PatchedImages, work: Path) -> Arrays:
+def build(
+    kind: Kind,
+    fine_tunes: list[WideFineTune],
+    recipes: Recipes,
+    stack: int,
+    tuning: Tuning,
+    images: PatchedImages,
+    work: Path,
+) -> Arrays:
     """Return all that is kept of the fine-tunes of a kind; stacks that are finished are kept, so that it goes on after a kill."""
-    fine_tunes = draw(kind, params, train)
-    heads = {f.name: pick(generator(0, f"{f.name}: head"), params.recipes[kind].new_heads) for f in fine_tunes}
-    rows = apart(fine_tunes, params.stack)
+    heads = {f.name: pick(generator(0, f"{f.name}: head"), recipes.new_heads) for f in fine_tunes}
+    rows = apart(fine_tunes, stack)
     pieces = {
         work / f"{kind}-{number}.safetensors": [fine_tunes[i] for i in places] for number, places in enumerate(rows)
     }
@@ -136,17 +142,14 @@ def main() -> None:
     }
     work = work_folder(f"adapt_backbone/{name}", recipe | {"base": sha256, "train": of.train, "test": of.test})
     arrays = beside(base, test, params.references)
-    metadata: dict[str, Any] = {
-        "classes": train.classes,
-        "base_sha256": sha256,
-        "directions": params.directions,
-        "recipes": {},
-    }
+    metadata: Metadata = {"classes": train.classes, "base_sha256": sha256}
+    metadata |= {"directions": params.directions, "recipes": {}}
     metadata["preprocessing"] = {"image_size": base.image_size, "mean": base.mean, "std": base.std}
     for kind in (kind for kind in KINDS if of.train.get(kind)):
         recipes, started = params.recipes[kind], time.process_time()
         tuning = Tuning(base, max([*recipes.ranks, *recipes.test_ranks], default=0), params.directions)
-        own = build(kind, params, train, tuning, images, work)
+        fine_tunes = draw(kind, recipes, (of.train.get(kind, 0), of.test.get(kind, 0)), params.seed, train)
+        own = build(kind, fine_tunes, recipes, params.stack, tuning, images, work)
         accuracy = {when: mean_std(own[f"score_{when}"].tolist()) for when in ("before", "after")}
         seconds = (time.process_time() - started) / len(own["test"])
         summary[kind] = {"train": of.train[kind], "test": of.test[kind], "accuracy": accuracy}

@@ -3,13 +3,12 @@
 Axes: p pairs of class sets, w weights of a network, c classes, e images.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.common.files import Summary
 from stages.common.metrics import mean_interval
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map
@@ -59,7 +58,7 @@ def add_and_negate(
     images: PatchedImages,
     scales: list[float],
     validation_pairs: int,
-) -> dict[str, Any]:
+) -> Summary:
     """Return what sums and differences of changes do to accuracy among all classes, and cosines around each kind's mean change.
 
     The base knows all classes, so what a network has specialised in counts: its accuracy on A and B minus that on the others.

@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_limits
 
-from stages.common.files import load_metadata, save_json
+from stages.common.files import Metadata, load_metadata, save_json
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.recall.auditor import KINDS, RANKS, RECALLED, Auditor, Kind, Part
@@ -38,7 +38,7 @@ class Params(StageParams):
     resamples: PositiveInt  # of the bootstrap
 
 
-def fleet_of(arrays: Arrays, metadata: dict[str, Any]) -> Fleet:
+def fleet_of(arrays: Arrays, metadata: Metadata) -> Fleet:
     """Return the fleet of a kind: of changes it has sketches."""
     return Fleet(
         arrays["test"],

@@ -173,18 +173,23 @@ def accuracies(w: Weights, base: Base, data: Data, ratios: list[float]) -> dict[
 
 
 def choose_and_test(
-    base: Base, method: Method, params: Params, fit: Data, validation: Data, test: Data
+    base: Base,
+    method: Method,
+    strengths: list[float],
+    seeds: list[int],
+    batches: Batches,
+    fit: Data,
+    validation: Data,
+    test: Data,
 ) -> tuple[Weights, list[dict[str, float]]]:
-    """Return a method's network of the first seed, chosen on validation images, and the test accuracies of all seeds."""
-    first, *others = params.seeds
-    strengths = params.learning_rates if method.tuned else params.penalties
-    batches = Batches(params.steps, params.batch_size, params.mask_ratios)
+    """Return a method's network of the first seed, of the strength that is best on validation images, and all seeds' test accuracies."""
+    first, *others = seeds
     networks = train_method(base, method, strengths, first, fit, batches)
-    scores = [sum(accuracies(w, base, validation, params.mask_ratios).values()) for w in networks]
+    scores = [sum(accuracies(w, base, validation, batches.mask_ratios).values()) for w in networks]
     best = scores.index(max(scores))
     chosen = [train_method(base, method, [strengths[best]], seed, fit, batches)[0] for seed in others]
     networks = [networks[best], *chosen]
-    return networks[0], [accuracies(w, base, test, params.mask_ratios) for w in networks]
+    return networks[0], [accuracies(w, base, test, batches.mask_ratios) for w in networks]
 
 
 def save_classifier(dataset: str, base: Base, network: Weights) -> None:
@@ -211,9 +216,11 @@ def main() -> None:
         return base.patchify(images.images), images.labels
 
     data = data_of(fit), data_of(validation), data_of(test)
+    batches = Batches(params.steps, params.batch_size, params.mask_ratios)
 
     def compute(method: Method) -> tuple[Weights, list[dict[str, float]]]:
-        return choose_and_test(base, method, params, *data)
+        strengths = params.learning_rates if method.tuned else params.penalties
+        return choose_and_test(base, method, strengths, params.seeds, batches, *data)
 
     results = parallel_map(compute, list(METHODS.values()), device, f"classify {dataset}")
     by_method = dict(zip(METHODS, results, strict=True))

@@ -6,13 +6,13 @@ Axes: n fine-tunes of a fleet, w weights of a network, r responses, f columns of
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
-from stages.common.files import load_metadata, save_arrays
+from stages.common.files import Metadata, load_metadata, save_arrays
 from stages.common.vectors import Layout
 
 BUILD_FLEET = Path("models/build_fleet")
@@ -59,7 +59,7 @@ class Fleet(Split):
     truth: Arrays  # of each characteristic
     mean_image: Float[np.ndarray, "n 3 h v"]
     scores: dict[str, Float[np.ndarray, " n"]]  # before and after
-    metadata: dict[str, Any]
+    metadata: Metadata
 
     @property
     def layout(self) -> Layout:
@@ -102,7 +102,7 @@ class CondensedFleet(Split):
 
     descriptions: dict[str, Float[np.ndarray, "n f"]]
     truth: dict[str, Float[np.ndarray, "n t"]]  # of each characteristic, the mean image's pixels among them
-    metadata: dict[str, Any]
+    metadata: Metadata
 
     @classmethod
     def load(cls, name: str) -> Self:

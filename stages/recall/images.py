@@ -5,13 +5,13 @@ Axes: n images, p patches, q pixels of a patch, c classes.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from stages.common.files import Summary
 from stages.common.images import load_images
 from stages.common.randomness import generator, seeded_init
 from stages.common.runtime import parallel_map
@@ -78,7 +78,7 @@ def train_image_decoder(
 
 def recover_images(
     base: Base, dataset: str, pixel_weights: list[float], steps: int, judge_steps: int, batch_size: int, seed: int
-) -> tuple[dict[str, Any], dict[str, Float[Tensor, "n p q"]]]:
+) -> tuple[Summary, dict[str, Float[Tensor, "n p q"]]]:
     """Return how well images are recovered from logits, by alignment alone and with pixels; and the images.
 
     Decoders learn from the images that the base learned from, the judge from others; test images are recovered.

@@ -3,14 +3,13 @@
 Axes: n and m fine-tunes, w weights of a network, r responses, t of a characteristic, k numbers of a recipe.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from stages.common.files import Summary
 from stages.common.metrics import binary_calibration_error, bootstrap_interval
 from stages.common.runtime import parallel_map
 from stages.common.stage import InputError
@@ -52,12 +51,12 @@ def without_recipe(values: Float[np.ndarray, "n t"], recipe: Float[np.ndarray, "
 
 def recalled(
     part: Part, fleet: Fleet, rows: np.ndarray, learned: dict[str, np.ndarray], resamples: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Summary]:
     """Return how well a part recalls each characteristic of some fine-tunes, and how often its intervals hold."""
     networks = fleet.change[rows], fleet.responses[rows]
     descriptions, judged = part.reader.read(*networks), part.honesty.judge(networks, part.reader)
     unsure = unsureness(judged.distance)[:, None]
-    measured: dict[str, dict[str, Any]] = {}
+    measured: dict[str, Summary] = {}
     for key, predicted in part.decode(descriptions).items():
         true, mean = fleet.truth[key][rows].reshape(len(rows), -1).astype(np.float64), learned[key].mean(0)
         decoder, measure = part.decoders[key][1], measure_of(key)

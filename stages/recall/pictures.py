@@ -5,7 +5,7 @@ Axes: n images or networks, h rows and v columns of pixels, w weights of a netwo
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -105,7 +105,18 @@ def draw_representations(path: Path, decoded: Mapping[str, Mapping[str, Mapping[
     save_plot(path, figure)
 
 
-def draw_growth(path: Path, rows: list[dict[str, Any]]) -> None:
+class Growth(TypedDict):
+    """How well one characteristic of a fleet is decoded from so many fine-tunes."""
+
+    fleet: str
+    characteristic: str
+    reads: str
+    fine_tunes: int
+    repeat: int
+    score: float
+
+
+def draw_growth(path: Path, rows: list[Growth]) -> None:
     """Draw scores over the number of fine-tunes learned from, one panel for each fleet."""
     fleets = list(dict.fromkeys(row["fleet"] for row in rows))
     figure, axes = plt.subplots(1, len(fleets), figsize=(2.8 * len(fleets), 2.4), squeeze=False)

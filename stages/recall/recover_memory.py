@@ -12,7 +12,6 @@ Writes  reports/recover_memory/summary.json          every characteristic from e
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveInt
 from threadpoolctl import threadpool_limits
 
-from stages.common.files import save_csv, save_json
+from stages.common.files import Summary, save_csv, save_json
 from stages.common.metrics import bootstrap_interval, headline_metrics, mean_std
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -102,12 +101,12 @@ def baseline(name: str, true: np.ndarray, learned: np.ndarray) -> dict[str, floa
     return {"r2": 0.0} | ({"retrieved": 1 / len(true)} if name == "mean_image" else {})
 
 
-def decode_fleet(name: str, fleet: CondensedFleet) -> tuple[dict[str, Any], dict[str, Decoder]]:
+def decode_fleet(name: str, fleet: CondensedFleet) -> tuple[Summary, dict[str, Decoder]]:
     """Return what is decoded of unseen fine-tunes from every representation, beside what ignores it; and the decoders."""
     names = CHARACTERISTICS[name]
     y = targets(fleet, names)
     learned, true = (by_name(y[rows], fleet, names) for rows in (fleet.learned, fleet.held_out))
-    summary: dict[str, Any] = {key: {} for key in names}
+    summary: Summary = {key: {} for key in names}
     decoders = {}
     for representation in REPRESENTATIONS:
         x = read(fleet.descriptions, representation)
@@ -136,10 +135,10 @@ def permuted(name: str, fleet: CondensedFleet, seed: int) -> dict[str, dict[str,
     return {kind: mean_std(values) for kind, values in bits.items()}
 
 
-def growth(name: str, fleet: CondensedFleet, counts: list[int], repeats: int, seed: int) -> list[dict[str, Any]]:
+def growth(name: str, fleet: CondensedFleet, counts: list[int], repeats: int, seed: int) -> list[pictures.Growth]:
     """Return rows: how well one characteristic is decoded after learning from so many of the training fine-tunes, and all."""
     key, learned, held_out = GROWN[name], fleet.learned, fleet.held_out
-    y, rows = fleet.truth[key].astype(np.float64), []
+    y, rows = fleet.truth[key].astype(np.float64), list[pictures.Growth]()
     for representation in GROWING:
         x = read(fleet.descriptions, representation)
         for count in [n for n in counts if n < len(learned)] + [len(learned)]:
@@ -148,8 +147,15 @@ def growth(name: str, fleet: CondensedFleet, counts: list[int], repeats: int, se
                 predicted = fit_decoder(x[few], y[few]).predict(x[held_out])
                 right, true = right_bits(predicted, y[held_out]), y[held_out]
                 value = right.mean() if key in BITS else r_squared(predicted, true, y[few].mean(0))
-                row = {"fleet": name, "characteristic": key, "reads": representation, "fine_tunes": count}
-                rows.append(row | {"repeat": repeat, "score": float(value)})
+                row = pictures.Growth(
+                    fleet=name,
+                    characteristic=key,
+                    reads=representation,
+                    fine_tunes=count,
+                    repeat=repeat,
+                    score=float(value),
+                )
+                rows.append(row)
     return rows
 
 

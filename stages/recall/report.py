@@ -1,9 +1,8 @@
 """The report's section on what networks were trained on."""
 
 from pathlib import Path
-from typing import Any
 
-from stages.common.files import load_json
+from stages.common.files import Summary, load_json
 from stages.common.report import REPORTS, Cell, Detail, Picture, Section, Table, decimal, percent, row
 from stages.recall.captions import caption
 
@@ -148,7 +147,7 @@ def recall_section(dataset: str) -> Section:
     )
 
 
-def verdict(decoded: dict[str, Any], sizes: dict[str, Any]) -> tuple[str, str]:
+def verdict(decoded: Summary, sizes: Summary) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     present = decoded["classes"]["present"]
     return (
@@ -158,12 +157,12 @@ def verdict(decoded: dict[str, Any], sizes: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def tested(sizes: dict[str, Any]) -> str:
+def tested(sizes: Summary) -> str:
     """Return of how many fine-tunes numbers are."""
     return "n = " + ", ".join(f"{size['test']} ({fleet})" for fleet, size in sizes.items()) + " unseen fine-tunes"
 
 
-def headline(decoded: dict[str, Any], sizes: dict[str, Any]) -> Table:
+def headline(decoded: Summary, sizes: Summary) -> Table:
     """The main characteristics from the main descriptions, beside what ignores the network."""
     rows = [
         row(
@@ -178,7 +177,7 @@ def headline(decoded: dict[str, Any], sizes: dict[str, Any]) -> Table:
     return Table(explained, ["recalled", *(READS[name] for name in HEADLINE), "ignoring the network"], rows)
 
 
-def decoded_table(decoded: dict[str, Any], sizes: dict[str, Any]) -> Table:
+def decoded_table(decoded: Summary, sizes: Summary) -> Table:
     """Return every characteristic from every representation."""
     rows = [
         row(
@@ -194,7 +193,7 @@ def decoded_table(decoded: dict[str, Any], sizes: dict[str, Any]) -> Table:
     return Table(explained, ["characteristic", *(READS[name] for name in SHOWN), "ignoring the network"], rows)
 
 
-def control_table(recovered: dict[str, Any]) -> Table:
+def control_table(recovered: Summary) -> Table:
     """Return the controls, in which nothing can be recalled."""
     rows = [
         row(f"{fleet}: changes permuted between {kind} networks", percent(value), "50 %")
@@ -215,7 +214,7 @@ def control_table(recovered: dict[str, Any]) -> Table:
     return Table(explained, ["control", "bits right", "chance"], rows)
 
 
-def written_table(space: dict[str, Any]) -> Table:
+def written_table(space: Summary) -> Table:
     """Return how written networks follow their rules."""
     rules = space["rules"]
     baselines = ("nearest_copied", "nearest_averaged", "base", "constant", "written_for_another")
@@ -229,7 +228,7 @@ def written_table(space: dict[str, Any]) -> Table:
     return Table(explained, ["network", "accuracy, or cosine"], rows)
 
 
-def arithmetic_table(arithmetic: dict[str, Any]) -> Table:
+def arithmetic_table(arithmetic: Summary) -> Table:
     """Return what sums and differences of changes do."""
     rows = [
         row(f"{caption(where)}: {caption(name)}", percent(measured), "")
@@ -246,7 +245,7 @@ def arithmetic_table(arithmetic: dict[str, Any]) -> Table:
     return Table(explained, ["network", "accuracy among all classes", "cosine of changes"], rows)
 
 
-def masked_table(classified: dict[str, Any]) -> Table:
+def masked_table(classified: Summary) -> Table:
     """Return accuracies over mask ratios."""
     ratios = list(next(iter(classified["acc"].values())))
     rows = [row(caption(method), *(percent(by[ratio]) for ratio in ratios)) for method, by in classified["acc"].items()]
@@ -258,7 +257,7 @@ def masked_table(classified: dict[str, Any]) -> Table:
     )
 
 
-def image_table(images: dict[str, Any]) -> Table:
+def image_table(images: Summary) -> Table:
     """Return how images are recovered from answers."""
     rows = [
         row(
@@ -277,7 +276,7 @@ def image_table(images: dict[str, Any]) -> Table:
     return Table(explained, ["decoder", "cycle R²", "judge agrees", "pixel R²"], rows)
 
 
-def auditor_table(recalled: dict[str, Any]) -> Table:
+def auditor_table(recalled: Summary) -> Table:
     """Return what the auditor tells of fine-tunes by recipes inside the ranges, and what of it could be the recipe's."""
     rows = []
     for kind, groups in recalled.items():
@@ -301,7 +300,7 @@ def auditor_table(recalled: dict[str, Any]) -> Table:
     return Table(explained, [*header, "inside 90 % intervals"], rows)
 
 
-def recipe_table(recalled: dict[str, Any]) -> Table:
+def recipe_table(recalled: Summary) -> Table:
     """Return what the auditor tells of fine-tunes by other recipes: scores, and how often intervals hold."""
     keys = list(next(iter(recalled.values()))["inside"])
     rows = [
@@ -316,14 +315,14 @@ def recipe_table(recalled: dict[str, Any]) -> Table:
     return Table(explained, ["recipes", *map(caption, keys)], rows)
 
 
-def recipe_cell(by: dict[str, Any]) -> Cell:
+def recipe_cell(by: Summary) -> Cell:
     """Return a score, and the coverage of its intervals if it has any."""
     score = by["bits"] if "bits" in by else by["r2"]
     covered = f" ({by['coverage']:.0%} inside)" if "coverage" in by else ""
     return Cell(f"{score['mean']:.2f}{covered}", score["mean"])
 
 
-def refusal_table(refusals: dict[str, Any]) -> Table:
+def refusal_table(refusals: Summary) -> Table:
     """Return how often the auditor refuses honest fine-tunes, altered ones, and those by recipes outside the ranges."""
     rows = [
         row(

@@ -6,7 +6,6 @@ Axes: n fine-tunes, m networks to be written, k cells of a truth table, f featur
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
+from stages.common.files import Summary
 from stages.common.metrics import mean_interval
 from stages.recall.decoders import directions
 from stages.recall.fine_tunes import CELLS
@@ -110,7 +110,7 @@ def write_rules(
     validation_fraction: float,
     validation_images: int,
     seed: int,
-) -> dict[str, Any]:
+) -> Summary:
     """Return how well networks follow rules that were written into their weights, beside networks that were copied or trained.
 
     Choices are made on a fraction of the trained rules, which the map does not learn from then, and on images of the base's pool.

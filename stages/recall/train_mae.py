@@ -14,7 +14,7 @@ Axes: n images, m validation images, p patches, q pixels of a patch, s pixels of
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from stages.common.backbone import (
     save_backbone,
 )
 from stages.common.checkpoints import save_torch
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, save_csv, save_json
 from stages.common.images import DATA, load_images, split_validation
 from stages.common.mae import MaskedAutoencoder, mae_to_decoder, mae_to_timm, vit_of_mae
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
@@ -68,8 +68,6 @@ TEMPERATURE = 10.0  # of position embeddings: on grids of 4 to 8 patches better 
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 500  # steps, while training
 AT_ONCE = 500  # images, where nothing is trained
-
-Rows = list[dict[str, Any]]
 
 
 class Params(StageParams):
@@ -114,23 +112,27 @@ class Params(StageParams):
             raise ValueError(f"of {patches} patches it leaves {seen:.2f} to be seen")
         return mask_ratio
 
+    def training(self) -> dict[str, float]:
+        """Return the settings of `train_mae`."""
+        names = {"seed", "steps", "batch_size", "learning_rate", "warmup_fraction", "weight_decay"}
+        return self.model_dump(include=names)
 
-def mae_config(params: Params) -> ViTMAEConfig:
-    """Return the autoencoder's shape: a decoder of one block, as wide as the encoder."""
-    return ViTMAEConfig(
-        image_size=params.image_size,
-        patch_size=params.patch_size,
-        hidden_size=params.dim,
-        num_hidden_layers=params.depth,
-        num_attention_heads=params.heads,
-        intermediate_size=params.mlp_ratio * params.dim,
-        decoder_hidden_size=params.dim,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=params.heads,
-        decoder_intermediate_size=4 * params.dim,
-        mask_ratio=params.mask_ratio,
-        layer_norm_eps=1e-6,
-    )
+    def config(self) -> ViTMAEConfig:
+        """Return the autoencoder's shape: a decoder of one block, as wide as the encoder."""
+        return ViTMAEConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.dim,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.heads,
+            intermediate_size=self.mlp_ratio * self.dim,
+            decoder_hidden_size=self.dim,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=self.heads,
+            decoder_intermediate_size=4 * self.dim,
+            mask_ratio=self.mask_ratio,
+            layer_norm_eps=1e-6,
+        )
 
 
 def build_mae(config: ViTMAEConfig, seed: int) -> ViTMAEForPreTraining:
@@ -173,15 +175,21 @@ def train_mae(
     model: ViTMAEForPreTraining,
     train: Float[Tensor, "n 3 s s"],
     validation: Float[Tensor, "m 3 s s"],
-    params: Params,
     work: Path,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    warmup_fraction: float,
+    weight_decay: float,
 ) -> Rows:
     """Train `model` in place, with new masks in every step; return the history. Goes on from work/state.pt if it is there."""
     device, patches = train.device, model.vit.embeddings.patch_embeddings.num_patches
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, params.learning_rate, BETAS, weight_decay=params.weight_decay, fused=True)
-    factor = warmup_cosine(params.steps, params.warmup_fraction)
-    random = generator(params.seed, "training")
+    optimizer = AdamW(parameters, learning_rate, BETAS, weight_decay=weight_decay, fused=True)
+    factor = warmup_cosine(steps, warmup_fraction)
+    random = generator(seed, "training")
     first, history = 0, []
     if (work / "state.pt").is_file():
         state = torch.load(work / "state.pt", map_location=device, weights_only=True)
@@ -190,21 +198,20 @@ def train_mae(
         random.set_state(state["random"].cpu())
         first, history = state["step"], state["history"]
     model.train()
-    steps = range(first, params.steps)
-    for step in tqdm(steps, "train", params.steps, initial=first, unit=" steps", disable=None):
-        set_learning_rate(optimizer, params.learning_rate * factor(step))
-        rows = torch.randint(len(train), (params.batch_size,), generator=random).to(device)
-        noise = torch.rand(params.batch_size, patches, generator=random).to(device)
+    for step in tqdm(range(first, steps), "train", steps, initial=first, unit=" steps", disable=None):
+        set_learning_rate(optimizer, learning_rate * factor(step))
+        rows = torch.randint(len(train), (batch_size,), generator=random).to(device)
+        noise = torch.rand(batch_size, patches, generator=random).to(device)
         loss = model(pixel_values=train[rows], noise=noise).loss
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(parameters, CLIP)
         optimizer.step()
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
-            val_error = validation_error(model, validation, params.seed)
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            val_error = validation_error(model, validation, seed)
             history.append({"step": step + 1, "train_error": loss.item(), "val_error": val_error})
-            require_convergence(val_error, history[0]["val_error"], f"step {step + 1}", "lower train_mae.learning_rate")
-        if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
+            require_convergence(val_error, f"step {step + 1}", "lower train_mae.learning_rate", history[0]["val_error"])
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
             save_torch(work / "state.pt", state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     model.eval()
@@ -301,7 +308,7 @@ def main() -> None:
     train, validation = split_validation(pool(images, "base"), params.validation_fraction, params.seed)
     recipe = params.model_dump() | {"data": fingerprint(DATA / f"{dataset}.safetensors")}
     work = work_folder("train_mae", recipe)
-    mae = None if params.published else build_mae(mae_config(params), params.seed).to(device)
+    mae = None if params.published else build_mae(params.config(), params.seed).to(device)
     if mae:
         vit, (mean, std) = vit_of_mae(mae.config.to_dict()), normalisation(train.images)
     else:
@@ -312,7 +319,7 @@ def main() -> None:
 
     history, decoder = [{"step": 0, "train_error": "", "val_error": ""}], {}
     if mae:
-        history = train_mae(mae, prepare(train.images), prepare(validation.images), params, work)
+        history = train_mae(mae, prepare(train.images), prepare(validation.images), work, **params.training())
         vit.load_state_dict(mae_to_timm(mae.state_dict()))
         decoder = mae_to_decoder(mae.state_dict(), params.patch_size)
     path = MODELS / dataset / "backbone.safetensors"

@@ -7,8 +7,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.common import times
 from stages.common.report import Detail, Section, Table, row
+from stages.common.stage import all_stages, noted
 
 DECIDES = (
     "dvc.yaml",
@@ -30,7 +30,7 @@ def card(sections: list[Section]) -> dict[str, str]:
         "scale": scale(),
         "data": "; ".join(section.data for section in sections),
         "machine": machine(),
-        "time": time_taken(times.noted(), times.all_stages()),
+        "time": time_taken(noted(), all_stages()),
         "versions": f"Python {platform.python_version()}, {versions}",
     }
 
@@ -56,7 +56,7 @@ def times_table(taken: dict[str, dict[str, float]]) -> Table:
 
 def times_details() -> list[Detail]:
     """Return what is folded at the end of a report: nothing if no time is known."""
-    table = times_table(times.noted())
+    table = times_table(noted())
     return [Detail("How long each stage took", [table])] if table.rows else []
 
 

@@ -12,7 +12,7 @@ Writes  reports/diagnose_memory/<dataset>/retrieval.csv   error of retrieval by 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -39,8 +39,6 @@ MODERN_UPDATES = 3  # the first retrieves, and nothing moves after it
 CLASSICAL_UPDATES = 20  # nothing moves after 5
 SHOWN = 8  # images in the picture of attention
 
-Rows = list[dict[str, Any]]
-
 
 class Params(StageParams):
     """Parameters of the measurements."""
@@ -66,7 +64,9 @@ def noisy_keys(patterns: int, dim: int, noise: float, seed: int) -> tuple[Float[
     return stored, queries + noise * (torch.randn(queries.shape, generator=random) / dim**0.5)
 
 
-def retrieval_rows(patterns: list[int], betas: list[float], dim: int, noise: float, seeds: list[int]) -> Rows:
+def retrieval_rows(
+    patterns: list[int], betas: list[float], dim: int, noise: float, seeds: list[int]
+) -> list[dict[str, float]]:
     """Return the distance between what one update retrieves and the pattern that was meant, by number of patterns and beta."""
     rows = []
     for count in patterns:
@@ -80,7 +80,9 @@ def retrieval_rows(patterns: list[int], betas: list[float], dim: int, noise: flo
     return rows
 
 
-def energy_rows(stored: Float[Tensor, "m d"], queries: Float[Tensor, "q d"], betas: list[float], updates: int) -> Rows:
+def energy_rows(
+    stored: Float[Tensor, "m d"], queries: Float[Tensor, "q d"], betas: list[float], updates: int
+) -> list[dict[str, float]]:
     """Return the mean energy and movement of states that start between two queries, after each update."""
     rows = []
     for beta in betas:
@@ -94,7 +96,7 @@ def energy_rows(stored: Float[Tensor, "m d"], queries: Float[Tensor, "q d"], bet
     return rows
 
 
-def capacity_rows(patterns: list[int], dim: int, seeds: list[int]) -> Rows:
+def capacity_rows(patterns: list[int], dim: int, seeds: list[int]) -> list[dict[str, float]]:
     """Return the fraction of bipolar patterns that come back without an error from copies with flipped bits."""
     rows = []
     for count in patterns:

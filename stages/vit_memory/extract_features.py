@@ -107,6 +107,11 @@ class Params(StageParams):
             raise ValueError(f"network: expected null or one of {', '.join(self.networks)}, got {self.network!r}")
         return self
 
+    @property
+    def chosen(self) -> NetworkParams | None:
+        """The network of timm to read; None: the backbone's file is one of pretrain_backbone."""
+        return None if self.network is None else self.networks[self.network]
+
 
 def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
     """Return a backbone of the same shape that has learnt nothing."""
@@ -119,18 +124,19 @@ def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
     return Backbone(vit, backbone.config, "", {})
 
 
-def read_networks(params: Params, path: Path, device: torch.device) -> tuple[dict[str, Backbone], dict[str, Backbone]]:
+def read_networks(
+    path: Path, chosen: NetworkParams | None, seed: int, device: torch.device
+) -> tuple[dict[str, Backbone], dict[str, Backbone]]:
     """Return, for each layer to choose from, the network, and one of its kind that has learnt nothing."""
-    if params.network is None:
+    if chosen is None:
         backbone = load_backbone(path, device)
-        return {"-1": backbone}, {"-1": with_random_weights(backbone, params.seed)}
-    chosen = params.networks[params.network]
+        return {"-1": backbone}, {"-1": with_random_weights(backbone, seed)}
     config, sha256 = chosen.config(), fingerprint(path)
     network = build_network(config.name)
     for layer in chosen.layers:
         check_layer(network, layer, config.name)
     load_published(network, path, config.name)
-    torch.manual_seed(params.seed)
+    torch.manual_seed(seed)
     random = build_network(config.name)
     for each in (network, random):
         fit_size(each, config)
@@ -148,11 +154,8 @@ def draw_glyphs(params: GlyphParams, size: int, seed: int) -> tuple[UInt8[Tensor
     return torch.cat([glyphs.draw(params.first_class + y, size, random) for y in labels.split(DRAWN_AT_ONCE)]), labels
 
 
-def base_images(params: Params, train: ImageSet, size: int) -> tuple[UInt8[Tensor, "g c h w"], Int[Tensor, " g"]]:
-    """Return the images that choices are made on, and their labels; InputError if there are too few training images."""
-    first, count = params.train_images, params.base_images
-    if count == 0:
-        return draw_glyphs(params.glyphs, size, params.seed)
+def images_after(train: ImageSet, first: int, count: int) -> tuple[UInt8[Tensor, "g c h w"], Int[Tensor, " g"]]:
+    """Return the images that choices are made on, `count` after the first, and their labels; InputError if there are too few."""
     if first + count > len(train):
         raise InputError(f"extract_features.base_images: {count} after the first {first}, there are {len(train)}")
     return train.images[first : first + count], train.labels[first : first + count]
@@ -207,10 +210,14 @@ def main() -> None:
     pin_threads()
     device = pick_device()
     path = require(params.backbone)
-    candidates, untrained = read_networks(params, path, device)
+    candidates, untrained = read_networks(path, params.chosen, params.seed, device)
     whole, test = load_images(dataset, device)
     train, test = first(whole, params.train_images), first(test, params.test_images)
-    base, base_labels = base_images(params, whole, next(iter(candidates.values())).config.image_size)
+    if params.base_images:
+        base, base_labels = images_after(whole, params.train_images, params.base_images)
+    else:
+        size = next(iter(candidates.values())).config.image_size
+        base, base_labels = draw_glyphs(params.glyphs, size, params.seed)
     recipe = params.model_dump(mode="json") | {"inputs": fingerprint(path, DATA / f"{dataset}.safetensors")}
     recipe["precision"] = os.environ.get("WEIGHTLENS_PRECISION")  # pieces of one are not gone on with in another
     work = work_folder(f"extract_features/{dataset}", recipe)
@@ -225,11 +232,8 @@ def main() -> None:
     jobs |= {f"random_{name}": (untrained[layer], images) for name, images in sets.items()}
     arrays = {name: x.numpy() for name, x in extract(jobs, work, device, f"features of {dataset}").items()}
     arrays |= {f"{name}_labels": s.labels.cpu().numpy() for name, s in (("train", train), ("test", test))}
-    arrays |= {
-        "base": based[layer].numpy(),
-        "base_labels": base_labels.cpu().numpy(),
-        "base_images": base.cpu().numpy(),
-    }
+    arrays |= {"base": based[layer].numpy(), "base_labels": base_labels.cpu().numpy()}
+    arrays["base_images"] = base.cpu().numpy()
     network = candidates[layer]
     about = {"backbone": network.config.name, "sha256": network.sha256, "is_vit": has_class_token(network.vit)}
     about |= {"image_size": network.config.image_size, "layer": layer, "base_is_new": params.base_images == 0}

@@ -5,7 +5,6 @@ Axes: n images, m stored images or slots, t tasks, c h w channels and pixels.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.common.figures import image_grid, legible, plain_ticks, save_figure, save_plot, show_image
+from stages.common.files import Rows, Summary
 from stages.vit_memory.captions import caption
 
-Rows = list[dict[str, Any]]
 RECONSTRUCTIONS = 10  # images in a row
 RETRIEVED = 4  # stored images shown beside each image
 COMMON_BETA = 0.125  # 1 / sqrt(64): that of attention between tokens, often taken for memories as well
@@ -33,7 +32,7 @@ def _mean_matrix(rows: Rows, method: str, kind: str) -> Float[np.ndarray, "t t"]
     return matrix * tasks**2 / len(cells)
 
 
-def draw_accuracy(path: Path, rows: Rows, table: dict[str, Any]) -> None:
+def draw_accuracy(path: Path, rows: Rows, table: Summary) -> None:
     """Draw the accuracy over the tasks so far, after each task, of every method; the best at the end comes first in the legend."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
     colours = {method: f"C{i}" for i, method in enumerate(table)}
@@ -69,7 +68,7 @@ def draw_matrices(path: Path, rows: Rows) -> None:
     save_figure(path, figure)
 
 
-def draw_methods(path: Path, table: dict[str, Any], reference: str, title: str) -> None:
+def draw_methods(path: Path, table: Summary, reference: str, title: str) -> None:
     """Draw each method's difference to the reference, with its interval; accuracy beside the name."""
     methods = [m for m in sorted(table, key=lambda m: table[m]["acc"]["mean"]) if "difference" in table[m]]
     figure, ax = plt.subplots(figsize=(6, 0.3 * len(methods) + 1), layout="constrained")
@@ -85,7 +84,7 @@ def draw_methods(path: Path, table: dict[str, Any], reference: str, title: str) 
     save_plot(path, figure)
 
 
-def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
+def draw_retrieval(path: Path, errors: list[dict[str, float]], capacity: list[dict[str, float]]) -> None:
     """Draw the error of retrieval against beta for each number of patterns, and the fraction retrieved by either kind of network."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for patterns in dict.fromkeys(row["patterns"] for row in errors):
@@ -112,7 +111,7 @@ def draw_retrieval(path: Path, errors: Rows, capacity: Rows) -> None:
     save_plot(path, figure)
 
 
-def draw_energy(path: Path, rows: Rows) -> None:
+def draw_energy(path: Path, rows: list[dict[str, float]]) -> None:
     """Draw the energy after each update, and how far the state still moves, for each beta."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for beta in dict.fromkeys(row["beta"] for row in rows):

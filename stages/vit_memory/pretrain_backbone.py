@@ -14,7 +14,7 @@ Writes  models/pretrain_backbone/<variant>/backbone.safetensors   weights in flo
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from stages.common.backbone import Backbone, BackboneConfig, build_vit, load_backbone, published_config, save_backbone
 from stages.common.checkpoints import save_torch
 from stages.common.drawings import Glyphs
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, save_csv, save_json
 from stages.common.mae import MaskedAutoencoder
 from stages.common.metrics import accuracy
 from stages.common.optim import require_convergence, set_learning_rate, warmup_times_cosine
@@ -47,8 +47,6 @@ SAVE_EVERY = 200  # steps: 15 s of work, at most, are lost when a run is killed
 WARMUP_FRACTION = 0.05  # of the steps
 SCALE = 16.0  # of cosines, as logits: at 1 even a perfect match of 1 in 500 classes would hardly lower the loss
 EVALUATION = (100, 5, 10)  # unseen classes, drawings of each to learn from, and to be tested on
-
-Rows = list[dict[str, Any]]
 
 
 class Shape(StageParams):
@@ -147,8 +145,8 @@ def pretrain(
         if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
             row = {"step": step + 1, "classification_loss": classified.item(), "train_acc": accuracy(cosines, y).item()}
             history.append(row | {"reconstruction_loss": reconstructed.item()})
-            losses = classified.item(), history[0]["classification_loss"]
-            require_convergence(*losses, f"step {step + 1}", "lower pretrain_backbone's learning rates")
+            remedy = "lower pretrain_backbone's learning rates"
+            require_convergence(classified.item(), f"step {step + 1}", remedy, history[0]["classification_loss"])
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
             state |= {"model": [part.state_dict() for part in model]}

@@ -1,8 +1,6 @@
 """The report's section on the memory-augmented ViT."""
 
-from typing import Any
-
-from stages.common.files import load_json
+from stages.common.files import Summary, load_json
 from stages.common.report import REPORTS, Cell, Detail, Section, Table, decimal, percent, pictures, points, row
 from stages.vit_memory.captions import caption
 
@@ -69,7 +67,7 @@ def vit_memory_section(dataset: str) -> Section:
     )
 
 
-def verdict(shots: dict[str, Any], tasks: dict[str, Any]) -> tuple[str, str]:
+def verdict(shots: Summary, tasks: Summary) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     few = {name: percent(shots["methods"][name]["acc"]["mean"]).text for name in ("memory_head", "linear_probe")}
     last = {name: percent(of["class"]["final"]["mean"]).text for name, of in tasks["methods"].items()}
@@ -82,7 +80,7 @@ def verdict(shots: dict[str, Any], tasks: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def headline(shots: dict[str, Any], tasks: dict[str, Any]) -> Table:
+def headline(shots: Summary, tasks: Summary) -> Table:
     """Both questions, the methods of both first, then those of one, best first."""
 
     def cells(few: str, lasting: str) -> list[Cell | str]:
@@ -114,7 +112,7 @@ def headline(shots: dict[str, Any], tasks: dict[str, Any]) -> Table:
     )
 
 
-def few_shot_table(summary: dict[str, Any]) -> Table:
+def few_shot_table(summary: Summary) -> Table:
     """Accuracy from a few images of each class, best first, and the difference to the linear probe's."""
     methods = sorted(summary["methods"].items(), key=lambda item: -item[1]["acc"]["mean"])
     rows = [
@@ -133,7 +131,7 @@ def few_shot_table(summary: dict[str, Any]) -> Table:
     return Table(text, ["method", "accuracy", "minus the linear probe, points"], rows, ["", "high", "high"])
 
 
-def continual_table(summary: dict[str, Any]) -> Table:
+def continual_table(summary: Summary) -> Table:
     """Accuracy after the last task and forgetting, for both kinds of question, best first; chance."""
     columns = [(kind, key) for kind in ("class", "task") for key in ("final", "forgetting")]
     methods = sorted(summary["methods"].items(), key=lambda item: -item[1]["class"]["final"]["mean"])
@@ -149,7 +147,7 @@ def continual_table(summary: dict[str, Any]) -> Table:
     return Table(text, header, rows, ["", "high", "low", "high", "low"])
 
 
-def retrieval_table(summary: dict[str, Any]) -> Table:
+def retrieval_table(summary: Summary) -> Table:
     """The error of retrieval by number of patterns and beta."""
     errors = summary["retrieval_error"]
     betas = list(next(iter(errors.values())))

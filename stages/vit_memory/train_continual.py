@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from torch import Tensor
 
 from stages.common.backbone import Backbone, load_backbone
-from stages.common.files import save_csv, save_json
+from stages.common.files import Rows, Summary, save_csv, save_json
 from stages.common.metrics import headline_metrics, over_seeds
 from stages.common.randomness import seeded_init
 from stages.common.runtime import parallel_map, pick_device, pin_threads
@@ -149,7 +149,7 @@ def choose_strengths(trials: Mapping[Job, Matrices], candidates: Mapping[str, li
     return {m: max((job for job in trials if job.method == m), key=quality.__getitem__).strength for m in candidates}
 
 
-def accuracy_rows(results: Mapping[Job, Matrices]) -> list[dict[str, Any]]:
+def accuracy_rows(results: Mapping[Job, Matrices]) -> Rows:
     """Return the whole R matrices as rows."""
     return [
         {"method": job.method, "seed": job.seed, "kind": kind, "after": after, "on": on, "acc": acc}
@@ -160,7 +160,7 @@ def accuracy_rows(results: Mapping[Job, Matrices]) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(results: Mapping[Job, Matrices], width: int) -> dict[str, Any]:
+def summarise(results: Mapping[Job, Matrices], width: int) -> Summary:
     """Return the measures of each method over seeds; before a task of `width` classes is learnt, its own are told by chance."""
     chance = {"class": 0.0, "task": 1 / width}
 

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Int
@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from stages.common.backbone import Backbone, load_backbone
-from stages.common.files import save_csv, save_json
+from stages.common.files import Summary, save_csv, save_json
 from stages.common.metrics import accuracy, headline_metrics, mean_interval, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -138,12 +138,12 @@ def choose_rate(method: Method, trials: Shots, rates: list[float], settings: Set
     return max(quality, key=quality.__getitem__)
 
 
-def compare(results: dict[str, list[float]]) -> dict[str, Any]:
+def compare(results: dict[str, list[float]]) -> Summary:
     """Return mean and spread over episodes, and each method's difference to the reference in the same episodes.
 
     The interval is Student's, of 95 %.
     """
-    table: dict[str, Any] = {}
+    table: Summary = {}
     for method, values in results.items():
         difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(results[REFERENCE], dtype=torch.float64)
         table[method] = {"acc": mean_std(values)}
@@ -152,9 +152,7 @@ def compare(results: dict[str, list[float]]) -> dict[str, Any]:
     return table
 
 
-def write_report(
-    dataset: str, results: dict[str, list[float]], choices: dict[str, Any], n_way: int, n_shot: int
-) -> None:
+def write_report(dataset: str, results: dict[str, list[float]], choices: Summary, n_way: int, n_shot: int) -> None:
     """Write the tables and the picture of the methods' accuracies in each episode."""
     folder, table = REPORTS / dataset, compare(results)
     episodes = range(len(results[REFERENCE]))
@@ -194,13 +192,13 @@ def main() -> None:
 
     methods = METHODS if backbone else FROZEN
 
-    def compute(name: str) -> dict[str, Any]:
+    def compute(name: str) -> Summary:
         method, rate = methods[name], params.learning_rates[0]
         if name in THROUGH:
             rate = choose_rate(method, trials[: params.trial_episodes], params.learning_rates, settings)
         return {"rate": rate, "acc": accuracies(method, shots(episodes, train, test), with_rate(settings, rate))}
 
-    def run_method(name: str) -> dict[str, Any]:
+    def run_method(name: str) -> Summary:
         return remembered(work / f"{name}.json", lambda: compute(name))
 
     done = dict(zip(methods, parallel_map(run_method, list(methods), device, f"few shots of {dataset}"), strict=True))

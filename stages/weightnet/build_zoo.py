@@ -23,7 +23,7 @@ from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.numpy import load_file
 
-from stages.common.files import save_arrays, save_json, save_table
+from stages.common.files import Rows, save_arrays, save_json, save_table
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -71,18 +71,23 @@ def plan_stacks(runs: list[Run], shard: int, stack: int) -> list[list[list[Run]]
     return [[part[i : i + stack] for i in range(0, len(part), stack)] for part in ordered]
 
 
-def train_and_measure(runs: list[Run], traced: Program, images: Images, params: Params) -> dict[str, np.ndarray]:
-    """Return the weights [r, 3, p] of a stack of runs at their snapshots, and what was measured of them [r, 3]."""
+def train_and_measure(
+    runs: list[Run], traced: Program, images: Images, seed: int, *, noise: float, fgsm: tuple[int, float], most: int
+) -> dict[str, np.ndarray]:
+    """Return the weights [r, 3, p] of a stack of runs at their snapshots, and what was measured of them [r, 3].
+
+    noise: its standard deviation in noisy test images; fgsm: attacked images and the step; most: images of a run's own.
+    """
     snapshots = train_stack(traced, runs, *images.train)
     tanh = torch.tensor([one.tanh for one in runs], device=snapshots.device)
-    random = generator(params.seed, "noise of test images")
+    random = generator(seed, "noise of test images")
     pixels = images.test[0]
-    noisy = pixels + params.noise * torch.randn(pixels.shape, generator=random).to(pixels)
-    own = [own_images(draw_all(one, traced, images.train[1]), images, params) for one in runs]
+    noisy = pixels + noise * torch.randn(pixels.shape, generator=random).to(pixels)
+    own = [own_images(draw_all(one, traced, images.train[1]), images, most) for one in runs]
     results = []
     for flat in snapshots.unbind(1):
         weights = traced.layout.unflatten(flat)
-        measured = measure(traced, weights, tanh, images.test, noisy, params.fgsm_images, params.fgsm_step)
+        measured = measure(traced, weights, tanh, images.test, noisy, *fgsm)
         measured["train_acc"] = train_accuracy(traced, weights, tanh, *map(list, zip(*own, strict=True)))
         measured["gap"] = measured["train_acc"] - measured["test_acc"]
         results.append(measured | measure_references(traced, weights, tanh, *images.validation))
@@ -90,17 +95,10 @@ def train_and_measure(runs: list[Run], traced: Program, images: Images, params: 
     return {"weights": snapshots.cpu().numpy(), **arrays}
 
 
-def own_images(draws: Draws, images: Images, params: Params) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images that a run was trained on, with the labels that it was shown; at most as many as test images."""
-    most = params.images.test_images
+def own_images(draws: Draws, images: Images, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images that a run was trained on, at most so many, with the labels that it was shown."""
     where = images.train[0].device
     return images.train[0][draws.images[:most].to(where)], draws.labels[:most].to(where)
-
-
-def stack_folder(dataset: str, params: Params) -> Path:
-    """Return where finished stacks wait: a folder for everything that they follow from, code and data included."""
-    images = fingerprint(Path(f"data/{dataset}.safetensors"))
-    return work_folder(f"build_zoo/{dataset}", params.model_dump(exclude={"variant": {"runs"}}) | {"images": images})
 
 
 def stack_path(work: Path, stack: list[Run]) -> Path:
@@ -131,9 +129,7 @@ def index_row(one: Run, snapshot: int, values: dict[str, float], shard: str, var
     }
 
 
-def gather(
-    stacks: dict[Path, list[Run]], shard: str, varied: list[str]
-) -> tuple[list[Float[np.ndarray, "3 p"]], list[dict[str, Any]]]:
+def gather(stacks: dict[Path, list[Run]], shard: str, varied: list[str]) -> tuple[list[Float[np.ndarray, "3 p"]], Rows]:
     """Return the weights and the rows of the finished stacks of one shard, without runs that diverged: they have no final network."""
     weights, rows = [], []
     for path, stack in stacks.items():
@@ -157,7 +153,7 @@ def spread(values: Float[np.ndarray, " r"]) -> dict[str, float]:
     }
 
 
-def write_report(name: str, rows: list[dict[str, Any]], runs: int, traced: Program) -> None:
+def write_report(name: str, rows: Rows, runs: int, traced: Program) -> None:
     """Write what was measured of a zoo's final networks, as numbers and as a picture; `runs`: with those that diverged."""
     final = {key: np.array([row[key] for row in rows if row["snapshot"] == "final"]) for key in MEASURED}
     count = {"runs": len(final["gap"]), "diverged": runs - len(final["gap"]), "parameters": traced.layout.size}
@@ -183,12 +179,14 @@ def main() -> None:
     names = [f"{architecture}-{i}" for i in range(params.variant.runs)]
     runs = [fit_to(draw_run(one, params.seed, params.recipe), traced, len(images.train[1])) for one in names]
     fitting = max(1, SHARD_WEIGHTS // (len(SNAPSHOTS) * traced.layout.size))
-    work = stack_folder(dataset, params)
+    recipe = params.model_dump(exclude={"variant": {"runs"}})  # finished stacks wait by all that they follow from
+    work = work_folder(f"build_zoo/{dataset}", recipe | {"images": fingerprint(Path(f"data/{dataset}.safetensors"))})
     shards = [
         {stack_path(work, stack): stack for stack in stacks}
         for stacks in plan_stacks(runs, min(params.shard_runs, fitting), params.variant.stack)
     ]
-    finish = partial(train_and_measure, traced=traced, images=images, params=params)
+    finish = partial(train_and_measure, traced=traced, images=images, seed=params.seed, noise=params.noise)
+    finish = partial(finish, fgsm=(params.fgsm_images, params.fgsm_step), most=params.images.test_images)
     compute_pieces(finish, reduce(operator.or_, shards), device, f"train {name}")
 
     rows = []
@@ -196,11 +194,8 @@ def main() -> None:
         file = f"shard-{number:03d}.safetensors"
         weights, of_shard = gather(stacks, file, params.recipe.varied)
         if weights:
-            save_arrays(
-                MODELS / name / file,
-                {"weights": np.concatenate(weights)},
-                traced.layout.metadata | {"input": list(shape)},
-            )
+            metadata = traced.layout.metadata | {"input": list(shape)}
+            save_arrays(MODELS / name / file, {"weights": np.concatenate(weights)}, metadata)
         rows += of_shard
     if not rows:
         raise InputError(f"{name}: all {len(runs)} runs diverged: lower build_zoo.recipe.learning_rate")

@@ -56,6 +56,7 @@ DRAWING = "exam_drawing_"  # how other drawings of the exam are called
 FEWEST = 3  # networks of which a rank correlation says anything
 
 Rows = list[dict[str, Any]]
+Spread = dict[str, float]  # mean and spread
 
 
 class Params(StageParams):
@@ -166,9 +167,9 @@ def score_predictions(table: Table, zoos: dict[str, Zoo], together: bool) -> Row
     return rows
 
 
-def summarise(rows: Rows) -> dict[str, Any]:
+def summarise(rows: Rows) -> dict[str, dict[str, dict[str, Spread]]]:
     """Return mean and spread of some rows: property, predictor, score."""
-    table: dict[str, Any] = {}
+    table: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
         cell = table.setdefault(row["property"], {}).setdefault(row["predictor"], {})
         for name in ("tau", "r2") if row["property"] == "test_acc" else ("tau",):
@@ -179,25 +180,25 @@ def summarise(rows: Rows) -> dict[str, Any]:
     }
 
 
-def taus_of(rows: Rows) -> dict[str, Any]:
+def taus_of(rows: Rows) -> dict[str, Spread]:
     """Return tau of the test accuracy: mean and spread over the rows of each predictor."""
     found = summarise([row for row in rows if row["property"] == "test_acc"])
     return {who: scores["tau"] for who, scores in found["test_acc"].items()} if found else {}
 
 
-def by_architecture(rows: Rows) -> dict[str, Any]:
+def by_architecture(rows: Rows) -> dict[str, dict[str, Spread]]:
     """Return tau of the test accuracy for each architecture and predictor, and its mean and spread over architectures."""
     names = dict.fromkeys(row["architecture"] for row in rows)
     found = {name: taus_of([row for row in rows if row["architecture"] == name]) for name in names}
     return found | {"mean": taus_of(rows)}
 
 
-def learning_curve(rows: Rows, learnt: dict[tuple[str, str], int]) -> dict[str, Any]:
+def learning_curve(rows: Rows, learnt: dict[tuple[str, str], int]) -> dict[str, dict[str, Spread]]:
     """Return tau of the test accuracy over the number of networks learnt from, on the first split: predictor, number.
 
     learnt: that number, for each predictor and task; of references, which learn nothing, there is none.
     """
-    curve: dict[str, Any] = {}
+    curve: dict[str, dict[str, Spread]] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         for who, tau in taus_of([row for row in rows if row["task"] == task and row["split"] == 0]).items():
             if (who, task) in learnt:
@@ -222,7 +223,7 @@ def kept_predictors(dataset: str, zoo: Zoo) -> dict[str, Ensemble | Examiner]:
     return {who: kept for path in paths if path.is_file() for who, kept in load_predictors(path, example).items()}
 
 
-def coverage(table: Table, zoos: dict[str, Zoo], tasks: Callable[[str], bool]) -> dict[str, Any]:
+def coverage(table: Table, zoos: dict[str, Zoo], tasks: Callable[[str], bool]) -> dict[str, dict[str, float]]:
     """Return the share of unseen networks whose properties lie in the intervals of each kept predictor, over some tasks."""
     found: dict[str, list[np.ndarray]] = {}
     for group in table.where(part="test").groups("predictor", "task", "architecture"):
@@ -243,22 +244,24 @@ def over_drawings(rows: Rows) -> dict[str, float]:
     return mean_std(taus) if taus else {}
 
 
-def relabelling(kept: dict[str, Ensemble | Examiner], zoos: dict[str, Zoo], params: Params) -> dict[str, Any]:
-    """Return by how much relabelling the neurons of trained networks changes their outputs, and predictions of test accuracy.
+def relabelling(
+    kept: dict[str, Ensemble | Examiner], zoos: dict[str, Zoo], count: int, seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return by how much relabelling neurons of `count` trained networks changes their outputs, and predictions of test accuracy.
 
     In float64 and relative: outputs to their largest, predictions to their spread over networks. one_sided: what a relabelling
     that is none (one layer's rows alone) changes.
     """
-    random = generator(params.seed, "relabelling")
-    table: dict[str, Any] = {}
+    random = generator(seed, "relabelling")
+    table: dict[str, dict[str, dict[str, float]]] = {}
     for architecture, zoo in zoos.items():
         if len(zoo.symmetry.edges) < 2:  # nothing that one side of could be moved
             continue
-        final = rows_of(zoo, zoo.run, ["final"])[: params.networks]
+        final = rows_of(zoo, zoo.run, ["final"])[:count]
         orders = random_permutations(zoo.symmetry, random)
         images = torch.randn(16, *zoo.program.input_shape, generator=random).double()
         answers: dict[str, list[torch.Tensor]] = {name: [] for name in ("function", *kept)}
-        for rows in final.split(zoo.at_a_time(params.networks)):
+        for rows in final.split(zoo.at_a_time(count)):
             found = zoo.networks(rows)
             networks = replace(found, weights={name: tensor.double() for name, tensor in found.weights.items()})
             relabelled = replace(networks, weights=permute(networks.weights, zoo.symmetry, orders))
@@ -337,7 +340,7 @@ def main() -> None:
         "held_out": by_architecture([row for row in rows if row["task"].startswith(HELD_OUT)]),
         "coverage": coverage(table, zoos, lambda task: task == ALL),
         "coverage_held_out": coverage(table, zoos, lambda task: task.startswith(HELD_OUT)),
-        "relabelling": relabelling(kept, zoos, params),
+        "relabelling": relabelling(kept, zoos, params.networks, params.seed),
     }
     save_json(folder / "summary.json", summary)
     save_json(folder / "metrics.json", headline_metrics(summary | {"scores": scores["test_acc"]}, HEADLINES))

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from stages.common.checkpoints import SUFFIXES
-from stages.common.files import save_arrays, save_json, save_table
+from stages.common.files import Rows, save_arrays, save_json, save_table
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, lookup, run
 from stages.weightnet.tracing.program import Program, rescaled_input
@@ -140,7 +140,7 @@ class Read:
 
     program: Program
     weights: list[np.ndarray]  # [p] each
-    rows: list[dict[str, Any]]
+    rows: Rows
 
 
 def read_all(
@@ -183,7 +183,7 @@ def read_all(
 
 def may_be_left_out(found: dict[str, Read]) -> list[str]:
     """Return the architectures without whose groups enough are there to learn from."""
-    groups = {label: {row["run"].rpartition("-")[2] for row in read.rows} for label, read in found.items()}
+    groups = {label: {str(row["run"]).rpartition("-")[2] for row in read.rows} for label, read in found.items()}
     others = {
         label: set().union(*(g for name, g in groups.items() if name != label)) - groups[label] for label in groups
     }

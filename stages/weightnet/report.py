@@ -1,8 +1,6 @@
 """The report's section on predicted properties of networks."""
 
-from typing import Any
-
-from stages.common.files import load_json
+from stages.common.files import Summary, load_json
 from stages.common.report import REPORTS, Cell, Detail, Row, Section, Table, decimal, pictures, row, short
 from stages.weightnet.captions import ABLATIONS, BASELINES, PREDICTORS, PROPERTY_LABELS, predictor
 
@@ -68,7 +66,7 @@ def weightnet_section(dataset: str) -> Section:
     )
 
 
-def verdict(scores: dict[str, Any], runs: int) -> tuple[str, str]:
+def verdict(scores: Summary, runs: int) -> tuple[str, str]:
     """Return what was found, and the baselines."""
     taus = {name: short(found["tau"]["mean"]) for name, found in scores["test_acc"].items()}
     return (
@@ -79,7 +77,7 @@ def verdict(scores: dict[str, Any], runs: int) -> tuple[str, str]:
     )
 
 
-def headline(summary: dict[str, Any], scores: dict[str, Any], of: str) -> Table:
+def headline(summary: Summary, scores: Summary, of: str) -> Table:
     """Kendall's tau of some properties, and of accuracy on unseen architectures, best first."""
     properties, unseen = ("test_acc", "fgsm_acc", "calibration_error"), summary["held_out"]["mean"]
     order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
@@ -102,12 +100,12 @@ def headline(summary: dict[str, Any], scores: dict[str, Any], of: str) -> Table:
     )
 
 
-def tau(found: dict[str, Any], name: str) -> Cell:
+def tau(found: Summary, name: str) -> Cell:
     """Return a predictor's tau of one property, if it has one."""
     return decimal(found[name]["tau"]) if name in found else Cell("")
 
 
-def property_table(scores: dict[str, Any], of: str) -> Table:
+def property_table(scores: Summary, of: str) -> Table:
     """Kendall's tau of every property, and R² of accuracy."""
     order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
     rows = [
@@ -128,7 +126,7 @@ def property_table(scores: dict[str, Any], of: str) -> Table:
     )
 
 
-def of_exam(scores: dict[str, Any]) -> dict[str, Any]:
+def of_exam(scores: Summary) -> Summary:
     """Return the scores of the exam, of its ablations and of what it is joined with."""
     return {
         kind: {name: found for name, found in of_kind.items() if name.startswith("exam")}
@@ -136,7 +134,7 @@ def of_exam(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def curve_table(curve: dict[str, Any]) -> Table:
+def curve_table(curve: Summary) -> Table:
     """Kendall's tau of test accuracy over the number of networks learnt from."""
     numbers = sorted({int(n) for points in curve.values() for n in points})
     rows = [
@@ -147,7 +145,7 @@ def curve_table(curve: dict[str, Any]) -> Table:
     return Table(caption, ["predictor", *(f"{n} networks" for n in numbers)], rows, ["", *["high"] * len(numbers)])
 
 
-def architecture_tables(summary: dict[str, Any]) -> list[Table]:
+def architecture_tables(summary: Summary) -> list[Table]:
     """Kendall's tau of test accuracy over architectures, pooled: a single zoo of a few networks says little."""
     captions = {
         "held_out": "Each architecture left out and predicted from the others",
@@ -177,7 +175,7 @@ def architecture_tables(summary: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def interval_table(summary: dict[str, Any]) -> Table:
+def interval_table(summary: Summary) -> Table:
     """How often intervals for 90 % of networks hold."""
     rows = [
         row(f"{predictor(who)}, {of}", *(f"{fraction:.0%}" for fraction in fractions.values()))
@@ -188,7 +186,7 @@ def interval_table(summary: dict[str, Any]) -> Table:
     return Table("Fraction of unseen networks inside intervals for 90 % (n = 1 split).", header, rows)
 
 
-def relabelled_table(summary: dict[str, Any]) -> Table:
+def relabelled_table(summary: Summary) -> Table:
     """What relabelling hidden neurons changes."""
     what = {"function": "the network's outputs"}
     rows = [

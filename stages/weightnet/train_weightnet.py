@@ -111,30 +111,32 @@ def predict(models: Sequence[Predictor], data: Data, rows: dict[str, Rows]) -> F
     return torch.cat(found)
 
 
-def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[Predictor, list[dict[str, Any]]]:
+def train_predictor(
+    job: Job, number: int, data: Data, seed: int, *, batch_size: int, weight_decay: float, rescaling: float
+) -> tuple[Predictor, list[dict[str, Any]]]:
     """Return one of a job's predictors at its best epoch on validation runs, and a history row for each epoch."""
     member = job.member
-    seed = (params.seed + job.split) * job.task.seeds + number
+    seed = (seed + job.split) * job.task.seeds + number
     random = generator(seed, f"{job.name} {job.task_name}")
     first = next(iter(data.split.train))
     example = data.zoos[first].networks(data.split.train[first][:2])
     config = member.model_dump() | {"properties": len(data.measured)}
     model = Predictor(config, example, data.inputs[first].shape[1], seed)
-    steps = member.epochs * len(batches(data, params.batch_size, generator(0, "count")))
-    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=params.weight_decay)
+    steps = member.epochs * len(batches(data, batch_size, generator(0, "count")))
+    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=weight_decay)
     rate = warmup_times_cosine(member.learning_rate, steps, WARMUP_FRACTION)
     truth = data.part(data.split.validation, data.targets)
     step, best, history = 0, {}, []
     for epoch in range(1, member.epochs + 1):
         model.train()
         total = 0.0
-        for name, rows in batches(data, params.batch_size, random):
+        for name, rows in batches(data, batch_size, random):
             set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
             for part in rows.split(data.zoos[name].at_a_time(len(rows))):
                 networks = data.zoos[name].networks(part)
                 if member.augment:
-                    networks = augmented(networks, params.rescaling, random)
+                    networks = augmented(networks, rescaling, random)
                 loss = loss_on_known(model(networks, data.inputs[name][part]), data.targets[name][part])
                 (loss * (len(part) / len(rows))).backward()
                 total += loss.item() * len(part)
@@ -148,7 +150,7 @@ def train_predictor(job: Job, number: int, data: Data, params: Params) -> tuple[
         who = {"predictor": job.name, "task": job.task_name, "split": job.split, "number": number}
         who["run"] = " ".join(map(str, who.values()))
         history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
-        require_convergence(total / n, history[0]["train_loss"], f"{who['run']}, epoch {epoch}", REMEDY)
+        require_convergence(total / n, f"{who['run']}, epoch {epoch}", REMEDY, history[0]["train_loss"])
     model.load_state_dict(best)
     return model, history
 
@@ -177,7 +179,8 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
         case "nearest":
             predictions = {job.name: nearest(data)}
         case _:
-            trained = [train_predictor(job, number, data, params) for number in range(task.seeds)]
+            settings = params.model_dump(include={"batch_size", "weight_decay", "rescaling"})
+            trained = [train_predictor(job, number, data, params.seed, **settings) for number in range(task.seeds)]
             models, history = [model for model, _ in trained], [row for _, rows in trained for row in rows]
             validation, test = (predict(models, data, rows) for rows in (split.validation, split.test))
             predictions = {job.name: (validation, test)}
@@ -228,12 +231,14 @@ def table_rows(job: Job, result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def job_folder(job: Job, params: Params, data: str) -> Path:
-    """Return where a finished predictor waits: a folder for everything that it follows from; data: a hash of the zoo."""
-    recipe = params.model_dump(exclude={"variant", "tasks", "member", "skipped"})
+def job_folder(job: Job, recipe: dict[str, object], data: str) -> Path:
+    """Return where a finished predictor waits: a folder for everything that it follows from.
+
+    recipe: the params of all jobs; data: a hash of the zoo.
+    """
     task = {key: value for key, value in vars(job.task).items() if key != "splits"}
-    recipe |= vars(job) | {"member": job.member.model_dump(), "task": task, "data": data}
-    return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe)
+    of_job = vars(job) | {"member": job.member.model_dump(), "task": task, "data": data}
+    return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe | of_job)
 
 
 def parse_members(params: Params, dataset: str, family: str) -> dict[str, Member]:
@@ -277,8 +282,9 @@ def main() -> None:
     statistics = {(name, pooled): statistics_of(zoos[name], pooled) for name, pooled in sorted(needed)}
     data = fingerprint(*(path for zoo in zoos.values() for path in zoo.files))
 
+    recipe = params.model_dump(exclude={"variant", "tasks", "member", "skipped"})
     paths = [
-        job_folder(job, params, data) / "result.pt" for job in jobs
+        job_folder(job, recipe, data) / "result.pt" for job in jobs
     ]  # now: threads import modules while they train
 
     def finish(place: int) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from stages.bilinear.train_bilinear import Params, run_config
+from stages.bilinear.train_bilinear import Params
 from stages.common.stage import InputError
 
 
 @pytest.mark.usefixtures("project")
 def test_a_runs_config_is_made_of_params_and_its_seed():
     params = Params.load("train_bilinear", "digits")
-    config = run_config("digits", "two_layer", 7, params)
+    config = params.config("digits", "two_layer", 7)
     assert config["seed"] == 7
     assert config["run_dir"] == "models/train_bilinear/digits/two_layer/seed7"
     assert config["dataset"] == {"name": "digits", "validation_fraction": 0.15, "split_seed": 0}
@@ -21,7 +21,7 @@ def test_a_runs_config_is_made_of_params_and_its_seed():
     )  # as checkpoints were before there were such values
     values = params.model_dump() | {"gradient_clip": 1.0}
     clipped = Params.parse(values, lambda path: f"train_bilinear.{'.'.join(path)}")
-    assert run_config("digits", "two_layer", 7, clipped)["train"]["gradient_clip"] == 1.0
+    assert clipped.config("digits", "two_layer", 7)["train"]["gradient_clip"] == 1.0
 
 
 @pytest.mark.usefixtures("project")

@@ -40,11 +40,11 @@ def test_the_learning_rate_of_every_group_is_set():
 
 def test_divergence_is_a_loss_far_above_that_of_the_untrained_network_or_no_number():
     for loss in (0.0, 1.0, 2.3, 2 * 2.3):
-        require_convergence(loss, 2.3, "run 1", "lower the rate")
+        require_convergence(loss, "run 1", "lower the rate", 2.3)
     with pytest.raises(
         InputError, match=r"^run 1: training diverged, its loss is 60 and was 2.3 untrained: lower the rate$"
     ):
-        require_convergence(60.0, 2.3, "run 1", "lower the rate")
+        require_convergence(60.0, "run 1", "lower the rate", 2.3)
     for loss in (math.nan, math.inf):
         with pytest.raises(InputError, match=r"^run 1: training diverged, its loss is not finite: lower the rate$"):
-            require_convergence(loss, math.inf, "run 1", "lower the rate")
+            require_convergence(loss, "run 1", "lower the rate")

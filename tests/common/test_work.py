@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
-from reproduction import ROOT
+from reproduction import ROOT, set_params
 from running import start
 
 from stages.common import work
@@ -49,7 +48,7 @@ def slow(folder: Path, item: int) -> int:
 
 
 def test_a_zoo_built_on_a_cluster_has_the_same_bytes(cluster, project, monkeypatch):
-    apply_overrides(project / "params.yaml", ["build_zoo.variants.flat={runs: 8, stack: 2}"])
+    set_params(project / "params.yaml", ["build_zoo.variants.flat={runs: 8, stack: 2}"])
     start(monkeypatch, fetch_data, dataset="digits")
     start(monkeypatch, build_zoo, dataset="digits", variant="flat")
     first = {path.name: path.read_bytes() for path in Path("models/build_zoo/digits-flat").iterdir()}

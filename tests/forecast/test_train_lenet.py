@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from dvc.utils.hydra import apply_overrides
+from reproduction import set_params
 from running import start
 
 from stages.common.stage import InputError
@@ -19,7 +19,7 @@ def outputs(project: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_stage_trains_only_what_is_missing_to_the_same_bytes(project, monkeypatch):
-    apply_overrides(project / "params.yaml", ["train_lenet.steps=4"])
+    set_params(project / "params.yaml", ["train_lenet.steps=4"])
     start(monkeypatch, fetch_data, dataset="digits")
     start(monkeypatch, train_lenet, dataset="digits")
     whole, trained, train = outputs(project), [], train_lenet.train_lenet

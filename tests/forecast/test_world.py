@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
-from reproduction import ROOT
+from reproduction import ROOT, set_params
 
 from stages.common.files import save_arrays
 from stages.forecast import learn_world, train_world
@@ -23,7 +22,7 @@ def params(tmp_path, monkeypatch) -> Params:
     small += ["learn_world.datasets=[digits,mnist]", "learn_world.strides=[1,2,3]", "learn_world.origins=2"]
     small += ["learn_world.reference_images=20", "learn_world.function_origins=2"]
     small += ["learn_world.variants.weights_only.steps=5", "learn_world.variants.weights_only.d_model=4"]
-    apply_overrides(tmp_path / "params.yaml", small)
+    set_params(tmp_path / "params.yaml", small)
     monkeypatch.chdir(tmp_path)
     return Params.load("train_world", "digits")
 

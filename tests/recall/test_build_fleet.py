@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from stages.common.backbone import build_vit, load_backbone
 from stages.common.files import load_metadata
 from stages.common.mae import MaskedAutoencoder
-from stages.common.times import Loader
+from stages.common.stage import Loader
 from stages.common.vectors import Layout
 from stages.recall import build_fleet
 from stages.recall.build_fleet import Variant

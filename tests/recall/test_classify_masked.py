@@ -122,7 +122,6 @@ def test_the_network_that_is_kept_has_the_accuracy_that_is_reported(monkeypatch)
 
 @pytest.mark.parametrize("method", ["fine_tuned", "random_encoder"])
 def test_validation_images_choose_and_all_seeds_are_tested(base, monkeypatch, method):
-    params = CLASSIFY.model_copy(update={"seeds": [0, 4, 5], "learning_rates": [1.0, 2.0], "penalties": [3.0, 4.0]})
     trained, measured = [], []
 
     def train(_base, _method, strengths, seed, data, batches) -> list[dict]:
@@ -138,9 +137,8 @@ def test_validation_images_choose_and_all_seeds_are_tested(base, monkeypatch, me
 
     monkeypatch.setattr(classify_masked, "train_method", train)
     monkeypatch.setattr(classify_masked, "accuracies", measure)
-    kept, tested = choose_and_test(base, METHODS[method], params, "fit", "validation", "test")
-    tuned = METHODS[method].tuned
-    best, strengths = (2.0, [1.0, 2.0]) if tuned else (3.0, [3.0, 4.0])
+    best, strengths = (2.0, [1.0, 2.0]) if METHODS[method].tuned else (3.0, [3.0, 4.0])
+    kept, tested = choose_and_test(base, METHODS[method], strengths, [0, 4, 5], BATCHES, "fit", "validation", "test")
     assert trained == [(strengths, 0), ([best], 4), ([best], 5)]
     assert kept == {"network": (best, 0)}
     assert [pair for pair in measured if pair[1] == "test"] == [((best, seed), "test") for seed in (0, 4, 5)]

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vit import SIDE, save_inputs, seeded
 
 from stages.common.images import load_images
-from stages.common.stage import InputError
-from stages.common.times import Loader
+from stages.common.stage import InputError, Loader
 from stages.common.vectors import Layout
 from stages.recall import adapt_backbone, audit, audit_backbone
 from stages.recall.adapter_files import load_adapter, save_adapter
@@ -216,7 +215,7 @@ def test_a_fleet_does_not_depend_on_what_trains_beside(made, monkeypatch):
     _, base = parts_of(AUDITOR)
     images = adapt_backbone.patchify_pools(base, train, test, 16, 20)
     for kind, ranks in (("adapter", 8), ("whole", 0)):
-        fine_tunes = adapt_backbone.draw(kind, params, train)[:3]
+        fine_tunes = adapt_backbone.draw(kind, params.recipes[kind], (3, 0), params.seed, train)
         tuning = adapt_backbone.Tuning(base, ranks, 8)
         heads = {f.name: place == 1 for place, f in enumerate(fine_tunes)}
         tuning = pickle.loads(pickle.dumps(tuning))  # as it travels to a cluster

@@ -24,7 +24,6 @@ from stages.recall.pools import POOLS, pool
 from stages.recall.train_mae import (
     Params,
     build_mae,
-    mae_config,
     masked_errors,
     normalisation,
     position_spread,
@@ -50,13 +49,13 @@ def drawn(n: int, purpose: str) -> torch.Tensor:
 
 
 def test_patches_know_their_place_and_training_does_not_change_it(params, tmp_path):
-    model = build_mae(mae_config(params), params.seed)
+    model = build_mae(params.config(), params.seed)
     before = [p.clone() for p in positions(model)]
     assert min(position_spread(model)) > 0.1
     for p in before:
         distances = torch.cdist(p[0], p[0]) + torch.eye(p.shape[1])
         assert distances.min() > 0.1
-    train_mae.train_mae(model, drawn(64, "train"), drawn(16, "validation"), params, tmp_path)
+    train_mae.train_mae(model, drawn(64, "train"), drawn(16, "validation"), tmp_path, **params.training())
     assert all(torch.equal(a, b) for a, b in zip(before, positions(model), strict=True))
     assert position_spread(ViTMAEForPreTraining(model.config)) == (0, 0)  # what is mended here
 
@@ -67,10 +66,10 @@ def positions(model: ViTMAEForPreTraining) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("steps", [0, 5])
 def test_under_timms_names_it_computes_the_same(params, tmp_path, steps):
-    mae = build_mae(mae_config(params), params.seed)
+    mae = build_mae(params.config(), params.seed)
     if steps:
         params = params.model_copy(update={"steps": steps, "learning_rate": 0.02})
-        train_mae.train_mae(mae, drawn(64, "train"), drawn(16, "validation"), params, tmp_path)
+        train_mae.train_mae(mae, drawn(64, "train"), drawn(16, "validation"), tmp_path, **params.training())
     vit = vit_of_mae(mae.config.to_dict())
     vit.load_state_dict(mae_to_timm(mae.state_dict()))
     config = BackboneConfig(train_mae.PLAIN_VIT, False, params.image_size, shape_of(vit))
@@ -117,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(project, monkeypatch):
 
 
 def test_guesses_without_a_network_are_what_they_say(params):
-    model = MaskedAutoencoder(vit_of_mae(build_mae(mae_config(params), params.seed).config.to_dict())).eval()
+    model = MaskedAutoencoder(vit_of_mae(build_mae(params.config(), params.seed).config.to_dict())).eval()
     x, noise = drawn(600, "test"), torch.rand(600, 16)
     hidden = model(x, noise, 0.75)[1]
     errors = masked_errors(model, x, noise, x.mean(0, keepdim=True), 0.75)
@@ -160,7 +159,9 @@ def test_only_the_base_pool_is_learnt_from(project, monkeypatch):
     set_params(steps=1)
     seen = []
     monkeypatch.setattr(
-        train_mae, "train_mae", lambda _model, train, validation, *_: seen.extend([train, validation]) or [{"step": 1}]
+        train_mae,
+        "train_mae",
+        lambda _model, train, validation, *_, **__: seen.extend([train, validation]) or [{"step": 1}],
     )
     start(monkeypatch, train_mae, dataset="shapes")
     images = load_images("shapes", CPU)[0]

@@ -27,11 +27,21 @@ from typing import Any
 
 import yaml
 from dvc.repo import Repo
-from dvc.utils.hydra import apply_overrides
-from reproduction import EXPECTED, ROOT, alike, command, differences, flatten, kind_of, scale_overrides, width
+from reproduction import (
+    EXPECTED,
+    ROOT,
+    alike,
+    command,
+    differences,
+    flatten,
+    kind_of,
+    scale_overrides,
+    set_params,
+    width,
+)
 
 sys.path.insert(0, str(ROOT))  # the project need not be installed
-from stages.common.times import noted
+from stages.common.stage import Loader, noted
 from stages.report import card
 
 RECORDS = ROOT / "reports/records"
@@ -63,13 +73,13 @@ def params_text(scale: str) -> str:
         path = Path(folder, "params.yaml")
         path.write_text(command(ROOT, "git", "show", "HEAD:params.yaml"))
         if changes := overrides(scale):
-            apply_overrides(path, changes)
+            set_params(path, changes)
         return path.read_text()
 
 
 def settings(scale: str) -> dict[str, Any]:
     """Return the values of a scale."""
-    return dict(yaml.safe_load(params_text(scale)))
+    return dict(yaml.load(params_text(scale), Loader))
 
 
 def summaries() -> dict[str, dict[str, Any]]:
@@ -85,7 +95,7 @@ def summaries() -> dict[str, dict[str, Any]]:
 
 def refuse_unfinished(scale: str) -> None:
     """Raise RecordError unless what lies here was made by this commit with this scale's settings."""
-    if yaml.safe_load((ROOT / "params.yaml").read_text()) != settings(scale):
+    if yaml.load((ROOT / "params.yaml").read_text(), Loader) != settings(scale):
         raise RecordError(f"params.yaml is not that of {scale}: run 'python tests/tools/records.py run {scale}'")
     if changed := command(ROOT, "git", "status", "--porcelain", "--untracked-files=no", "--", *DECIDES).split("\n")[
         :-1
@@ -209,7 +219,7 @@ def read(name: str) -> dict[str, Any]:
 
 def known() -> dict[str, Any]:
     """Return the numbers of all records by the record's name, and what is set: params.yaml as `params`."""
-    found: dict[str, Any] = {"params": yaml.safe_load((ROOT / "params.yaml").read_text())}
+    found: dict[str, Any] = {"params": yaml.load((ROOT / "params.yaml").read_text(), Loader)}
     for path in sorted(RECORDS.glob("*.json")):
         record = read(path.stem)
         measured = path.stem == MEASURED
@@ -243,11 +253,11 @@ def run(scale: str) -> str:
     """Run a scale in the working tree and keep its record. Stages that are finished are not run again, and long ones go on."""
     lock = ROOT / "dvc.lock"
     try:
-        yaml.safe_load(lock.read_text())
+        yaml.load(lock.read_text(), Loader)
     except yaml.YAMLError:
         print(MENDABLE)
         command(ROOT, "git", "checkout", "--", "dvc.lock")
-    if yaml.safe_load((ROOT / "params.yaml").read_text()) not in (settings("default"), settings(scale)):
+    if yaml.load((ROOT / "params.yaml").read_text(), Loader) not in (settings("default"), settings(scale)):
         raise RecordError(
             f"params.yaml is neither the committed one nor that of {scale}: commit it, or 'git checkout params.yaml'"
         )

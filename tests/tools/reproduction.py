@@ -20,6 +20,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,21 @@ def scale_overrides(name: str) -> list[str]:
     return words[1::2]
 
 
+@cache
+def overridden(text: str, *settings: str) -> str:
+    """Return the text of a params.yaml with `key=value` settings, as `dvc exp run -S` writes it; it takes DVC half a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "params.yaml")
+        path.write_text(text)
+        apply_overrides(path, list(settings))  # raises on a key that the text lacks
+        return path.read_text()
+
+
+def set_params(path: Path, settings: list[str]) -> None:
+    """Change a params.yaml by `key=value` settings; what a process has set once before, it does not compute again."""
+    path.write_text(overridden(path.read_text(), *settings))
+
+
 def command(folder: Path, *words: str) -> str:
     """Run a command in `folder` and return what it prints; its errors are shown and raised."""
     done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -137,7 +153,7 @@ def clone(source: Path, target: Path) -> Path:
 def smoke_clone(target: Path) -> Path:
     """Clone the project and set its params to smoke scale, as `dvc exp run $(grep -v '#' stages/scales/smoke.args)` would."""
     clone(ROOT, target)
-    apply_overrides(target / "params.yaml", scale_overrides("smoke"))
+    set_params(target / "params.yaml", scale_overrides("smoke"))
     return target
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dvc.utils.hydra import apply_overrides
 from PIL import Image
-from reproduction import ROOT
+from reproduction import ROOT, set_params
 from running import start
 from safetensors.torch import load_file, save_file
 
@@ -40,7 +39,7 @@ def folder(project):
         place = project / "rafdb" / ("train" if i % 12 < 8 else "test") / EMOTIONS[labels[i]]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).convert("RGB").save(place / f"{i}.png")
-    apply_overrides(project / "params.yaml", SETTINGS)
+    set_params(project / "params.yaml", SETTINGS)
     (project / RELEASED).mkdir(parents=True)
     shutil.copy(ROOT / RELEASED / "backbone.safetensors", project / RELEASED)
     return project
@@ -68,7 +67,7 @@ def test_a_cnn_with_a_file_of_weights_goes_through_on_held_out_images(folder, mo
     settings += ["extract_features.overrides.rafdb.train_images=36", "extract_features.base_images=20"]
     settings += ["extract_features.layer_episodes.n_way=3", "extract_features.layer_episodes.n_shot=1"]
     settings += ["train_few_shot.overrides.rafdb.n_way=2", "train_few_shot.n_shot=1", "train_few_shot.episodes=3"]
-    apply_overrides(folder / "params.yaml", settings)
+    set_params(folder / "params.yaml", settings)
     for stage in (fetch_data, extract_features, train_few_shot):
         start(monkeypatch, stage, dataset="rafdb")
     about = json.loads((folder / "reports/extract_features/rafdb/network.json").read_text())

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
-from reproduction import ROOT
+from reproduction import ROOT, set_params
 from running import start
 
 from stages.common.images import load_images
@@ -32,7 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copy(ROOT / "params.yaml", folder)
         runs, images, steps = "variants.cnn3.runs=256", "images.test_images=200", "recipe.steps=[10,60]"
         settings = [f"build_zoo.{setting}" for setting in (runs, images, steps, "fgsm_images=100")]
-        apply_overrides(folder / "params.yaml", settings)
+        set_params(folder / "params.yaml", settings)
         patch.chdir(folder)
         patch.setenv("WEIGHTLENS_DEVICE", "cpu")
         patch.delenv("RAY_ADDRESS", raising=False)

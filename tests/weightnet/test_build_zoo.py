@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
+from reproduction import set_params
 from running import start
 from small_networks import RECIPE, outputs, seeded, zoo_networks
 from torch.nn.functional import cross_entropy
@@ -50,7 +50,7 @@ def test_fgsm_moves_every_pixel_by_its_step_and_raises_the_loss():
 def grow(monkeypatch, project, runs: int) -> None:
     """Build a zoo of so many runs in the working folder, in shards of 4."""
     settings = [f"build_zoo.variants.cnn3.runs={runs}", "build_zoo.shard_runs=4"]
-    apply_overrides(project / "params.yaml", settings)
+    set_params(project / "params.yaml", settings)
     monkeypatch.setattr(build_zoo.pictures, "draw_zoo", lambda *_: None)
     start(monkeypatch, build_zoo, dataset="digits", variant="cnn3")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
+from reproduction import set_params
 from running import start
 from safetensors.torch import save_file
 from small_networks import ask
@@ -47,7 +47,7 @@ def build(name: str, seed: int) -> nn.Module:
 @pytest.fixture
 def folder(project: Path) -> Path:
     """Forty networks of random weights, larger the better they are said to be, in three formats, two by two in groups."""
-    apply_overrides(
+    set_params(
         project / "params.yaml",
         ["train_weightnet.overrides.own.tasks.splits=2", "train_weightnet.trees=4", "train_weightnet.exam.inputs=32"],
     )

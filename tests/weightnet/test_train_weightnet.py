@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dvc.utils.hydra import apply_overrides
+from reproduction import set_params
 from running import start
 from small_networks import member, seeded, select
 
@@ -39,7 +39,8 @@ def test_several_predictors_predict_their_mean_from_first_weights_of_their_own(b
     fractions = (params.validation_fraction, params.test_fraction)
     split = split_zoos(zoos, ["cnn3"], ["cnn3"], fractions, params.snapshots, 1.0, params.seed)
     data = prepare(zoos, split, "stats", statistics, pooled=True)
-    models = [train_weightnet.train_predictor(job, number, data, params)[0] for number in range(2)]
+    settings = {"batch_size": params.batch_size, "weight_decay": params.weight_decay, "rescaling": params.rescaling}
+    models = [train_weightnet.train_predictor(job, number, data, params.seed, **settings)[0] for number in range(2)]
     alone = torch.stack([train_weightnet.predict([model], data, split.test) for model in models])
     assert (alone[0] - alone[1]).abs().min() > 0
     mean = from_scale(alone.mean(0) * data.scale["target_std"] + data.scale["target_mean"])
@@ -126,7 +127,7 @@ def test_a_killed_family_trains_only_the_rest_and_ends_with_the_same_bytes(proje
     ],
 )
 def test_a_mistake_in_a_member_is_named_where_it_was_made(project, setting, key):
-    apply_overrides(project / "params.yaml", [f"train_weightnet.{setting}"])
+    set_params(project / "params.yaml", [f"train_weightnet.{setting}"])
     params = TrainParams.load("train_weightnet", "digits", "baselines")
     with pytest.raises(InputError, match=rf"^params.yaml: train_weightnet.{key}: "):
         train_weightnet.parse_members(params, "digits", "baselines")

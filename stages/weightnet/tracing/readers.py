@@ -187,7 +187,7 @@ def read_dropout(r: Recorder, y: Tensor, x: Operand, p: float = 0.5, training: b
         r.same(x, y)
 
 
-def read_reshape(r: Recorder, y: Tensor, x: Operand, *_: Any, **__: Any) -> None:
+def read_reshape(r: Recorder, y: Tensor, x: Operand, *_: object, **__: object) -> None:
     """view, reshape, flatten, squeeze, unsqueeze, unflatten: the shape of the result says all.
 
     Images stay together if as many numbers lie before the axis of the batch as there did; the axis may be cut into parts.
@@ -258,7 +258,7 @@ def read_rms_norm(
     r.add("rms_norm", [x], y, options, r.weights(weight=weight))
 
 
-def read_adaptive_mean(r: Recorder, y: Tensor, x: Operand, output_size: Any) -> None:
+def read_adaptive_mean(r: Recorder, y: Tensor, x: Operand, output_size: object) -> None:
     """torch.nn.functional.adaptive_avg_pool1d, to one number."""
     if output_size not in (1, (1,), [1]):
         raise NotFollowed("pools along one axis to more than one number are not supported")
@@ -266,7 +266,7 @@ def read_adaptive_mean(r: Recorder, y: Tensor, x: Operand, output_size: Any) -> 
 
 
 def read_mean_pool(
-    r: Recorder, y: Tensor, x: Operand, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *_: Any
+    r: Recorder, y: Tensor, x: Operand, kernel_size: Size, stride: Size | None = None, padding: Size = 0, *_: object
 ) -> None:
     """torch.avg_pool1d of windows that lie side by side: they become an axis, over which the mean goes."""
     sizes = [
@@ -319,7 +319,9 @@ def read_repeat(r: Recorder, y: Tensor, x: Operand, *sizes: Any) -> None:
     r.add("repeat", [x], y, {"sizes": (*[1] * (x.batch.parts > 1), *own)})
 
 
-def read_repeat_interleave(r: Recorder, y: Tensor, x: Operand, repeats: int, dim: int | None = None, **_: Any) -> None:
+def read_repeat_interleave(
+    r: Recorder, y: Tensor, x: Operand, repeats: int, dim: int | None = None, **_: object
+) -> None:
     """torch.repeat_interleave along an axis: of the batch, every image is given to each of its parts."""
     if dim is None or not isinstance(repeats, int):
         raise NotFollowed("it is called in a way that is not supported")
@@ -577,7 +579,7 @@ def read_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: int) -> Non
     _part(r, y, x, dim, index)
 
 
-def read_split(r: Recorder, y: Tensor, x: Operand, _size: Any = None, dim: int = 0, **_: Any) -> None:
+def read_split(r: Recorder, y: Tensor, x: Operand, _size: object = None, dim: int = 0, **_: object) -> None:
     """torch.split and chunk: their parts one after the other."""
     start = 0
     for part in y:
@@ -627,7 +629,7 @@ def read_movedim(r: Recorder, y: Tensor, x: Operand, source: int, destination: i
     read_permute(r, y, x, dims)
 
 
-def read_expand(r: Recorder, y: Tensor, x: Operand, *_: Any) -> None:
+def read_expand(r: Recorder, y: Tensor, x: Operand, *_: object) -> None:
     """torch.expand and expand_as."""
     if tuple(y.shape) == x.shape:
         r.same(x, y)

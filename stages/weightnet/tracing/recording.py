@@ -131,17 +131,17 @@ class Recorder(TorchFunctionMode):
                 self.hooks.append(module.register_forward_hook(self._leave))
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for hook in self.hooks:
             hook.remove()
 
-    def _enter(self, name: str, module: nn.Module, _inputs: Any) -> None:
+    def _enter(self, name: str, module: nn.Module, _inputs: object) -> None:
         if isinstance(module, UNSUPPORTED):
             raise InputError(f"step {name or 'of the network'}: {type(module).__name__}, which is not supported")
         self.path.append(name)
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, *_: object) -> None:
         self.path.pop()
 
     def __torch_function__(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stages.common.files import load_json, load_metadata, load_table, remedy, require
+from stages.common.files import Rows, load_json, load_metadata, load_table, remedy, require
 from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.stage import InputError, StageParams
 from stages.weightnet.tracing.program import Program
@@ -141,7 +141,7 @@ def load_zoo(dataset: str, architecture: str) -> Zoo:
     folder = ZOO / f"{dataset}-{architecture}"
     index = load_table(folder / "index.parquet")
     files = tuple(require(folder / name) for name in dict.fromkeys(index["shard"]))
-    metadata: list[dict[str, Any]] = [load_metadata(file) for file in files]
+    metadata: Rows = [load_metadata(file) for file in files]
     own = metadata[0] if "program" in metadata[0] else None
     if own is None:
         program, symmetry = zoo_program(architecture, *metadata[0]["input"])

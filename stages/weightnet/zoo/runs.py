@@ -48,20 +48,20 @@ class Recipe(StageParams):
 
     @property
     def varied(self) -> list[str]:
-        """The hyper-parameters of `PLAIN` that differ between runs."""
-        choices = {
-            "adamw": "adamw" in self.optimizers,
-            "momentum": len(self.momenta) > 1,
-            "schedule": len(self.schedules) > 1,
-            "init": len(self.inits) > 1,
-            "shift": len(self.shifts) > 1,
-            "epochs": len(self.least_epochs) > 1,
-        }
-        return [name for name, varies in choices.items() if varies]
+        """The hyper-parameters of `OPTIONS` that differ between runs; Adam and SGD alone differ in `sgd`."""
+        lists = {name: getattr(self, key) for name, (_, key) in OPTIONS.items()}
+        lists["adamw"] = {False} | {name == "adamw" for name in self.optimizers}
+        return [name for name, choices in lists.items() if len(choices) > 1]
 
 
-# what a run does unless its recipe says otherwise
-PLAIN = {"adamw": False, "momentum": 0.9, "schedule": "constant", "init": "he", "shift": 0, "epochs": 0}
+OPTIONS = {  # what a run does unless its recipe says otherwise, and the recipe's list of choices
+    "adamw": (False, "optimizers"),
+    "momentum": (0.9, "momenta"),
+    "schedule": ("constant", "schedules"),
+    "init": ("he", "inits"),
+    "shift": (0, "shifts"),
+    "epochs": (0, "least_epochs"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Run:
 
     @property
     def config(self) -> str:
-        """A hash of the hyper-parameters, those of `PLAIN` where they are not plain: 12 hexadecimal digits."""
+        """A hash of the hyper-parameters, those of `OPTIONS` where they are not plain: 12 hexadecimal digits."""
         own = {key: value for key, value in vars(self).items() if key not in ("name", "seed")}
-        values = {key: value for key, value in own.items() if key not in PLAIN or value != PLAIN[key]}
+        values = {key: value for key, value in own.items() if key not in OPTIONS or value != OPTIONS[key][0]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -169,8 +169,8 @@ class Draws:
     images: Int[Tensor, " m"]  # which training images it sees
     labels: Int[Tensor, " m"]  # as it sees them
     batches: Int[Tensor, "t b"]  # places in `images`
-    kept: list[Bool[Tensor, "t b f"]]  # what each dropout step keeps; empty without dropout
-    moves: Int[Tensor, "t b 2"]  # pixels that each image is moved down and right; empty without shifts
+    kept: list[Bool[Tensor, "t b f"]]  # what each dropout step keeps
+    moves: Int[Tensor, "t b 2"]  # pixels that each image is moved down and right
 
 
 def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
@@ -184,10 +184,12 @@ def draw_all(run: Run, program: Program, labels: Int[Tensor, " n"]) -> Draws:
     wrong = torch.randint(classes, (len(images),), generator=random)
     seen = torch.where(noise, wrong, labels[images].cpu())
     batches = torch.randint(len(images), (run.steps, run.batch_size), generator=random)
-    dropped = program.numbers_of("dropout") if run.dropout else []
-    kept = [torch.rand(run.steps, run.batch_size, f, generator=random) >= run.dropout for f in dropped]
-    moved = (run.steps, run.batch_size, 2) if run.shift else (0, run.batch_size, 2)
-    moves = torch.randint(-run.shift, run.shift + 1, moved, generator=random)
+    masks = [(run.steps, run.batch_size, f) for f in program.numbers_of("dropout")]
+    if run.dropout:
+        kept = [torch.rand(mask, generator=random) >= run.dropout for mask in masks]
+    else:
+        kept = [torch.ones((), dtype=torch.bool).expand(mask) for mask in masks]
+    moves = torch.randint(-run.shift, run.shift + 1, (run.steps, run.batch_size, 2), generator=random)
     return Draws(weights, images, seen, batches, kept, moves)
 
 

@@ -6,10 +6,11 @@ decays and so on. What a run draws depends on its name alone, so the result is t
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -42,81 +43,85 @@ def shift(images: Float[Tensor, "n b c h w"], moves: Int[Tensor, "n b 2"]) -> Fl
     return images[places].movedim(4, 2)
 
 
+class Optimizers:
+    """SGD, Adam or AdamW of each network of a stack: those of torch.optim (Adam: beta 0.9 and 0.999, epsilon 1e-8)."""
+
+    def __init__(self, runs: list[Run], weights: Float[Tensor, "n p"]) -> None:
+        self.sgd = torch.tensor([[run.sgd] for run in runs], device=weights.device)
+        self.adamw = torch.tensor([[run.adamw] for run in runs], device=weights.device)
+        self.decay = weights.new_tensor([[run.weight_decay] for run in runs])
+        self.memory = weights.new_tensor([[run.momentum if run.sgd else 0.9] for run in runs])
+        self.rates = pad_sequence([learning_rates(run) for run in runs], batch_first=True).to(weights)
+        self.first, self.second = torch.zeros_like(weights), torch.zeros_like(weights)
+
+    def keep(self, count: int) -> None:
+        """Forget all networks but the first so many."""
+        self.first, self.second = self.first[:count].clone(), self.second[:count].clone()
+        for name in ("sgd", "adamw", "decay", "memory", "rates"):
+            setattr(self, name, getattr(self, name)[:count])
+
+    def step(self, weights: Float[Tensor, "n p"], gradient: Float[Tensor, "n p"], t: int) -> Float[Tensor, "n p"]:
+        """Return the weights after step number `t`, from 1 on; the gradient is overwritten."""
+        decayed = self.decay * weights
+        gradient += torch.where(self.adamw, 0, decayed)
+        self.first.mul_(self.memory).add_(gradient)
+        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        adam = self.first * (0.1 / (1 - 0.9**t)) / ((self.second / (1 - 0.999**t)).sqrt() + 1e-8)
+        change = torch.where(self.sgd, self.first, adam) + torch.where(self.adamw, decayed, 0)
+        return weights - self.rates[:, t - 1, None] * change
+
+
+def of_step(step: int, draws: Sequence[Shaped[Tensor, "t ..."]]) -> Shaped[Tensor, "n ..."]:
+    """Return what each of several runs has drawn for a step, from 1 on."""
+    return torch.stack([draw[step - 1] for draw in draws])
+
+
 def train_stack(
     program: Program,
     runs: list[Run],
     images: Float[Tensor, "n c h w"],
     labels: Int[Tensor, " n"],
 ) -> Float[Tensor, "r 3 p"]:
-    """Return the weights of all runs before training, after half of the steps and after all, in the dtype of `images`.
-
-    Adam, AdamW and SGD are those of torch.optim (Adam: beta 0.9 and 0.999, epsilon 1e-8).
-    """
+    """Return the weights of all runs before training, after half of the steps and after all, in the dtype of `images`."""
     keep_memory()
-    device, dtype = images.device, images.dtype
+    device = images.device
     order = sorted(range(len(runs)), key=lambda i: -runs[i].steps)  # runs that end early leave at the end of the stack
     runs = [runs[i] for i in order]
     draws = [draw_all(run, program, labels) for run in runs]
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)[:, None]
-
-    tanh = torch.tensor([run.tanh for run in runs], device=device)
-    sgd = torch.tensor([run.sgd for run in runs], device=device)[:, None]
-    adamw = torch.tensor([run.adamw for run in runs], device=device)[:, None]
-    decay, memory = (
-        column([run.weight_decay for run in runs]),
-        column([run.momentum if run.sgd else 0.9 for run in runs]),
-    )
-    rates = pad_sequence([learning_rates(run) for run in runs], batch_first=True).to(device, dtype)
-    moved = any(run.shift for run in runs)
-    weights = torch.stack([draw.weights for draw in draws]).to(device, dtype)
-    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
-    keep_rate = 1 - column([run.dropout for run in runs])[..., None]
-    dropped = program.numbers_of("dropout") if any(run.dropout for run in runs) else []
-    result = weights.new_empty(len(runs), len(SNAPSHOTS), program.layout.size)
-    result[:, 0] = weights
     seen_images = [draw.images[draw.batches] for draw in draws]
     seen_labels = [draw.labels[draw.batches] for draw in draws]
-    batch = runs[0].batch_size
-    alive = len(runs)
+    dropped = list(zip(*(draw.kept for draw in draws), strict=True)) if any(run.dropout for run in runs) else []
+    moves = [draw.moves for draw in draws] if any(run.shift for run in runs) else []
+
+    weights = torch.stack([draw.weights for draw in draws]).to(images)
+    keep_rate = 1 - weights.new_tensor([[[run.dropout]] for run in runs])
+    tanh = torch.tensor([run.tanh for run in runs], device=device)
+    optimizers, alive = Optimizers(runs, weights), len(runs)
+    result = weights.new_empty(len(runs), len(SNAPSHOTS), program.layout.size)
+    result[order, 0] = weights
     for step in range(1, runs[0].steps + 1):
         while runs[alive - 1].steps < step:
             alive -= 1
         if alive < len(weights):
-            weights, first, second = (t[:alive].clone() for t in (weights, first, second))
-            tanh, sgd, adamw, decay, memory = (t[:alive] for t in (tanh, sgd, adamw, decay, memory))
-        index = torch.stack([batches[step - 1] for batches in seen_images[:alive]]).to(device)
-        seen = torch.stack([batches[step - 1] for batches in seen_labels[:alive]]).to(device)
-        masks = []
-        for place, f in enumerate(dropped):
-            ones = torch.ones(batch, f, dtype=torch.bool)
-            mask = torch.stack([draw.kept[place][step - 1] if draw.kept else ones for draw in draws[:alive]])
-            masks.append(mask.to(device) / keep_rate[:alive])
-        shown = images[index]
-        if moved:
-            still = torch.zeros(batch, 2, dtype=torch.long)
-            moves = torch.stack([draw.moves[step - 1] if len(draw.moves) else still for draw in draws[:alive]])
-            shown = shift(shown, moves.to(device))
+            weights, keep_rate, tanh = weights[:alive].clone(), keep_rate[:alive], tanh[:alive]
+            optimizers.keep(alive)
+        seen = of_step(step, seen_labels[:alive]).to(device)
+        shown = images[of_step(step, seen_images[:alive]).to(device)]
+        if moves:
+            shown = shift(shown, of_step(step, moves[:alive]).to(device))
+        masks = [of_step(step, kept[:alive]).to(device) / keep_rate for kept in dropped]
         weights.requires_grad_()
         running: Weights = {}
         logits = run_stack(program, program.layout.unflatten(weights), shown, tanh, masks, running)
-        loss = cross_entropy(logits.flatten(0, 1), seen.flatten(), reduction="sum") / batch
+        loss = cross_entropy(logits.flatten(0, 1), seen.flatten(), reduction="sum") / runs[0].batch_size
         (gradient,) = torch.autograd.grad(loss, weights)
         with torch.no_grad():
-            rate, decayed = rates[:alive, step - 1, None], decay * weights
-            gradient += torch.where(adamw, 0, decayed)
-            first.mul_(memory).add_(gradient)
-            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            adam = first * (0.1 / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            weights = weights.detach() - rate * (torch.where(sgd, first, adam) + torch.where(adamw, decayed, 0))
+            weights = optimizers.step(weights.detach(), gradient, step)
             own = program.layout.unflatten(weights)
             for name, statistic in running.items():  # these are not learned
                 own[name].copy_(statistic)
-        for i in range(alive):
-            for j, at in enumerate((runs[i].steps // 2, runs[i].steps), 1):
+        for i, run in enumerate(runs[:alive]):
+            for j, at in enumerate((run.steps // 2, run.steps), 1):
                 if step == at:
-                    result[i, j] = weights[i]
-    back = torch.empty(len(runs), dtype=torch.long)
-    back[order] = torch.arange(len(runs))
-    return result[back]
+                    result[order[i], j] = weights[i]
+    return result

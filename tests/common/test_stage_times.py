@@ -5,7 +5,7 @@ from dvc.repo import Repo
 from dvc.repo.reproduce import plan_repro
 from reproduction import ROOT
 
-from stages.common import times
+from stages.common import stage
 from stages.report import card
 
 
@@ -13,9 +13,9 @@ def test_stages_are_counted_in_the_order_in_which_dvc_comes_to_them(monkeypatch,
     monkeypatch.chdir(ROOT)
     with Repo(ROOT) as repo:
         planned = [stage.addressing for stage in plan_repro(repo.index.graph)]  # as `dvc repro` does
-    assert times.all_stages() == planned
+    assert stage.all_stages() == planned
     monkeypatch.setenv("DVC_STAGE", planned[6])
-    times.announce()
+    stage.announce()
     assert capsys.readouterr().out == f"stage 7 of {len(planned)}\n"
 
 
@@ -28,28 +28,28 @@ def two_stages(tmp_path, monkeypatch):
 
 
 def test_a_time_is_that_of_results_made_with_the_settings_of_now(two_stages, monkeypatch):
-    assert times.noted() == {}
-    assert card.time_taken(times.noted(), times.all_stages()).startswith("not recorded")
+    assert stage.noted() == {}
+    assert card.time_taken(stage.noted(), stage.all_stages()).startswith("not recorded")
     monkeypatch.setenv("DVC_STAGE", "draw@b")
-    times.note()
-    (taken,) = times.noted().values()
+    stage.note()
+    (taken,) = stage.noted().values()
     assert taken["processor"] > 0 and 0 < taken["wall"] < 3600
-    assert card.time_taken(times.noted(), times.all_stages()).startswith("1 of 2 stages")
+    assert card.time_taken(stage.noted(), stage.all_stages()).startswith("1 of 2 stages")
     (two_stages / "params.yaml").write_text("draw: {items: [a, b, c]}\n")
-    assert times.noted() == {}
+    assert stage.noted() == {}
 
 
 @pytest.mark.usefixtures("two_stages")
 def test_what_dvc_does_not_run_is_neither_counted_nor_noted(monkeypatch, capsys):
     monkeypatch.delenv("DVC_STAGE", raising=False)
-    times.announce()
-    times.note()
-    assert capsys.readouterr().out == "" and not times.TIMES.exists()
+    stage.announce()
+    stage.note()
+    assert capsys.readouterr().out == "" and not stage.TIMES.exists()
 
 
 def test_without_dvc_no_time_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert card.time_taken(times.noted(), times.all_stages()).startswith("not recorded")
+    assert card.time_taken(stage.noted(), stage.all_stages()).startswith("not recorded")
     assert card.times_details() == []
 
 
