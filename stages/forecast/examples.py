@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.forecast.layerwise import FEATURES, READS, past_features, read_layer
+from stages.forecast.layerwise import feature_count, past_features, read_count, read_layer
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 RATIO_CEILING = 3.0  # of an origin's error over that of keeping the weights: a few would drown the rest
@@ -45,23 +45,28 @@ class Examples:
 
 def thin(run: Trajectory, start: int, stride: int) -> Trajectory:
     """Return a run as if it had been recorded from snapshot `start` on and more rarely: every `stride`th snapshot."""
-    return Trajectory(run.layout, run.weights[start::stride], None)
+    return run.at(slice(start, None, stride))
 
 
 def example(run: Trajectory, t: int, horizons: Sequence[int], layers: int) -> Examples:
-    """Return the example of a run at t, padded to `layers`; horizons that the run does not reach are not known."""
+    """Return the example of a run at t, padded to `layers`; horizons that the run does not reach are not known.
+
+    The optimiser's direction is read if the run has it.
+    """
     known = torch.tensor([t + h < len(run) for h in horizons])
-    read, moments = torch.zeros(layers, READS), torch.zeros(layers, FEATURES, FEATURES)
-    cross, energy = torch.zeros(layers, FEATURES, len(horizons)), torch.zeros(layers, len(horizons))
+    with_state = run.state is not None
+    f = feature_count(with_state)
+    read, moments = torch.zeros(layers, read_count(with_state)), torch.zeros(layers, f, f)
+    cross, energy = torch.zeros(layers, f, len(horizons)), torch.zeros(layers, len(horizons))
     share = torch.zeros(layers)
     for i, where in enumerate(run.layout.slices.values()):
-        layer = read_layer(run, t, i)
-        x = past_features(run, t, where, layer.unit)
+        layer = read_layer(run, t, i, with_state)
+        x = past_features(run, t, where, layer.units)
         ahead = run.weights[[min(t + h, len(run) - 1) for h in horizons], where]
-        y = (ahead - run.weights[t, where]) / layer.unit
+        y = (ahead - run.weights[t, where]) / layer.units.movement
         read[i], moments[i], n = layer.read, layer.moments, x.shape[1]
         cross[i], energy[i] = x @ y.T / n, y.square().mean(1)
-        share[i] = n * layer.unit.square()
+        share[i] = n * layer.units.movement.square()
     parts = (read, moments, cross, energy, share / share.sum(), known)
     return Examples(*(part[None] for part in parts))
 

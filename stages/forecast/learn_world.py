@@ -58,6 +58,7 @@ Gains = dict[str, dict[int, list[float]]]
 class Variant(StageParams):
     """A forecaster to learn."""
 
+    with_state: bool  # whether it reads the optimiser's direction
     d_model: PositiveInt
     learning_rate: PositiveFloat
     steps: PositiveInt
@@ -105,7 +106,7 @@ class World:
     strides: list[int]
 
 
-def load_world(datasets: Sequence[str]) -> list[Run]:
+def load_world(datasets: Sequence[str], with_state: bool) -> list[Run]:
     """Return the runs of all data sets; InputError if one has none."""
     runs = []
     for dataset in datasets:
@@ -113,7 +114,7 @@ def load_world(datasets: Sequence[str]) -> list[Run]:
         if not paths:
             raise InputError(f"{RUNS / dataset} has no runs: run 'dvc repro train_world@{dataset}'")
         for path in paths:
-            trajectory, recipe = load_world_run(path)
+            trajectory, recipe = load_world_run(path, with_state)
             runs.append(Run(dataset, path.stem, recipe, trajectory))
     return runs
 
@@ -140,7 +141,7 @@ def learn(examples: Examples, params: Params) -> LayerForecaster:
             f"expected {FEWEST} origins or more to learn from, got {len(examples)}: raise train_world.steps, or lower learn_world.strides"
         )
     variant = params.variant
-    model = LayerForecaster(params.horizons, variant.d_model, params.seed)
+    model = LayerForecaster(params.horizons, variant.d_model, params.seed, variant.with_state)
     model.standardise(examples.read[examples.share > 0])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=params.weight_decay, fused=True)
     factor, random = warmup_cosine(variant.steps, WARMUP_FRACTION), generator(params.seed, "batches of learn_world")
@@ -221,10 +222,7 @@ def forecast_unseen(
     thinned = thin(r.trajectory, 0, stride)
     if len(thinned) < WINDOW + 2:
         return None
-    shown, smooth = (
-        Trajectory(x.layout, x.weights[:LONGEST], None)
-        for x in (thinned, thin(averaged(r.trajectory, params.decay), 0, stride))
-    )
+    shown, smooth = (x.at(slice(LONGEST)) for x in (thinned, thin(averaged(r.trajectory, params.decay), 0, stride)))
     origins = torch.linspace(WINDOW, len(shown) - 2, params.function_origins).long().unique().tolist()
     as_functions = [judge_as_functions(model, path, shown, reference, origins) for path in (shown, smooth)]
     return Unseen(fold, r, stride, compare_with_past(model, shown), *as_functions)
@@ -365,7 +363,7 @@ def card_of(
             "horizons": params.horizons,
             "d_model": params.variant.d_model,
             "seed": params.seed,
-            "with_state": False,
+            "with_state": params.variant.with_state,
             "with_context": False,
         },
         "prior": {
@@ -385,7 +383,7 @@ def main() -> None:
     name = parse_arguments(__doc__, variant="of learn_world.variants").variant
     params = Params.load("learn_world", variant=name)
     pin_threads()
-    runs = load_world(params.datasets)
+    runs = load_world(params.datasets, params.variant.with_state)
     every = load_metadata(next((RUNS / params.datasets[0]).glob("*.safetensors")))["snapshot_every"]
     world = draw_world(runs, params)
     unseen = all_at_once(world, params)
