@@ -25,7 +25,7 @@ from stages.forecast.world import (
     world_input,
 )
 
-VARIANTS = ("weights_only", "with_state")
+VARIANTS = ("outputs", "with_state")  # learned for outputs, of weights alone; for weights, with the optimiser's state
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def params(tmp_path, monkeypatch) -> Params:
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     small = ["train_world.steps=[80,90]", "train_world.train_images=64", "train_world.image_sizes=[8]"]
     small += ["learn_world.datasets=[digits,mnist]", "learn_world.strides=[1,2,3]", "learn_world.origins=2"]
-    small += ["learn_world.reference_images=20", "learn_world.function_origins=2"]
+    small += ["learn_world.reference_images=20", "learn_world.function_origins=2", "learn_world.curvature_images=8"]
     for variant in VARIANTS:
         small += [f"learn_world.variants.{variant}.steps=5", f"learn_world.variants.{variant}.d_model=4"]
     apply_overrides(tmp_path / "params.yaml", small)
