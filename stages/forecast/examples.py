@@ -1,19 +1,21 @@
 """What LayerForecaster learns from, as moments: of each layer at each origin of each run, at every stride.
 
 With a layer's features X [n, f] and its true movements y [n, h] in its unit, the mean squared error of coefficients c is
-y^T y / n - 2 c . X^T y / n + c^T (X^T X / n) c: no single weight need be kept.
+y^T y / n - 2 c . X^T y / n + c^T (X^T X / n) c: no single weight need be kept. Where a forecaster is learned for a network's outputs,
+products x . y are those of `curvature`, x . (G y A): how far a movement of weights moves the outputs.
 
 Axes: e origins, l layers (those that a network lacks have share 0), s what is read of a layer, f features, h horizons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.forecast.layerwise import FEATURES, READS, past_features, read_layer
+from stages.forecast.curvature import Factors
+from stages.forecast.layerwise import feature_count, past_features, read_count, read_layer
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 RATIO_CEILING = 3.0  # of an origin's error over that of keeping the weights: a few would drown the rest
@@ -45,31 +47,52 @@ class Examples:
 
 def thin(run: Trajectory, start: int, stride: int) -> Trajectory:
     """Return a run as if it had been recorded from snapshot `start` on and more rarely: every `stride`th snapshot."""
-    return Trajectory(run.layout, run.weights[start::stride], None)
+    return run.at(slice(start, None, stride))
 
 
-def example(run: Trajectory, t: int, horizons: Sequence[int], layers: int) -> Examples:
-    """Return the example of a run at t, padded to `layers`; horizons that the run does not reach are not known."""
+def example(
+    run: Trajectory, t: int, horizons: Sequence[int], layers: int, factors: Sequence[Factors] | None = None
+) -> Examples:
+    """Return the example of a run at t, padded to `layers`; horizons that the run does not reach are not known.
+
+    The optimiser's direction is read if the run has it. factors: of each tensor, where errors are those of outputs.
+    """
     known = torch.tensor([t + h < len(run) for h in horizons])
-    read, moments = torch.zeros(layers, READS), torch.zeros(layers, FEATURES, FEATURES)
-    cross, energy = torch.zeros(layers, FEATURES, len(horizons)), torch.zeros(layers, len(horizons))
+    with_state = run.state is not None
+    f = feature_count(with_state)
+    read, moments = torch.zeros(layers, read_count(with_state)), torch.zeros(layers, f, f)
+    cross, energy = torch.zeros(layers, f, len(horizons)), torch.zeros(layers, len(horizons))
     share = torch.zeros(layers)
     for i, where in enumerate(run.layout.slices.values()):
-        layer = read_layer(run, t, i)
-        x = past_features(run, t, where, layer.unit)
+        layer = read_layer(run, t, i, with_state)
+        x = past_features(run, t, where, layer.units)
         ahead = run.weights[[min(t + h, len(run) - 1) for h in horizons], where]
-        y = (ahead - run.weights[t, where]) / layer.unit
+        y = (ahead - run.weights[t, where]) / layer.units.movement
         read[i], moments[i], n = layer.read, layer.moments, x.shape[1]
-        cross[i], energy[i] = x @ y.T / n, y.square().mean(1)
-        share[i] = n * layer.unit.square()
+        if factors is None:
+            cross[i], energy[i] = x @ y.T / n, y.square().mean(1)
+        else:
+            both = torch.cat([x, y])
+            form = factors[i].times(both) @ both.T / n
+            moments[i], cross[i], energy[i] = form[:f, :f], form[:f, f:], form[f:, f:].diagonal()
+        share[i] = n * layer.units.movement.square()
     parts = (read, moments, cross, energy, share / share.sum(), known)
     return Examples(*(part[None] for part in parts))
 
 
 def draw_origins(
-    run: Trajectory, stride: int, horizons: Sequence[int], n: int, layers: int, random: torch.Generator
+    run: Trajectory,
+    stride: int,
+    horizons: Sequence[int],
+    n: int,
+    layers: int,
+    random: torch.Generator,
+    factors_of: Callable[[Tensor], Sequence[Factors]] | None = None,
 ) -> list[Examples]:
-    """Return `n` examples at a stride, or none if the run is too short; of half of them only a short past is known."""
+    """Return `n` examples at a stride, or none if the run is too short; of half of them only a short past is known.
+
+    factors_of: of the network with the weights at an origin, where errors are those of outputs.
+    """
     length = -(-len(run) // stride)
     if length < WINDOW + 2:
         return []
@@ -80,7 +103,9 @@ def draw_origins(
         if i % 2:  # the run is known from a later snapshot on
             later = int(torch.randint(t - WINDOW + 1, (), generator=random))
             start, t = start + later * stride, t - later
-        drawn.append(example(thin(run, start, stride), t, horizons, layers))
+        thinned = thin(run, start, stride)
+        factors = None if factors_of is None else factors_of(thinned.weights[t])
+        drawn.append(example(thinned, t, horizons, layers, factors))
     return drawn
 
 

@@ -206,13 +206,15 @@ def load_weights_forecaster(
     path: Path, horizons: list[int] | None
 ) -> tuple[SharedForecaster | LayerForecaster, Prior, list[int]]:
     """Return a forecaster that reads weights alone, of any network, its prior, and the horizons asked for; InputError if it is another."""
+    model: Any
     if path.suffix == ".safetensors":
-        model, prior, _ = load_released(path)
+        model, prior, card = load_released(path)
+        config = card["config"]
     else:
         model, config = load_forecaster(path)
-        if not isinstance(model, SharedForecaster) or config["kind"] == "ridge" or config["with_state"]:
-            raise InputError(f"{path}: expected a forecaster that reads weights alone, of any network")
-        prior = Prior.sceptical(len(model.horizons))
+        prior = Prior.sceptical(len(config["horizons"]))
+    if not isinstance(model, (SharedForecaster, LayerForecaster)) or config["kind"] == "ridge" or config["with_state"]:
+        raise InputError(f"{path}: expected a forecaster that reads weights alone, of any network")
     if unknown := sorted(set(horizons or []) - set(model.horizons)):
         raise InputError(f"--horizons: {unknown[0]} is not among those trained: {', '.join(map(str, model.horizons))}")
     return model, prior, horizons or list(model.horizons)

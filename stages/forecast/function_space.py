@@ -78,8 +78,8 @@ def judge_as_functions(
 
 
 def averaged(run: Trajectory, decay: float) -> Trajectory:
-    """Return the exponential average of a run over its snapshots."""
+    """Return the exponential average of a run over its snapshots; the optimiser's state is the run's."""
     rows = [run.weights[0]]
     for weights in run.weights[1:]:
         rows.append(rows[-1].lerp(weights, 1 - decay))
-    return Trajectory(run.layout, torch.stack(rows), None)
+    return Trajectory(run.layout, torch.stack(rows), run.state)

@@ -5,10 +5,11 @@ Writes  models/learn_world/<variant>/forecaster.safetensors   and forecaster.jso
         reports/learn_world/<variant>/unseen.csv              error over keeping the last weights: by held out, run, stride and horizon
         reports/learn_world/<variant>/summary.json            means over runs and strides
 
-A data set, a network, an optimiser, or a data set, a network and a third of the strides at once are held out. In the last case
-forecasts are also shrunk, as far as what the run's own past says of them, with a prior from the other held-out runs, and judged as
-functions: `logits` is the error of outputs on test images, from a few origins. To release what was learned, copy both files to
-models/released/ by hand.
+A forecaster is learned for the squared error of weights, or of outputs on training images as `curvature` has it. Held out are a data
+set, a network or an optimiser, where errors are those that it is learned for; or a data set, a network and a third of the strides at
+once. In the last case forecasts are also shrunk, as far as what the run's own past says of them, with a prior from the other held-out
+runs, and judged as functions: `logits` is the error of outputs on test images, from a few origins. To release what was learned, copy
+both files to models/released/ by hand.
 """
 
 import statistics
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -32,6 +33,7 @@ from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint
+from stages.forecast.curvature import Factors, output_factors
 from stages.forecast.examples import Examples, draw_origins, network_errors, relative_loss, thin
 from stages.forecast.function_space import AsFunctions, Reference, averaged, judge_as_functions
 from stages.forecast.layerwise import LayerForecaster
@@ -58,6 +60,8 @@ Gains = dict[str, dict[int, list[float]]]
 class Variant(StageParams):
     """A forecaster to learn."""
 
+    with_state: bool  # whether it reads the optimiser's direction
+    learned_for: Literal["weights", "outputs"]
     d_model: PositiveInt
     learning_rate: PositiveFloat
     steps: PositiveInt
@@ -73,6 +77,7 @@ class Params(StageParams):
     origins: PositiveInt  # of each run and stride
     batch: PositiveInt  # origins
     weight_decay: NonNegativeFloat
+    curvature_images: PositiveInt  # training images on which outputs are learned for
     reference_images: PositiveInt  # test images on which forecasts are compared as functions
     function_origins: PositiveInt  # of each run and stride, from which they are
     decay: Annotated[
@@ -105,7 +110,7 @@ class World:
     strides: list[int]
 
 
-def load_world(datasets: Sequence[str]) -> list[Run]:
+def load_world(datasets: Sequence[str], with_state: bool) -> list[Run]:
     """Return the runs of all data sets; InputError if one has none."""
     runs = []
     for dataset in datasets:
@@ -113,7 +118,7 @@ def load_world(datasets: Sequence[str]) -> list[Run]:
         if not paths:
             raise InputError(f"{RUNS / dataset} has no runs: run 'dvc repro train_world@{dataset}'")
         for path in paths:
-            trajectory, recipe = load_world_run(path)
+            trajectory, recipe = load_world_run(path, with_state)
             runs.append(Run(dataset, path.stem, recipe, trajectory))
     return runs
 
@@ -121,16 +126,24 @@ def load_world(datasets: Sequence[str]) -> list[Run]:
 def draw_world(runs: list[Run], params: Params) -> World:
     """Return examples of all runs at all strides."""
     layers = max(len(r.trajectory.layout.shapes) for r in runs)
+    learned_on = reference_of("train", params.curvature_images)
     parts: list[Examples] = []
     kept_runs, kept_strides = [], []
     for r in tqdm(runs, "examples of runs", disable=None):
         random = generator(params.seed, f"origins of {r.dataset} {r.name}")
+        factors_of = curvature_at(r, learned_on(r), params.seed) if params.variant.learned_for == "outputs" else None
         for stride in params.strides:
-            drawn = draw_origins(r.trajectory, stride, params.horizons, params.origins, layers, random)
+            drawn = draw_origins(r.trajectory, stride, params.horizons, params.origins, layers, random, factors_of)
             parts += drawn
             kept_runs += [r] * len(drawn)
             kept_strides += [stride] * len(drawn)
     return World(Examples.cat(parts), kept_runs, kept_strides)
+
+
+def curvature_at(r: Run, reference: Reference, seed: int) -> Callable[[torch.Tensor], list[Factors]]:
+    """Return what gives the factors of a run's network with any weights."""
+    random = generator(seed, f"outputs of {r.dataset} {r.name}")
+    return lambda weights: output_factors(reference.network, r.trajectory.layout, weights, reference.images, random)
 
 
 def learn(examples: Examples, params: Params) -> LayerForecaster:
@@ -140,7 +153,7 @@ def learn(examples: Examples, params: Params) -> LayerForecaster:
             f"expected {FEWEST} origins or more to learn from, got {len(examples)}: raise train_world.steps, or lower learn_world.strides"
         )
     variant = params.variant
-    model = LayerForecaster(params.horizons, variant.d_model, params.seed)
+    model = LayerForecaster(params.horizons, variant.d_model, params.seed, variant.with_state)
     model.standardise(examples.read[examples.share > 0])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=params.weight_decay, fused=True)
     factor, random = warmup_cosine(variant.steps, WARMUP_FRACTION), generator(params.seed, "batches of learn_world")
@@ -196,13 +209,13 @@ class Unseen:
     of_average: AsFunctions  # forecasts of the run's exponential average
 
 
-def reference_of(images: int) -> Callable[[Run], Reference]:
-    """Return what gives a run's network and its first test images."""
+def reference_of(part: Literal["train", "test"], images: int) -> Callable[[Run], Reference]:
+    """Return what gives a run's network and the first images of a part."""
 
     @cache
     def pictures(dataset: str) -> tuple[torch.Tensor, torch.Tensor, int]:
         train, test = load_images(dataset, torch.device("cpu"))
-        seen = test.subset(slice(images))
+        seen = (train if part == "train" else test).subset(slice(images))
         return seen.pixels(), seen.labels, len(train.classes)
 
     def build(r: Run) -> Reference:
@@ -220,10 +233,7 @@ def forecast_unseen(
     thinned = thin(r.trajectory, 0, stride)
     if len(thinned) < WINDOW + 2:
         return None
-    shown, smooth = (
-        Trajectory(x.layout, x.weights[:LONGEST], None)
-        for x in (thinned, thin(averaged(r.trajectory, params.decay), 0, stride))
-    )
+    shown, smooth = (x.at(slice(LONGEST)) for x in (thinned, thin(averaged(r.trajectory, params.decay), 0, stride)))
     origins = torch.linspace(WINDOW, len(shown) - 2, params.function_origins).long().unique().tolist()
     as_functions = [judge_as_functions(model, path, shown, reference, origins) for path in (shown, smooth)]
     return Unseen(fold, r, stride, compare_with_past(model, shown), *as_functions)
@@ -233,7 +243,7 @@ def all_at_once(world: World, params: Params) -> list[Unseen]:
     """Return how runs were forecast by models that learned from no run of their data set or network, nor at strides like theirs."""
     runs = {id(r): r for r in world.runs}.values()
     networks = sorted({r.recipe.network for r in runs})
-    build = reference_of(params.reference_images)
+    build = reference_of("test", params.reference_images)
     unseen = []
     folds = list(product(enumerate(params.datasets), enumerate(networks)))
     for fold, ((i, dataset), (j, network)) in enumerate(tqdm(folds, "leave one of each out", disable=None)):
@@ -364,7 +374,7 @@ def card_of(
             "horizons": params.horizons,
             "d_model": params.variant.d_model,
             "seed": params.seed,
-            "with_state": False,
+            "with_state": params.variant.with_state,
             "with_context": False,
         },
         "prior": {
@@ -372,6 +382,7 @@ def card_of(
             "worth": prior.worth,
         },
         "gains": gains,
+        "learned_for": f"squared error of {params.variant.learned_for}",
         "learned_from": learned_from,
         "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk", "all_logits")},
         "scored_on": "runs of which neither data set nor network nor stride was learned from, by models learned alike: squared error "
@@ -384,7 +395,7 @@ def main() -> None:
     name = parse_arguments(__doc__, variant="of learn_world.variants").variant
     params = Params.load("learn_world", variant=name)
     pin_threads()
-    runs = load_world(params.datasets)
+    runs = load_world(params.datasets, params.variant.with_state)
     every = load_metadata(next((RUNS / params.datasets[0]).glob("*.safetensors")))["snapshot_every"]
     world = draw_world(runs, params)
     unseen = all_at_once(world, params)

@@ -9,8 +9,9 @@ Tasks as in Knyazev et al. 2024, arXiv:2409.04434, table 1: three convolutions, 
 of the training images held out, at most 10,000 steps. Networks and batches are the seed's, whatever the method. Averages and
 forecasts that training takes no notice of are read from one run; NiNo's forecasts and NowcastOptimizer's moves change it, and have
 runs of their own. A method that reaches the target on validation images is asked once for its test accuracy, and races no more;
-with `judged_on: [validation, test]` it goes on until test images agree, as NiNo's authors judge. Finished runs wait in
-.work/race_to_target/, so that a stage that was killed goes on where it was.
+with `judged_on: [validation, test]` it goes on until test images agree, as NiNo's authors judge. Finished runs stay in
+.work/race_to_target/<task>/, some 30 kB each, so that a stage that was killed goes on where it was, and another seed costs that seed
+alone. A race that ends removes those of its task that other code, data or parameters left; `rm -r .work/race_to_target` removes all.
 
 Axes: n images, p weights.
 """
@@ -336,12 +337,20 @@ def _cosine(data: Data, seed: int, params: Params, readers: Any, schedule: tuple
     return train(data, params, seed, readers, schedule)
 
 
+def remove_others(work: Path) -> None:
+    """Remove what other recipes and code left beside a task's folder of finished runs."""
+    for folder in work.parent.iterdir():
+        if folder != work:
+            shutil.rmtree(folder)
+
+
 def main() -> None:
     arguments = parse()
     params = Params.load("race_to_target", variant=arguments.variant)
     pin_threads()
     model, _, _ = load_released(RELEASED)
     nino = Nino(arguments.nino) if arguments.nino else None
+    peer = {"nino": f"-{fingerprint(arguments.nino)[:8]}"} if nino else {}  # other runs are the same without it
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED]
     work = work_folder(
         f"race_to_target/{arguments.variant}", params.model_dump(exclude={"seeds"}) | {"inputs": fingerprint(*inputs)}
@@ -351,7 +360,7 @@ def main() -> None:
     for seed in params.seeds:
         data = load_data(params.variant, seed, params.test_images)
         for name, compute in runs_of(params, model, nino).items():
-            result = remembered(work / f"{name}-{seed}.json", partial(compute, data, seed))
+            result = remembered(work / f"{name}{peer.get(name, '')}-{seed}.json", partial(compute, data, seed))
             rows += [{"run": name, "seed": seed, **row} for row in result["history"]]
             chosen.setdefault(name, []).extend(result["chosen"])
     summary: dict[str, Any] = {part: summarise(rows, params, part) for part in params.judged_on}
@@ -359,7 +368,7 @@ def main() -> None:
     summary["nowcast_moved"] = sum(choice != "stay" for choice in taken) / max(1, len(taken))
     save_csv(REPORTS / arguments.variant / "history.csv", rows)
     save_json(REPORTS / arguments.variant / "summary.json", summary)
-    shutil.rmtree(work)
+    remove_others(work)
     for name, result in summary[params.judged_on[-1]].items():
         print(f"{name}: {result['steps']['mean']:.0f} steps, {result['steps_ratio']['mean']:.2f} of AdamW's")
 

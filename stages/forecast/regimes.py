@@ -34,16 +34,17 @@ def build_optimizer(
 
 
 def knows_direction(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `direction` can read this optimiser's state: torch's Adam and its kin, SGD with momentum in every group."""
+    """Whether `direction` can read this optimiser's state: torch's Adam and its kin, Muon, SGD with momentum in every group."""
     if isinstance(optimizer, torch.optim.SGD):
         return all(group["momentum"] > 0 for group in optimizer.param_groups)
-    return isinstance(optimizer, (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam))
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Muon))
 
 
 def direction(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Return the next step of a parameter before its learning rate, from its optimiser's state and group, or zeros.
 
-    That is m / sqrt(v) of Adam, and the momentum of SGD. It is zero where there is no such state, as before the first step.
+    That is m / sqrt(v) of Adam, which keeps a second moment v of each weight's gradient, and the momentum of SGD and of Muon (before
+    it is made orthogonal), which keep the first, m, alone. It is zero where there is no such state, as before the first step.
     """
     if "exp_avg" in state and "exp_avg_sq" in state:
         beta1, beta2 = group["betas"]

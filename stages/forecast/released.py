@@ -34,7 +34,7 @@ def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
         raise InputError(f"{beside} is no card of a forecaster: it has no {error}{remedy(path)}") from None
     if digest != described:
         raise InputError(f"{path} is not the file that {beside} describes: its SHA-256 is another{remedy(path)}")
-    model = LayerForecaster(config["horizons"], config["d_model"], config["seed"])
+    model = LayerForecaster(config["horizons"], config["d_model"], config["seed"], config["with_state"])
     model.load_state_dict(load_file(path))
     model.gains = {of: {int(every): row for every, row in rows.items()} for of, rows in card.get("gains", {}).items()}
     return model.eval().requires_grad_(False), believed, card

@@ -1,7 +1,10 @@
 """Train runs of several networks, optimisers, learning rates, batch sizes and schedules: what forecasters of any run learn from.
 
 Reads   data/<dataset>.safetensors
-Writes  models/train_world/<dataset>/<run>.safetensors   weights float32 [t, p]; metadata: layout, recipe, snapshot_every, test_acc
+Writes  models/train_world/<dataset>/<run>.safetensors   weights float32 [t, p], state float16 [t, p] (the optimiser's direction: m /
+                                                         sqrt(v) of Adam and AdamW, which keep a second moment; the momentum m of SGD
+                                                         and Muon; 0 before the first step); metadata: layout, recipe, snapshot_every,
+                                                         test_acc
         reports/train_world/<dataset>/runs.csv           a row for each run: its recipe and its test accuracy
         reports/train_world/<dataset>/summary.json       test accuracy, by network
 
@@ -34,7 +37,7 @@ from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.vectors import Layout
 from stages.common.work import compute_pieces, fingerprint, work_folder
-from stages.forecast.world import Recipe, build_network, build_optimizers, rate_factor, world_input
+from stages.forecast.world import Recipe, build_network, build_optimizers, directions_of, rate_factor, world_input
 
 MODELS = Path("models/train_world")
 REPORTS = Path("reports/train_world")
@@ -82,13 +85,19 @@ def draw_recipes(params: Params, dataset: str) -> dict[str, Recipe]:
 
 
 def train_run(recipe: Recipe, train: Images, test: Images, classes: int, snapshot_every: int) -> dict[str, np.ndarray]:
-    """Return weights [t, p], a snapshot every so many steps from the first weights on, and the test accuracy at the end."""
+    """Return weights and the optimiser's directions [t, p], every so many steps from the first weights on, and the final test accuracy."""
     (images, labels), (test_images, test_labels) = ((world_input(x, recipe.image_size), y) for x, y in (train, test))
     network = build_network(recipe, images.shape[1], classes)
     optimizers, factor = build_optimizers(network, recipe), rate_factor(recipe)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     random = generator(recipe.seed, "batches of train_world")
-    weights = [parameters_to_vector(network.parameters()).detach()]
+    weights, states = [], []
+
+    def record() -> None:
+        weights.append(parameters_to_vector(network.parameters()).detach())
+        states.append(directions_of(network, optimizers).half())
+
+    record()
     for step in range(1, recipe.steps + 1):
         batch = torch.randint(len(images), (recipe.batch_size,), generator=random)
         network.zero_grad()
@@ -97,13 +106,13 @@ def train_run(recipe: Recipe, train: Images, test: Images, classes: int, snapsho
             set_learning_rate(optimizer, rate * factor(step - 1))
             optimizer.step()
         if step % snapshot_every == 0:
-            weights.append(parameters_to_vector(network.parameters()).detach())
+            record()
     with torch.no_grad():
         logits = network.eval()(test_images)
     where = f"{recipe.optimizer}, learning rate {recipe.learning_rate:.2g}"
     require_convergence(cross_entropy(logits, test_labels).item(), where, "lower train_world.learning_rates")
     acc = accuracy(logits, test_labels)
-    return {"weights": torch.stack(weights).numpy(), "test_acc": acc.numpy()}
+    return {"weights": torch.stack(weights).numpy(), "state": torch.stack(states).numpy(), "test_acc": acc.numpy()}
 
 
 def collect(dataset: str, name: str, recipe: Recipe, path: Path, channels: int, classes: int, every: int) -> float:

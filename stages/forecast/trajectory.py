@@ -39,7 +39,7 @@ Forecast = Float[Tensor, "h p"]  # weights at several horizons
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Snapshots of one run. state: the optimiser's step direction m / sqrt(v) at each, or None where it is not known."""
+    """Snapshots of one run. state: the optimiser's `regimes.direction` at each, or None where it is not known."""
 
     layout: Layout
     weights: Float[Tensor, "t p"]
@@ -48,10 +48,13 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def at(self, kept: list[int] | slice) -> "Trajectory":
+        """Return the run as if these snapshots of it had been taken, and no others."""
+        return Trajectory(self.layout, self.weights[kept], None if self.state is None else self.state[kept])
+
     def until(self, t: int) -> "Trajectory":
         """Return what a forecaster may read at t: the first snapshot and the last HISTORY ones, which forecast alike."""
-        kept = [0, *range(max(1, t - HISTORY + 1), t + 1)]
-        return Trajectory(self.layout, self.weights[kept], None if self.state is None else self.state[kept])
+        return self.at([0, *range(max(1, t - HISTORY + 1), t + 1)])
 
     @cached_property
     def descriptors(self) -> Float[Tensor, "layers 5"]:

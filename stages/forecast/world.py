@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
@@ -18,6 +18,7 @@ from stages.common.optim import warmup_cosine
 from stages.common.randomness import seeded_init
 from stages.common.stage import StageParams
 from stages.common.vectors import Layout
+from stages.forecast.regimes import direction
 from stages.forecast.trajectory import Trajectory
 
 WARMUP_FRACTION = 0.05  # of the steps of a schedule that warms up
@@ -141,6 +142,17 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
             raise ValueError(f"expected adam, adamw, sgd or muon, got {other!r}")
 
 
+def directions_of(network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Float[Tensor, " p"]:
+    """Return the `direction` of all weights, in the order of the network's parameters; 0 before the first step."""
+    known = {
+        p: direction(p, optimizer.state.get(p, {}), group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    return torch.cat([known[p].reshape(-1) for p in network.parameters()]).detach()
+
+
 def rate_factor(recipe: Recipe) -> Callable[[int], float]:
     """Return step -> factor of the learning rate."""
     return warmup_cosine(recipe.steps, WARMUP_FRACTION) if recipe.schedule == "cosine" else lambda _: 1.0
@@ -154,7 +166,9 @@ def world_input(pixels: Float[Tensor, "n c h w"], image_size: int) -> Float[Tens
     return (pixels - mean) / std
 
 
-def load_world_run(path: Path) -> tuple[Trajectory, Recipe]:
-    """Return a run of train_world, of weights alone, and its recipe."""
+def load_world_run(path: Path, with_state: bool) -> tuple[Trajectory, Recipe]:
+    """Return a run of train_world, with the optimiser's state or of weights alone, and its recipe."""
     metadata = load_metadata(path)
-    return Trajectory(Layout.from_metadata(metadata), load_file(path)["weights"], None), Recipe(**metadata["recipe"])
+    with safe_open(path, "pt") as file:
+        weights, state = file.get_tensor("weights"), file.get_tensor("state") if with_state else None
+    return Trajectory(Layout.from_metadata(metadata), weights, state), Recipe(**metadata["recipe"])

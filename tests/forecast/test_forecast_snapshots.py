@@ -1,5 +1,6 @@
 """Anybody's snapshots: read in order, of any network, and refused in one line."""
 
+import json
 import pickle
 
 import pytest
@@ -9,8 +10,17 @@ from torch import nn
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
-from stages.forecast.forecast_snapshots import errors_so_far, forecast, main, read_trajectory, state_ahead
+from stages.common.work import fingerprint
+from stages.forecast.forecast_snapshots import (
+    errors_so_far,
+    forecast,
+    load_weights_forecaster,
+    main,
+    read_trajectory,
+    state_ahead,
+)
 from stages.forecast.forecasters import build_forecaster
+from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.shrinkage import Prior, compare_with_past
 from stages.forecast.snapshots import find_snapshots
 from stages.forecast.trajectory import WINDOW
@@ -242,3 +252,18 @@ def test_a_run_that_does_not_move_is_refused(tmp_path):
         InputError, match=r"step_9.pt: no weight differs from those of the 6 snapshots before: copy each"
     ):
         recorded(tmp_path, [state | {"steps": torch.tensor(t)} for t in range(10)])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_forecaster_that_reads_the_optimisers_state_is_refused(tmp_path, suffix):
+    """A folder of snapshots holds none."""
+    file, config = tmp_path / f"forecaster{suffix}", CONFIG | {"with_state": True}
+    if suffix == ".pt":
+        save_torch(file, {"config": config, "state_dict": build_forecaster(config | {"n_layers": 1}).state_dict()})
+    else:
+        save_file(LayerForecaster([1, 2], 8, seed=0, with_state=True).state_dict(), file)
+        prior = {name: [0.0, 0.0] for name in ("factor", "strength", "spread", "noise")} | {"worth": 1.0}
+        card = {"config": config | {"kind": "layerwise"}, "prior": prior, "sha256": fingerprint(file)}
+        file.with_suffix(".json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match="expected a forecaster that reads weights alone, of any network"):
+        load_weights_forecaster(file, None)

@@ -5,7 +5,7 @@ import torch
 
 from stages.common.vectors import Layout
 from stages.forecast.examples import Examples, draw_origins, example, network_errors, relative_loss, thin
-from stages.forecast.layerwise import MEANS, LayerForecaster
+from stages.forecast.layerwise import FEATURES, MEANS, LayerForecaster
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 LAYOUT = Layout({"a.weight": (4, 5), "a.bias": (4,), "b.weight": (3, 4)})
@@ -17,12 +17,22 @@ def walk(n=30, seed=0) -> Trajectory:
     return Trajectory(LAYOUT, steps.cumsum(0), None)
 
 
-@pytest.fixture
-def model() -> LayerForecaster:
-    """One that moves."""
-    model = LayerForecaster(HORIZONS, 8, seed=0)
+def led(n=30, seed=0) -> Trajectory:
+    """A random walk whose optimiser knows the next step, but for its size."""
+    run = walk(n + 1, seed)
+    return Trajectory(LAYOUT, run.weights[:-1], 1e-3 * run.weights.diff(dim=0))
+
+
+def moving(with_state: bool) -> LayerForecaster:
+    """A forecaster that moves."""
+    model = LayerForecaster(HORIZONS, 8, seed=0, with_state=with_state)
     torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     return model.requires_grad_(False)
+
+
+@pytest.fixture
+def model() -> LayerForecaster:
+    return moving(with_state=False)
 
 
 def test_it_starts_as_no_change():
@@ -85,15 +95,11 @@ def test_thinned_runs_are_runs_recorded_more_rarely():
     assert draw_origins(run, 5, HORIZONS, 6, 3, torch.Generator().manual_seed(0)) == []  # six snapshots are too few
 
 
-def test_it_learns_to_take_back_what_is_noise():
-    """Weights that jitter about fixed ones: the best forecast is their mean, with half the error of keeping the last."""
-    runs = [
-        Trajectory(LAYOUT, torch.randn(40, LAYOUT.size, generator=torch.Generator().manual_seed(i)), None)
-        for i in range(8)
-    ]
+def learned_from(runs: list[Trajectory], horizons=HORIZONS) -> tuple[LayerForecaster, float]:
+    """Return a forecaster that has learned from runs, and its error on them over that of keeping the last weights."""
     random = torch.Generator().manual_seed(0)
-    examples = Examples.cat([one for run in runs for one in draw_origins(run, 1, HORIZONS, 6, 3, random)])
-    model = LayerForecaster(HORIZONS, 16, seed=0)
+    examples = Examples.cat([one for run in runs for one in draw_origins(run, 1, horizons, 6, 3, random)])
+    model = LayerForecaster(horizons, 16, seed=0, with_state=runs[0].state is not None)
     model.standardise(examples.read[examples.share > 0])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(120):
@@ -101,4 +107,66 @@ def test_it_learns_to_take_back_what_is_noise():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.62
+    return model.requires_grad_(False), loss.item()
+
+
+def test_it_learns_to_take_back_what_is_noise():
+    """Weights that jitter about fixed ones: the best forecast is their mean, with half the error of keeping the last."""
+    runs = [
+        Trajectory(LAYOUT, torch.randn(40, LAYOUT.size, generator=torch.Generator().manual_seed(i)), None)
+        for i in range(8)
+    ]
+    assert learned_from(runs)[1] < 0.62
+
+
+def test_it_learns_to_go_where_the_optimiser_goes():
+    """Of a random walk the past tells nothing; one whose optimiser knows the next step is forecast by it."""
+    follower, _ = learned_from([led(40, seed) for seed in range(8)], horizons=(1,))
+    blind, _ = learned_from([walk(40, seed) for seed in range(8)], horizons=(1,))
+    run = led(40, seed=100)
+    errors, kept = (
+        sum((w - run.weights[t + 1]).square().sum() for t, w in rows)
+        for rows in ([(t, follower.predict(run, t)) for t in range(8, 30)], [(t, run.weights[t]) for t in range(8, 30)])
+    )
+    assert errors < 0.3 * kept
+    assert sum((blind.predict(run, t) - run.weights[t + 1]).square().sum() for t in range(8, 30)) > 0.8 * kept
+
+
+def test_the_optimisers_state_is_read_at_the_origin_alone_and_in_its_own_unit():
+    model, run = moving(with_state=True), led()
+    ahead = model.predict(run, 20)
+    spoilt = torch.full_like(run.state, torch.nan)
+    spoilt[20] = run.state[20]
+    assert torch.equal(ahead, model.predict(Trajectory(LAYOUT, run.weights, spoilt), 20))
+    assert not torch.allclose(ahead, model.predict(Trajectory(LAYOUT, run.weights, run.state.flip(1)), 20))
+    moved = ahead - run.weights[20]
+    by_layer = torch.tensor([3.0, 50.0, 0.2]).repeat_interleave(
+        torch.tensor(LAYOUT.sizes)
+    )  # as SGD's and Adam's differ
+    other = Trajectory(LAYOUT, 7.0 * run.weights, by_layer * run.state)
+    assert torch.allclose(model.predict(other, 20) - other.weights[20], 7 * moved, rtol=1e-2, atol=1e-3)
+    order = torch.cat([torch.randperm(20), 20 + torch.randperm(4), 24 + torch.randperm(12)])
+    shuffled = Trajectory(LAYOUT, run.weights[:, order], run.state[:, order])
+    assert torch.allclose(model.predict(shuffled, 20) - shuffled.weights[20], moved[:, order], rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_of_zeros_says_nothing_of_where_weights_go():
+    """As before an optimiser's first step, or of one that keeps none."""
+    model, run = moving(with_state=True), walk()
+    run = Trajectory(LAYOUT, run.weights, torch.zeros_like(run.weights))
+    ahead = model.predict(run, 20)
+    assert ahead.isfinite().all()
+    of_direction = model.head.weight.unflatten(0, (FEATURES + 1, len(HORIZONS)))[FEATURES]
+    of_direction.zero_()
+    assert torch.equal(ahead, model.predict(run, 20))
+    with pytest.raises(ValueError, match="has no optimiser's state"):
+        model.predict(walk(), 20)
+
+
+def test_moments_tell_the_error_exactly_with_the_state_too():
+    model, run = moving(with_state=True), led()
+    one = example(run, 20, HORIZONS, layers=5)
+    errors, kept = network_errors(model(one.read), one)
+    truth = run.weights[[21, 23]]
+    direct = (model.predict(run, 20) - truth).square().sum(1) / (run.weights[20] - truth).square().sum(1)
+    assert torch.allclose(errors[0] / kept[0], direct, rtol=1e-3)

@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.forecast.forecasters import build_forecaster
+from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.nowcast_training import choose_learning_rate, compare, cost_to, loss_at_costs
 from stages.forecast.regimes import direction
@@ -128,6 +129,32 @@ def test_it_proposes_what_the_forecaster_says_of_the_recorded_run():
     states = torch.stack([s for _, s in snapshots[: before + 1]])
     torch.testing.assert_close(average, weights[-WINDOW - 1 :].mean(0))
     torch.testing.assert_close(jumped, jump().propose(Trajectory(layout, weights, states), len(weights) - 1))
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd", "muon"])
+def test_a_forecaster_that_reads_the_state_is_told_the_optimisers_direction(kind):
+    """Its forecast is that of the recorded weights and directions, and differs from that of a state of zeros."""
+    model = nn.Linear(6, 3, bias=False)
+    optimizer = torch.optim.Muon(model.parameters(), 1e-2) if kind == "muon" else OPTIMIZERS[kind](model.parameters())
+    forecaster = LayerForecaster((1,), 8, seed=0, with_state=True)
+    nn.init.normal_(forecaster.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    seen = []
+    nowcast = NowcastOptimizer(
+        optimizer,
+        forecaster.requires_grad_(False),
+        lambda: seen.append(model.weight.detach().flatten().clone()) or 1.0,
+        1,
+    )
+    weights, states = [model.weight.detach().flatten().clone()], [torch.zeros(18)]
+    for _ in range(WINDOW + 1):
+        train(model, nowcast, 1)
+        weights.append(model.weight.detach().flatten().clone())
+        states.append(direction(model.weight, optimizer.state[model.weight], optimizer.param_groups[0]).flatten())
+    run = Trajectory(Layout({"0": (3, 6)}), torch.stack(weights), torch.stack(states))
+    told = forecaster.predict(run, WINDOW + 1)[0]
+    torch.testing.assert_close(seen[-1], told)
+    blind = Trajectory(run.layout, run.weights, torch.zeros_like(run.weights))
+    assert not torch.allclose(told, forecaster.predict(blind, WINDOW + 1)[0], rtol=1e-4)
 
 
 def test_it_switches_itself_off_and_is_charged_for_what_it_tried():

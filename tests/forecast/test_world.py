@@ -5,13 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 from reproduction import ROOT, set_params
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils import parameters_to_vector
 
 from stages.common.files import save_arrays
+from stages.common.vectors import Layout
 from stages.forecast import learn_world, train_world
 from stages.forecast.learn_world import summarise
 from stages.forecast.released import load_released
 from stages.forecast.train_world import Params, draw_recipes, train_run
-from stages.forecast.world import NETWORKS, Recipe, build_network, build_optimizers, load_world_run, world_input
+from stages.forecast.world import (
+    NETWORKS,
+    Recipe,
+    build_network,
+    build_optimizers,
+    directions_of,
+    load_world_run,
+    world_input,
+)
+
+VARIANTS = ("outputs", "with_state")  # learned for outputs, of weights alone; for weights, with the optimiser's state
 
 
 @pytest.fixture
@@ -20,8 +33,9 @@ def params(tmp_path, monkeypatch) -> Params:
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     small = ["train_world.steps=[80,90]", "train_world.train_images=64", "train_world.image_sizes=[8]"]
     small += ["learn_world.datasets=[digits,mnist]", "learn_world.strides=[1,2,3]", "learn_world.origins=2"]
-    small += ["learn_world.reference_images=20", "learn_world.function_origins=2"]
-    small += ["learn_world.variants.weights_only.steps=5", "learn_world.variants.weights_only.d_model=4"]
+    small += ["learn_world.reference_images=20", "learn_world.function_origins=2", "learn_world.curvature_images=8"]
+    for variant in VARIANTS:
+        small += [f"learn_world.variants.{variant}.steps=5", f"learn_world.variants.{variant}.d_model=4"]
     set_params(tmp_path / "params.yaml", small)
     monkeypatch.chdir(tmp_path)
     return Params.load("train_world", "digits")
@@ -86,6 +100,7 @@ def test_a_run_ends_where_its_recipe_trains_to(params):
         recipe.model_copy(update={"steps": 30, "schedule": "constant"}), (images, labels), (images, labels), 10, 5
     )
     assert (shorter["weights"] == longer["weights"][:5]).all()
+    assert run["state"].shape == run["weights"].shape and not run["state"][0].any() and run["state"][1:].any(1).all()
 
 
 def test_the_world_is_trained_and_learned_from(params, monkeypatch):  # noqa: ARG001 (its folder)
@@ -99,17 +114,48 @@ def test_the_world_is_trained_and_learned_from(params, monkeypatch):  # noqa: AR
         save_arrays(Path(f"data/{dataset}.safetensors"), arrays, {"classes": ["a", "b", "c"]})
         monkeypatch.setattr("sys.argv", ["train_world", "--dataset", dataset])
         train_world.main()
-    run, recipe = load_world_run(train_world.MODELS / "digits" / "residual-muon-0.safetensors")
-    assert recipe.optimizer == "muon" and len(run) == recipe.steps // 5 + 1
-    monkeypatch.setattr("sys.argv", ["learn_world", "--variant", "weights_only"])
-    learn_world.main()
-    model, _, card = load_released(learn_world.MODELS / "weights_only" / "forecaster.safetensors")
-    assert card["learned_from"]["runs"] == 32
-    assert model.predict(run, 7).isfinite().all()
-    assert {name: list(gains) for name, gains in model.gains.items()} == {
-        "weights": [5, 10],
-        "average": [5, 10],
-    }
+    for variant in VARIANTS:
+        with_state = variant == "with_state"
+        run, recipe = load_world_run(train_world.MODELS / "digits" / "residual-muon-0.safetensors", with_state)
+        assert recipe.optimizer == "muon" and len(run) == recipe.steps // 5 + 1
+        assert (run.state is not None) == with_state
+        monkeypatch.setattr("sys.argv", ["learn_world", "--variant", variant])
+        learn_world.main()
+        model, _, card = load_released(learn_world.MODELS / variant / "forecaster.safetensors")
+        assert card["learned_from"]["runs"] == 32 and card["config"]["with_state"] == with_state
+        assert model.predict(run, 7).isfinite().all()
+        assert {name: list(gains) for name, gains in model.gains.items()} == {"weights": [5, 10], "average": [5, 10]}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
+def test_what_is_kept_of_an_optimiser_is_the_direction_of_its_next_step(params, optimizer):
+    """In the order of the weights, though Muon shares them with AdamW; where the gradient is 0 from now on, the step goes that way."""
+    recipe = draw_recipes(params, "digits")[f"residual-{optimizer}-0"].model_copy(update={"schedule": "constant"})
+    network = build_network(recipe, 1, 3)
+    optimizers = build_optimizers(network, recipe)
+    assert not directions_of(network, optimizers).any()
+    for i in range(4):
+        network(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(i))).square().sum().backward()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+    before, kept = parameters_to_vector(network.parameters()).detach(), directions_of(network, optimizers)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    for one in optimizers:
+        for group in one.param_groups:
+            group["weight_decay"] = 0.0
+        one.step()
+    moved = parameters_to_vector(network.parameters()).detach() - before
+    for p, d, m in zip(
+        network.parameters(),
+        *(Layout.of(dict(network.named_parameters())).unflatten(x).values() for x in (kept, moved)),
+        strict=True,
+    ):
+        assert p.shape == d.shape
+        assert cosine_similarity(d.flatten(), -m.flatten(), dim=0) > (
+            0.5 if optimizer == "muon" and p.dim() == 2 else 0.98
+        )
 
 
 def test_a_summary_counts_what_is_worse_than_keeping_the_weights():

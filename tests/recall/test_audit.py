@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.common.backbone import save_backbone
 from stages.common.files import save_arrays
 from stages.common.images import load_images
-from stages.common.stage import InputError
+from stages.common.stage import InputError, Loader
 from stages.common.vectors import Layout
 from stages.recall import audit, build_fleet, train_auditor, vary_recipes
 from stages.recall.auditor import Auditor, base_sha256

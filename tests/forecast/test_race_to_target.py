@@ -1,0 +1,79 @@
+"""Races keep their finished runs: what is added to a race is all that is trained."""
+
+from pathlib import Path
+
+import pytest
+from dvc.utils.hydra import apply_overrides
+from reproduction import ROOT
+
+from stages.common.files import load_json, save_json
+from stages.forecast import race_to_target
+from stages.forecast.race_to_target import REPORTS
+
+WORK = Path(".work/race_to_target/fm16")
+METHODS = ("adamw", "cosine", "nowcast")
+
+
+@pytest.fixture
+def race(tmp_path, monkeypatch):
+    """Race seeds in an empty folder, without training anything; return the seeds of the runs that would have been trained."""
+    for file in ("params.yaml", "models/released/forecaster.safetensors", "models/released/forecaster.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/fashion_mnist.safetensors").write_bytes(b"images")
+    monkeypatch.chdir(tmp_path)
+    trained: list[int] = []
+
+    def train(_data, _params, seed, *_, **__):
+        trained.append(seed)
+        rows = [
+            {"step": 100 * (seed + 1), "method": method, "seconds": 1.0, "validation": 1.0, "test": None}
+            for method in ("adamw", "nowcast")
+        ]
+        return {"history": rows, "chosen": ["stay"]}
+
+    def run(seeds: list[int], *overrides: str) -> list[int]:
+        apply_overrides(Path("params.yaml"), [f"race_to_target.seeds={seeds}", *overrides])
+        trained.clear()
+        race_to_target.main()
+        return list(trained)
+
+    monkeypatch.setattr(race_to_target, "train", train)
+    monkeypatch.setattr(race_to_target, "load_data", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["race_to_target", "--variant", "fm16"])
+    return run
+
+
+def test_another_seed_costs_that_seed_alone(race):
+    assert race([0, 1]) == [0] * len(METHODS) + [1] * len(METHODS)
+    assert race([0, 1, 7]) == [7] * len(METHODS)
+    together = load_json(REPORTS / "fm16" / "summary.json")
+    assert race([7, 1]) == []
+    for folder in WORK.iterdir():  # as one race from the start says the same
+        for file in folder.iterdir():
+            file.unlink()
+    race([0, 1, 7])
+    assert load_json(REPORTS / "fm16" / "summary.json") == together
+
+
+def test_runs_of_other_recipes_are_not_found_and_are_removed(race):
+    race([0])
+    (before,) = WORK.iterdir()
+    save_json(WORK.parent / "fm32" / "other" / "adamw-0.json", {})
+    assert race([0], "race_to_target.decay=0.9") == [0] * len(METHODS)
+    (after,) = WORK.iterdir()
+    assert after != before
+    Path("data/fashion_mnist.safetensors").write_bytes(b"other images")
+    assert race([0]) == [0] * len(METHODS)
+    assert (WORK.parent / "fm32" / "other").is_dir()  # another task's
+
+
+def test_another_checkpoint_of_nino_costs_its_own_runs_alone(race, monkeypatch):
+    race([0])
+    monkeypatch.setattr(race_to_target, "Nino", lambda path: path)
+    monkeypatch.setattr("sys.argv", ["race_to_target", "--variant", "fm16", "--nino", "nino.pt"])
+    for content in (b"one", b"another"):
+        Path("nino.pt").write_bytes(content)
+        assert race([0]) == [0]
+        assert race([0]) == []
