@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reproduction import EXPECTED, TIMES, clone, command, counts, differences, measure, smoke_clone
+from reproduction import EXPECTED, TIMES, clone, command, copy_made, counts, differences, measure, smoke_clone
 
 HEADLINES = (
     "train_bilinear/digits/summary.json/regularised/test_acc/mean",
@@ -99,6 +99,25 @@ def test_a_stage_killed_while_it_writes_is_repeated_to_the_same_result(computed,
     assert process.wait() == -signal.SIGKILL
     assert "Running stage" in command(project, "dvc", "repro", TARGET)
     assert command(project, "git", "status", "--porcelain") == ""  # the lock, and so every hash, is as it was
+
+
+def test_what_stages_made_is_copied_and_nothing_that_git_tracks(tmp_path):
+    project, kept = tmp_path / "project", tmp_path / "kept"
+    for path in (
+        "models/a/made.pt",
+        "models/released/kept.pt",
+        "reports/made é.png",
+        "reports/tracked.md",
+        ".work/piece",
+    ):
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        (project / path).write_text(path)
+    (project / ".gitignore").write_text("/models/*\n!/models/released\n/reports/*\n!/reports/tracked.md\n/.work\n")
+    command(project, "git", "init", "--quiet")
+    command(project, "git", "add", "--all")
+    copy_made(project, kept)
+    copied = {str(path.relative_to(kept)): path.read_text() for path in kept.rglob("*") if path.is_file()}
+    assert copied == {path: path for path in ("models/a/made.pt", "reports/made é.png")}
 
 
 def test_what_a_metric_may_move_by_is_what_it_was_seen_to_move_by():

@@ -122,7 +122,7 @@ def clipping() -> Any:
     from avalanche.training.plugins import SupervisedPlugin
 
     class Clip(SupervisedPlugin):
-        def before_update(self, strategy: Any, **_: Any) -> None:
+        def before_update(self, strategy: Any, **_: object) -> None:
             nn.utils.clip_grad_norm_(strategy.model.parameters(), LARGEST_GRADIENT)
 
     return Clip()
@@ -133,7 +133,7 @@ def plugin(method: str) -> list[Any]:
     from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin
 
     class OfSingleImages(EWCPlugin):
-        def compute_importances(self, *arguments: Any, **options: Any) -> Any:
+        def compute_importances(self, *arguments: object, **options: object) -> object:
             *first, _batch = arguments
             return super().compute_importances(*first, 1, **options)
 

@@ -16,7 +16,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -30,14 +29,14 @@ LIMIT = 2 * 1024**3  # bytes
 State = dict[str, Tensor]
 
 
-def as_torch(value: Any) -> bytes:
+def as_torch(value: object) -> bytes:
     """Return the bytes of torch.save."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def as_legacy(value: Any) -> bytes:
+def as_legacy(value: object) -> bytes:
     """Return the bytes of torch.save as before version 1.6."""
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=False)

@@ -107,14 +107,14 @@ def refuse_unfinished(scale: str) -> None:
         )
 
 
-def rounded(value: Any) -> Any:
+def rounded(value: object) -> object:
     """Return a summary with six digits of each number."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Return what decides how numbers are rounded here."""
     return {
         "processor": card.machine(),
@@ -123,7 +123,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def about(scale: str) -> dict[str, Any]:
+def about(scale: str) -> dict[str, object]:
     """Return of what a record is: the scale's settings, commit and machine."""
     commit, date = command(ROOT, "git", "log", "-1", "--format=%h %cs").split()
     asked = "dvc repro" if scale == "default" else f"python tests/tools/records.py run {scale}"
@@ -138,7 +138,7 @@ def times() -> dict[str, dict[str, float]]:
     return {stage: {clock: round(value, 1) for clock, value in seconds.items()} for stage, seconds in taken.items()}
 
 
-def lines(value: Any, indent: str = " ") -> str:
+def lines(value: object, indent: str = " ") -> str:
     """Return JSON in which a mapping of numbers alone takes one line: small, and easy to compare in git."""
     if not isinstance(value, dict) or not any(isinstance(item, dict) for item in value.values()):
         return json.dumps(value, sort_keys=True, allow_nan=False)
@@ -164,7 +164,7 @@ def by_file(numbers: dict[str, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def tolerances(numbers: dict[str, float]) -> dict[str, dict[str, Any]]:
+def tolerances(numbers: dict[str, float]) -> dict[str, dict[str, object]]:
     """Return what `differences` compares a run on another machine with: numbers may move as those like them did at smoke scale."""
     moves: dict[tuple[str, str, str], float] = {}
     for key, known in json.loads(EXPECTED.read_text())["metrics"].items():
@@ -182,7 +182,7 @@ def tolerances(numbers: dict[str, float]) -> dict[str, dict[str, Any]]:
     return expected
 
 
-def exact(numbers: dict[str, float]) -> dict[str, dict[str, Any]]:
+def exact(numbers: dict[str, float]) -> dict[str, dict[str, float]]:
     """Return what `differences` compares a run on the same machine with."""
     return {key: {"value": value, "tolerance": ROUNDING * abs(value)} for key, value in numbers.items()}
 
@@ -227,7 +227,7 @@ def known() -> dict[str, Any]:
     return found
 
 
-def quantities(value: Any, key: str) -> Iterator[tuple[str, float]]:
+def quantities(value: object, key: str) -> Iterator[tuple[str, float]]:
     """Yield numbers by their key; the mean of a mapping that has one by the mapping's."""
     if isinstance(value, dict):
         for name, item in value.items():

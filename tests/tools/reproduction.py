@@ -1,6 +1,7 @@
 """A clone of this commit at smoke scale, and what running its pipeline gives. Used by the tests and by CI.
 
 python tests/tools/reproduction.py check     # the committed metrics come out again, and nothing is left to do after
+python tests/tools/reproduction.py check FOLDER    # and what was made is copied there: tests read it (WEIGHTLENS_SMOKE=FOLDER)
 python tests/tools/reproduction.py update    # measure them anew, after a change that is meant to change them: half an hour
 
 Everything runs in float32 on the processor. Other processors have other vector instructions, so other orders of sums, so other
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -225,9 +227,19 @@ def counts(measured: dict[str, dict]) -> dict[str, dict[str, int]]:
     return rows
 
 
-def run_smoke(environment: dict[str, str], quiet: bool = False, twice: bool = False) -> dict[str, float]:
+def copy_made(project: Path, folder: Path) -> None:
+    """Copy what a project's stages have made, and no file that git tracks, to a folder."""
+    listing = ("git", "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "data", "models", "reports")
+    for path in filter(None, command(project, *listing).split("\0")):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(project / path, folder / path)
+
+
+def run_smoke(
+    environment: dict[str, str], quiet: bool = False, twice: bool = False, keep: Path | None = None
+) -> dict[str, float]:
     """Run the smoke scale in a fresh clone and return its metrics; `twice`: a second run must find nothing to do, and no stage
-    may have opened what dvc.yaml does not list."""
+    may have opened what dvc.yaml does not list; keep: a folder for what was made."""
     with tempfile.TemporaryDirectory() as folder:
         project = smoke_clone(Path(folder, "clone"))
         log = project.with_name("opened")
@@ -241,6 +253,8 @@ def run_smoke(environment: dict[str, str], quiet: bool = False, twice: bool = Fa
             sys.exit("\n".join(lines))
         if twice and "Running stage" in (again := command(project, "dvc", "repro")):
             sys.exit(f"the second repro had something to do:\n{again}")
+        if keep:
+            copy_made(project, keep)
         return metrics(project)
 
 
@@ -265,10 +279,10 @@ def update() -> None:
     print(f"wrote {EXPECTED.relative_to(ROOT)}: {counts(measured)['all']}")
 
 
-def check() -> None:
+def check(keep: Path | None) -> None:
     """Run the smoke scale and compare its metrics with the committed ones."""
     expected = json.loads(EXPECTED.read_text())["metrics"]
-    got = run_smoke({}, twice=True)
+    got = run_smoke({}, twice=True, keep=keep)
     if lines := differences(got, expected):
         sys.exit("\n".join([f"{len(lines)} of {len(got)} metrics do not reproduce:", *lines]))
     row = counts(expected)["all"]
@@ -276,6 +290,10 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["check"], ["update"]):
-        sys.exit(__doc__)
-    check() if sys.argv[1] == "check" else update()
+    match sys.argv[1:]:
+        case ["update"]:
+            update()
+        case ["check", *folder] if len(folder) <= 1:
+            check(Path(folder[0]) if folder else None)
+        case _:
+            sys.exit(__doc__)
