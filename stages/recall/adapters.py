@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.recall.functional_vit import Weights
 from stages.recall.objective import Objective
@@ -133,6 +134,31 @@ def rounding_error(weights: Float[np.ndarray, " w"]) -> float:
         if torch.allclose(values, values.to(half).to(values.dtype), rtol=1e-5, atol=1e-8):
             return float(values.square().mean().sqrt()) * torch.finfo(half).eps / 12**0.5
     return 0.0
+
+
+def forms_of(change: Float[np.ndarray, " w"], layout: Layout) -> dict[str, Canonical]:
+    """Return the canonical forms of the matrices of blocks that a change moves."""
+    forms = {}
+    for name, shape in layout.shapes.items():
+        matrix = change[layout.slices[name]].reshape(shape[0], -1)
+        if name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)) and matrix.any():
+            forms[name] = canonical(matrix, np.eye(matrix.shape[1]))
+    return forms
+
+
+def check_ranks(name: str, forms: Mapping[str, Canonical]) -> None:
+    """InputError if matrices that an adapter moves have different ranks, as no training of one leaves them.
+
+    Of a sum of two adapters the ranks add up where both lie, so they differ unless both are put on the same matrices.
+    """
+    ranks = {key: len(form.s) for key, form in forms.items() if len(form.s)}
+    most = max(ranks.values(), default=0)
+    for key, rank in ranks.items():
+        if rank < min(most, len(forms[key].u), len(forms[key].v)):
+            raise InputError(
+                f"{name}: its change of {key} has rank {rank}, of other matrices {most}: it is a mixture of adapters, or was made with "
+                "peft's rank_pattern, which the auditor does not know; give one adapter as training left it"
+            )
 
 
 def dense(adapters: Mapping[str, Canonical], layout: Layout) -> Float[np.ndarray, " w"]:

@@ -32,7 +32,7 @@ from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.common.vectors import Layout
 from stages.recall.adapter_files import adapter_folder, load_adapter
-from stages.recall.adapters import MATRICES, dense, merged_adapter
+from stages.recall.adapters import MATRICES, check_ranks, dense, merged_adapter
 from stages.recall.auditor import Auditor, Kind, base_sha256, unsureness
 from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
@@ -131,7 +131,7 @@ def read_tuned(path: Path, base: Base, auditor: Auditor) -> Float[np.ndarray, " 
 
 
 def read_adapter(folder: Path, base: Base) -> Float[np.ndarray, " w"]:
-    """Return how an adapter changes its base: what (B, A) and (B G, G⁻¹ A) have in common. InputError if it is none of this base."""
+    """Return how an adapter changes its base: what (B, A) and (B G, G⁻¹ A) have in common. InputError if it is none, or a mixture."""
     layout = Layout.of(base.trained)
     adapters, notes = load_adapter(folder, layout)
     for note in notes:
@@ -139,6 +139,7 @@ def read_adapter(folder: Path, base: Base) -> Float[np.ndarray, " w"]:
     known = tuple(f"{kind}.weight" for kind in MATRICES)
     if strange := [name for name in adapters if not name.endswith(known)]:
         raise InputError(f"{folder} adapts {strange[0]}: the auditor knows adapters of {', '.join(MATRICES)}")
+    check_ranks(str(folder), adapters)
     return dense(adapters, layout)
 
 

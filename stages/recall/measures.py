@@ -14,6 +14,7 @@ from stages.common.metrics import binary_calibration_error, bootstrap_interval
 from stages.common.runtime import parallel_map
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
+from stages.recall.adapters import check_ranks, forms_of
 from stages.recall.auditor import BINARY, Kind, Part, unsureness
 from stages.recall.decoders import fit_decoder, mean_of_items, r_squared, r_squared_interval, right_bits
 from stages.recall.fleet_files import Fleet
@@ -96,12 +97,15 @@ def from_recipe_alone(fleet: Fleet, learned: Float[np.ndarray, "n t"], key: str)
     return score(key, predicted, true[fleet.held_out], learned.mean(0))
 
 
-def marked(change: Float[np.ndarray, "n w"], base: Float[np.ndarray, " w"], layout: Layout) -> np.ndarray:
-    """Return which changes bear a mark of what was done after training."""
+def marked(kind: Kind, change: Float[np.ndarray, "n w"], base: Float[np.ndarray, " w"], layout: Layout) -> np.ndarray:
+    """Return which changes bear a mark of what was done after training: on single weights, or of adapters in their ranks."""
     marks = []
     for row in change.astype(np.float32):
         try:
-            check_marks("", base + row, row, layout)
+            if kind == "adapter":
+                check_ranks("", forms_of(row, layout))
+            else:
+                check_marks("", base + row, row, layout)
             marks.append(False)
         except InputError:
             marks.append(True)
@@ -117,7 +121,7 @@ def refusals(
     honest = part.honesty.judge((change, fleet.responses[rows]), part.reader).distance
 
     def measure(changes: Float[np.ndarray, "n w"], far: Float[np.ndarray, " n"]) -> dict[str, float]:
-        marks = marked(changes, start, layout) if kind == "whole" else False
+        marks = marked(kind, changes, start, layout)
         return {"refused": float(((far > 1) | marks).mean()), "auroc": auroc(far, honest)}
 
     rates = {"honest": measure(change, honest)}

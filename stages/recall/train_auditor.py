@@ -27,7 +27,7 @@ from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint
 from stages.recall.adapter_files import FILES, save_adapter
-from stages.recall.adapters import MATRICES, canonical
+from stages.recall.adapters import forms_of
 from stages.recall.auditor import KINDS, RANKS, RECALLED, Auditor, Kind, Part, base_sha256, responses_of
 from stages.recall.fleet import split_test
 from stages.recall.fleet_files import BUILD_FLEET, VARY_RECIPES, Fleet
@@ -69,12 +69,7 @@ def joined(fleets: list[Fleet]) -> tuple[np.ndarray, np.ndarray, dict[str, Float
 
 def save_adapter_example(folder: Path, fleet: Fleet, place: int) -> None:
     """Write the adapter of one fine-tune: what its matrices' changes are the product of."""
-    forms = {}
-    for name, shape in fleet.layout.shapes.items():
-        matrix = fleet.change[place, fleet.layout.slices[name]].reshape(shape[0], -1)
-        if name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)) and matrix.any():
-            forms[name] = canonical(matrix, np.eye(matrix.shape[1]))
-    save_adapter(folder, forms)
+    save_adapter(folder, forms_of(fleet.change[place], fleet.layout))
 
 
 def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from tiny_vit import autoencoder, base_of
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.recall.adapter_files import load_adapter, save_adapter
-from stages.recall.adapters import MATRICES, AdapterSpace, canonical, dense, merged_adapter
+from stages.recall.adapters import MATRICES, AdapterSpace, canonical, check_ranks, dense, forms_of, merged_adapter
 
 BASE = base_of(autoencoder())
 LAYOUT = Layout.of(BASE.trained)
@@ -106,6 +106,24 @@ def adapters(rank: int = 2) -> dict:
         QKV: canonical(draw(48, rank), draw(rank, 16, seed=1)),
         "blocks.1.mlp.fc2.weight": canonical(draw(16, 1), draw(1, 32)),
     }
+
+
+def changed(rank: int, *kinds: str, seed: int = 0) -> np.ndarray:
+    """Return the change by an adapter of this rank on matrices of these kinds."""
+    forms = {
+        name: canonical(draw(shape[0], rank, seed=seed + i), draw(rank, shape[1], seed=seed + i + 50))
+        for i, (name, shape) in enumerate(LAYOUT.shapes.items())
+        if name.endswith(tuple(f"{kind}.weight" for kind in kinds))
+    }
+    return dense(forms, LAYOUT)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 40])
+def test_ranks_of_one_adapter_agree_and_of_a_sum_of_two_on_other_matrices_do_not(rank):
+    one, other = changed(rank, *MATRICES[:2]), changed(2, *MATRICES[1:], seed=100)
+    check_ranks("one", forms_of(one, LAYOUT))  # of rank 40 all matrices have all the ranks that they can have
+    with pytest.raises(InputError, match=r"two: its change of .* has rank .*: it is a mixture of adapters"):
+        check_ranks("two", forms_of((one + other) / 2, LAYOUT))
 
 
 def test_a_saved_adapter_is_read_as_the_same_change_from_either_file(tmp_path):
