@@ -214,7 +214,8 @@ def load_examiner(state: dict[str, Any]) -> Examiner:
     """Return what `Examiner.state` gave."""
     ridge = KernelRidge(**state["ridge"] | {"known": state["ridge"]["known"].double()})
     names = tuple(state.get("measured", PROPERTIES))
-    return Examiner(Exam(**state["exam"]), ridge, **{name: state[name] for name in OWN}, measured=names)
+    exam = Exam(**state["exam"] | {"inputs": state["exam"]["inputs"].float()})  # released ones have halves
+    return Examiner(exam, ridge, **{name: state[name] for name in OWN}, measured=names)
 
 
 def how_telling(exam: Exam, zoos: dict[str, Zoo], rows: dict[str, Rows]) -> Float[Tensor, " b"]:
