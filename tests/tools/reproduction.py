@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import opened
+import yaml
 from dvc.utils.hydra import apply_overrides
 from tqdm import tqdm
 
@@ -116,6 +117,14 @@ def scale_overrides(name: str) -> list[str]:
     words = shlex.split((ROOT / f"stages/scales/{name}.args").read_text(), comments=True)
     assert words[::2] == ["-S"] * len(words[1::2])
     return words[1::2]
+
+
+def built_zoos() -> list[str]:
+    """Return the architectures whose zoos params.yaml has the pipeline build."""
+    architectures: list[str] = yaml.safe_load((ROOT / "params.yaml").read_text())["train_weightnet"]["tasks"][
+        "architectures"
+    ]
+    return architectures
 
 
 def command(folder: Path, *words: str) -> str:

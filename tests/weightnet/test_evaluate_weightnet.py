@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dvc.utils.hydra import apply_overrides
+from reproduction import built_zoos
 from running import start
 from small_networks import seeded
 
@@ -10,7 +11,6 @@ from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
 from stages.weightnet.evaluate_weightnet import by_architecture, learning_curve, score
 from stages.weightnet.predictors.targets import from_scale, to_scale
-from stages.weightnet.zoo.architectures import ARCHITECTURES
 from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES
 
 
@@ -53,7 +53,7 @@ def test_predictors_that_a_data_set_skips_are_not_scored(project, monkeypatch):
     skipped = ["probe", "stats_gbm", "stats", "mlp", "nfn", "no_cross", "no_intra", "no_augmentation", "canonical"]
     apply_overrides(project / "params.yaml", [f"train_weightnet.skipped=[{','.join([*skipped, 'one_sided'])}]"])
     start(monkeypatch, fetch_data, dataset="digits")
-    for variant in ARCHITECTURES:
+    for variant in built_zoos():
         start(monkeypatch, build_zoo, dataset="digits", variant=variant)
     for variant in ("exam", "weightnet", "baselines"):
         start(monkeypatch, train_weightnet, dataset="digits", variant=variant)
