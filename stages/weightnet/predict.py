@@ -6,8 +6,8 @@ come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kin
 other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
 --allow-probe runs the network on the inputs of an exam that the zoo wrote for itself (no image of a data set), which tells far more,
 of any architecture of the zoo's images and classes, also where its symmetry is not known. Of the usual scalings of pixels it takes
-the one with which the network agrees best with the exam, and says which; --pixels MEAN STD says it yourself. Released are exams of
-digits, mnist and fashion_mnist: --dataset says which, where the shape of images leaves it open.
+the one with which the network's answers are most like the zoo's, and says which, and where another is about as likely; --pixels MEAN
+STD settles it. Released are exams of digits, mnist and fashion_mnist: --dataset says which, where the shape of images leaves it open.
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
@@ -17,8 +17,9 @@ The network's steps are compared with the module itself before anything is predi
 derived from them and tried out. Prints a table, or JSON with --json: each property with an interval for 90 % of networks (by errors on
 validation networks; of the exam, on architectures that were left out, and wider, the less the network is like the zoo's), the most
 alike networks of the zoo, and what of the weights lies outside all that the zoo has. `unlike` is the share of the zoo's networks that
-lie nearer to their own neighbours, by what the predictor reads: above 0.95 it says not to trust the prediction. Several networks are
-ranked by predicted test accuracy. Where `dvc repro` has trained no predictor, the released one predicts, and the answer says so.
+lie nearer to their own neighbours, by their weights, or in an exam, that it would be surer of, were their architecture new to it: above
+0.95 it says not to trust the prediction. Several networks are ranked by predicted test accuracy. Where `dvc repro` has trained no
+predictor, the released one predicts, and the answer says so.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.weightnet.predictors.ensemble import Ensemble, revive
-from stages.weightnet.predictors.exam import Exam, disagreement, mark
+from stages.weightnet.predictors.exam import mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import EDGE, own_units
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 
 PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
 LEAST = 1e-7  # probability, in float32
+SURE = 1.1  # times as uncertain as by the first scaling of pixels the answers by the second must be, for no doubt
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
 NEAREST = 3  # networks of the zoo that are named
 WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
@@ -102,18 +104,24 @@ def usual_scalings(known: "Known") -> dict[str, tuple[float, float]]:
 
 
 def find_scaling(
-    known: "Known", asked: "Asked", exam: Exam, scaled: Callable[[float, float], Networks | nn.Module]
+    known: "Known", asked: "Asked", examiner: Examiner, scaled: Callable[[float, float], Networks | nn.Module]
 ) -> tuple[Networks | nn.Module, list[str]]:
-    """Return a network as it is for the zoo's pixels, and what was assumed of its own: as it agrees best with the exam's consensus.
+    """Return a network as it is for the zoo's pixels, and what was assumed of its own: as its answers are most like the zoo's.
 
     scaled: gives the network for pixels of a mean and a deviation.
     """
     if asked.pixels is not None:
         return scaled(*asked.pixels), []
     scalings = usual_scalings(known)
-    best = min(scalings, key=lambda name: disagreement(exam, scaled(*scalings[name])).item())
-    said = [f"pixels: taken to be {best}, by its answers (--pixels says otherwise)"] if len(scalings) > 1 else []
-    return scaled(*scalings[best]), said
+    if len(scalings) == 1:
+        return scaled(*UNSCALED), []
+    far = {name: examiner.uncertainty(scaled(*ends)).item() for name, ends in scalings.items()}
+    best, second = sorted(far, key=lambda name: far[name])[:2]
+    said = f"pixels: taken to be {best}, by its answers (--pixels says otherwise)"
+    if far[second] < SURE * far[best]:
+        mean, std = scalings[second]
+        said = f"pixels: taken to be {best}, but they may be {second}: if so, say --pixels {mean:.4g} {std:.4g}"
+    return scaled(*scalings[best]), [said]
 
 
 class Logarithm(nn.Module):
@@ -127,8 +135,11 @@ class Logarithm(nn.Module):
         return self.network(images).clamp(min=LEAST).log()
 
 
-def user_marks(known: "Known", exam: Exam, path: Path, arch: str, asked: "Asked") -> tuple[Tensor, list[str]]:
-    """Return the marks [1, m] of a network whose steps are not known, by its outputs alone, and notes; InputError if they are none."""
+def user_marks(
+    known: "Known", examiner: Examiner, path: Path, arch: str, asked: "Asked"
+) -> tuple[Float[Tensor, "1 m"], list[str]]:
+    """Return the marks of a network whose steps are not known, by its outputs alone, and notes; InputError if they are none."""
+    exam = examiner.exam
     shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
 
     def ask_module() -> tuple[list[list[float]], list[str]]:
@@ -147,7 +158,7 @@ def user_marks(known: "Known", exam: Exam, path: Path, arch: str, asked: "Asked"
                 Logarithm(module),
                 [*notes, "its outputs are probabilities: their logarithms were taken for logits"],
             )
-        scaled, said = find_scaling(known, asked, exam, partial(OnPixels, module))
+        scaled, said = find_scaling(known, asked, examiner, partial(OnPixels, module))
         return mark(exam, scaled).flatten(1).tolist(), [*notes, *said]
 
     marks, notes = in_own_process(ask_module, arch)
@@ -300,9 +311,8 @@ def describe(
         name: inside(range_of(name), *ends, edge=EDGE * name.endswith("_acc"))
         for name, *ends in zip(predictor.measured, *intervals[:, 0].tolist(), strict=True)
     }
-    own = torch.cdist(predictor.inputs, predictor.inputs).fill_diagonal_(torch.inf).amin(1)
     distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
-    unlike = (own < distances.amin()).double().mean().item()
+    unlike = predictor.unlike(read.to(predictor.inputs))
     if unlike > TRUSTED:  # errors on networks like the zoo's say nothing of this one's
         said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
         notes = [said, *notes]
@@ -333,7 +343,7 @@ def describe_networks(known: Known, networks: Networks, notes: Sequence[str] = (
 
 def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, asked: "Asked") -> dict[str, Any]:
     """Return what is said of one network whose steps are not known: by its outputs alone."""
-    marks, notes = user_marks(known, examiner.exam, path, arch, asked)
+    marks, notes = user_marks(known, examiner, path, arch, asked)
     return describe(known, examiner.intervals_by(marks), examiner.ridge.standardised(marks), [], notes)
 
 
@@ -359,7 +369,7 @@ def predict_one(
     def scaled(mean: float, std: float) -> Networks:
         return replace(network, program=rescaled_input(program, mean, std))
 
-    return describe_networks(known, *find_scaling(known, asked, examiner.exam, scaled))
+    return describe_networks(known, *find_scaling(known, asked, examiner, scaled))
 
 
 @dataclass(frozen=True)

@@ -169,15 +169,6 @@ def mark(exam: Exam, networks: Networks | nn.Module) -> Float[Tensor, "n 5 m"]:
     return torch.stack(papers, 1)
 
 
-@torch.no_grad()
-def disagreement(exam: Exam, networks: Networks | nn.Module) -> Float[Tensor, " n"]:
-    """Return the mean squared distance of networks' answers to the drawn inputs from the consensus's, 0 to 2.
-
-    It is less for a network that sees inputs as it knows them than for the same network on pixels that are scaled otherwise.
-    """
-    return (asker(networks)(exam.inputs[0]).softmax(-1) - exam.consensus[0]).square().sum(-1).mean(1)
-
-
 AGREEMENT = 5 + 2 * QUARTERS  # marks of a paper that compare answers with the consensus
 
 
