@@ -5,10 +5,9 @@ Axes: c classes, d pixels times channels.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +16,9 @@ from stages.bilinear.decomposition import DecompositionArtifacts, pixel_attribut
 from stages.bilinear.model import BilinearImageClassifier
 from stages.common.figures import image_grid, legible, save_figure, save_plot, show_image, show_signed
 from stages.common.images import ImageSet
+
+if TYPE_CHECKING:  # half a second to load
+    import pandas as pd
 
 MAX_CLASSES = 10  # in a picture
 EACH_SIGN = 3  # eigenvectors in the gallery
@@ -129,7 +131,7 @@ def draw_attributions(path: Path, model: BilinearImageClassifier, data: ImageSet
     save_figure(path, figure)
 
 
-def draw_matches(path: Path, a: DecompositionArtifacts, b: DecompositionArtifacts, matches: pd.DataFrame) -> None:
+def draw_matches(path: Path, a: DecompositionArtifacts, b: DecompositionArtifacts, matches: "pd.DataFrame") -> None:
     """Draw the strongest eigenvectors of each class of one network above their partners in the other; |cosine| above, bold if shared.
 
     matches: of `stages.bilinear.compare.compare_eigenvectors`. Partners are turned to the sign of the eigenvectors above them.

@@ -4,6 +4,7 @@ params.yaml is the only source of values, and every mistake in it is reported at
 """
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -126,6 +127,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     Where DVC runs it, say which stage of how many it is, and write down how long it took.
     """
+    gc.freeze()  # what was imported stays: no collection looks through it
+    gc.enable()  # paused by stages/__init__.py until here
     code = 0
     try:
         times.announce()
@@ -134,6 +137,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except SystemExit as left:  # of argparse: 0 after --help, 2 after a mistake
+        code = left.code if isinstance(left.code, int) else 1
     except KeyboardInterrupt:
         print("interrupted: nothing is left half-written; run the same command again", file=sys.stderr)
         code = 130

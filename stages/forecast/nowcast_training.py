@@ -8,6 +8,7 @@ Writes  reports/nowcast_training/<dataset>/history.csv    test loss by method, s
         reports/nowcast_training/<dataset>/losses.png, vector/losses.svg
 """
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.common.files import save_csv, save_json
 from stages.common.metrics import accuracy, headline_metrics, mean_interval
-from stages.common.optim import set_learning_rate
+from stages.common.optim import require_convergence, set_learning_rate
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -157,9 +158,9 @@ def cost_to(history: Rows, target: float) -> float | None:
 
 
 def choose_learning_rate(losses: dict[float, list[float]]) -> tuple[float, bool]:
-    """Return the learning rate of the lowest mean loss, and whether it is inside its grid, not at an edge."""
+    """Return the learning rate of the lowest mean loss, and whether it is inside its grid, not at an edge; never one that diverges."""
     means = {rate: statistics.fmean(values) for rate, values in losses.items()}
-    best = min(means, key=means.__getitem__)
+    best = min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
     return best, min(means) < best < max(means)
 
 
@@ -168,6 +169,9 @@ def compare(histories: dict[str, list[Rows]], steps: int) -> dict[str, Any]:
 
     Losses are means over the same cost in steps. The target is the first method's mean loss over its last tenth.
     """
+    for name, row in ((name, row) for name, runs in histories.items() for rows in runs for row in rows):
+        where = f"{name}, seed {row['seed']}, step {row['step']}"
+        require_convergence(row["loss"], math.inf, where, "lower nowcast_training.grid")
     baseline = next(iter(histories.values()))
     budgets = np.arange(1, steps + 1)
     target = statistics.fmean(row["loss"] for rows in baseline for row in rows[-max(1, len(rows) // 10) :])

@@ -28,7 +28,7 @@ from torch.nn.utils import parameters_to_vector
 from stages.common.files import save_arrays, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import accuracy, mean_std
-from stages.common.optim import set_learning_rate
+from stages.common.optim import require_convergence, set_learning_rate
 from stages.common.randomness import generator, log_uniform
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -99,7 +99,10 @@ def train_run(recipe: Recipe, train: Images, test: Images, classes: int, snapsho
         if step % snapshot_every == 0:
             weights.append(parameters_to_vector(network.parameters()).detach())
     with torch.no_grad():
-        acc = accuracy(network.eval()(test_images), test_labels)
+        logits = network.eval()(test_images)
+    where = f"{recipe.optimizer}, learning rate {recipe.learning_rate:.2g}"
+    require_convergence(cross_entropy(logits, test_labels).item(), math.inf, where, "lower train_world.learning_rates")
+    acc = accuracy(logits, test_labels)
     return {"weights": torch.stack(weights).numpy(), "test_acc": acc.numpy()}
 
 

@@ -7,6 +7,7 @@ Writes  models/tune_jump/<dataset>/forecaster.pt     {"config", "state_dict"} of
 Axes: p weights, d what the jump is linear in.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from stages.common.checkpoints import save_torch
 from stages.common.files import save_csv
-from stages.common.optim import set_learning_rate, warmup_cosine
+from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
@@ -140,6 +141,7 @@ def tune_jump(
         optimizer.step()
         if step % check_every == 0 or step == steps:
             jump_ratio = validate(lambda o: o.jump(model.step))
+            require_convergence(jump_ratio, math.inf, f"step {step}", "lower tune_jump.learning_rate")
             if best is None or jump_ratio < min(row["val_ratio"] for row in history):
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             history.append(

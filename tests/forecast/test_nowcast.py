@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.forecast.forecasters import build_forecaster
 from stages.forecast.nowcast import NowcastOptimizer
-from stages.forecast.nowcast_training import choose_learning_rate, cost_to, loss_at_costs
+from stages.forecast.nowcast_training import choose_learning_rate, compare, cost_to, loss_at_costs
 from stages.forecast.regimes import direction
 from stages.forecast.trajectory import WINDOW, Trajectory
 
@@ -403,3 +404,12 @@ def test_costs_and_targets():
     assert cost_to(history, 1.0) is None
     assert choose_learning_rate({0.1: [3.0], 0.2: [1.0], 0.3: [2.0]}) == (0.2, True)
     assert choose_learning_rate({0.1: [1.0], 0.2: [1.5], 0.3: [2.0]}) == (0.1, False)
+
+
+def test_what_diverges_is_neither_chosen_nor_compared():
+    nan = float("nan")
+    assert choose_learning_rate({0.1: [nan, 1.0], 0.2: [2.0, 2.0], 0.3: [3.0, 3.0]})[0] == 0.2
+    fine, diverged = ([{"seed": 0, "step": 1, "cost": 1, "loss": loss}] for loss in (1.0, nan))
+    compare({"adam": [fine, fine], "tuned": [fine, fine]}, 1)
+    with pytest.raises(InputError, match="tuned, seed 0, step 1: training diverged"):
+        compare({"adam": [fine, fine], "tuned": [fine, diverged]}, 1)

@@ -57,14 +57,19 @@ def overrides(scale: str) -> list[str]:
     return scale_overrides(scale)
 
 
-def settings(scale: str) -> dict[str, Any]:
+def params_text(scale: str) -> str:
     """Return params.yaml as committed, with the settings of a scale; those of `default` are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "params.yaml")
         path.write_text(command(ROOT, "git", "show", "HEAD:params.yaml"))
         if changes := overrides(scale):
             apply_overrides(path, changes)
-        return dict(yaml.safe_load(path.read_text()))
+        return path.read_text()
+
+
+def settings(scale: str) -> dict[str, Any]:
+    """Return the values of a scale."""
+    return dict(yaml.safe_load(params_text(scale)))
 
 
 def summaries() -> dict[str, dict[str, Any]]:
@@ -246,9 +251,7 @@ def run(scale: str) -> str:
         raise RecordError(
             f"params.yaml is neither the committed one nor that of {scale}: commit it, or 'git checkout params.yaml'"
         )
-    (ROOT / "params.yaml").write_text(command(ROOT, "git", "show", "HEAD:params.yaml"))
-    if changes := overrides(scale):
-        apply_overrides(ROOT / "params.yaml", changes)
+    (ROOT / "params.yaml").write_text(params_text(scale))
     if subprocess.run(["dvc", "repro"], cwd=ROOT).returncode:
         raise RecordError("dvc repro failed, see above; the same command goes on from there")
     return keep(scale)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import benchmark_zoo
 import torch
 from torch import Tensor, nn
 
@@ -17,28 +18,11 @@ from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network, zoo
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
 from stages.weightnet.zoo.reading import Zoo
-from stages.weightnet.zoo.runs import Recipe
 
 SHAPE = (1, 10, 8)  # channels, classes, pixels of a side
 
-
-RECIPE = Recipe(
-    activations=["tanh", "relu"],
-    optimizers=["sgd", "adam"],
-    momenta=[0.9],
-    schedules=["constant"],
-    inits=["he"],
-    shifts=[0],
-    least_epochs=[0],
-    learning_rate=(1e-3, 1e-2),
-    sgd_factor=3.0,
-    weight_decay=(1e-4, 1e-1),
-    init_scale=(0.5, 2.0),
-    train_fraction=(0.2, 1.0),
-    label_noise=(0.0, 0.6),
-    dropout=(0.0, 0.5),
-    steps=(3, 9),
-    batch_size=8,
+RECIPE = benchmark_zoo.RECIPE.model_copy(
+    update={"weight_decay": (1e-4, 1e-1), "train_fraction": (0.2, 1.0), "steps": (3, 9), "batch_size": 8}
 )
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.stats import kendalltau
-from sklearn.ensemble import HistGradientBoostingRegressor
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -19,6 +18,8 @@ def boost(data: Data, rounds: int) -> tuple[Float[Tensor, "v k"], Float[Tensor, 
 
     Validation chooses learning rate and leaves once, by the test accuracy.
     """
+    from sklearn.ensemble import HistGradientBoostingRegressor  # here: 1 s that other predictors do without
+
     x, y = (data.part(data.split.train, values).numpy() for values in (data.inputs, data.targets))
     parts = [data.part(rows, data.inputs).numpy() for rows in (data.split.validation, data.split.test)]
     truth = data.part(data.split.validation, data.targets)[:, 0].numpy()
