@@ -7,7 +7,7 @@ other; or, with --allow-code, package.module:function, which is called without a
 --allow-probe runs the network on the inputs of an exam that the zoo wrote for itself (no image of a data set), which tells far more,
 of any architecture of the zoo's images and classes, also where its symmetry is not known. Of the usual scalings of pixels it takes
 the one with which the network's answers are most like the zoo's, and says which, and where another is about as likely; --pixels MEAN
-STD settles it. Released are exams of digits, mnist and fashion_mnist: --dataset says which, where the shape of images leaves it open.
+STD settles it. Released are exams of digits and mnist: --dataset says which, where the shape of images leaves it open.
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
@@ -74,7 +74,6 @@ UNSCALED = (0.0, 1.0)
 WARNING = "do not trust this"
 # mean and deviation of the pixels of a zoo's images, where they go from 0 to 1
 PIXELS = {"digits": (0.305, 0.376), "mnist": (0.1307, 0.3081), "fashion_mnist": (0.286, 0.353)}
-IMAGENET = 0.449, 0.226  # the same of the images of ImageNet, by which colours are standardised
 
 
 class OnPixels(nn.Module):
@@ -90,17 +89,15 @@ class OnPixels(nn.Module):
 
 def usual_scalings(known: "Known") -> dict[str, tuple[float, float]]:
     """Return mean and deviation of a zoo's pixels as people scale them, by name; what they are in the zoo comes first."""
-    found = {"standardised": (0.0, 1.0)}
-    if known.dataset in PIXELS:
-        mean, std = PIXELS[known.dataset]
-        found |= {
-            "from 0 to 1": (mean, std),
-            "from -1 to 1": (2 * mean - 1, 2 * std),
-            "from 0 to 255": (255 * mean, 255 * std),
-        }
-        if known.shape[0] == 3:
-            found["by ImageNet's mean and deviation"] = (mean - IMAGENET[0]) / IMAGENET[1], std / IMAGENET[1]
-    return found
+    if known.dataset not in PIXELS:
+        return {"standardised": UNSCALED}
+    mean, std = PIXELS[known.dataset]
+    return {
+        "standardised": UNSCALED,
+        "from 0 to 1": (mean, std),
+        "from -1 to 1": (2 * mean - 1, 2 * std),
+        "from 0 to 255": (255 * mean, 255 * std),
+    }
 
 
 def find_scaling(
