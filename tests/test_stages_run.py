@@ -17,12 +17,11 @@ import browser
 import documents
 import pytest
 import torch
-from reproduction import ROOT, scale_overrides, set_params
+from reproduction import ROOT, built_zoos, scale_overrides, set_params
 
 from stages.bilinear.training import load_model
 from stages.common.stage import InputError
 from stages.report import publish
-from stages.weightnet.zoo.architectures import ARCHITECTURES
 
 PIPELINE = [
     *(("stages.datasets.fetch_data", {"dataset": dataset}) for dataset in ("glyphs", "shapes", "digits")),
@@ -39,7 +38,7 @@ PIPELINE = [
         (f"stages.vit_memory.{stage}", {"dataset": "digits"})
         for stage in ("extract_features", "train_few_shot", "train_continual", "diagnose_memory")
     ),
-    *(("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant}) for variant in ARCHITECTURES),
+    *(("stages.weightnet.build_zoo", {"dataset": "digits", "variant": variant}) for variant in built_zoos()),
     *(
         ("stages.weightnet.train_weightnet", {"dataset": "digits", "variant": variant})
         for variant in ("exam", "weightnet", "probe", "baselines", "ablations")

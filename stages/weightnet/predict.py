@@ -5,7 +5,9 @@ the zoo (one of torchvision's too: by its name alone, for the zoo's images and c
 come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]}, of torch.nn's layers one after the
 other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
 --allow-probe runs the network on the inputs of an exam that the zoo wrote for itself (no image of a data set), which tells far more,
-of any architecture of the zoo's images and classes, also where its symmetry is not known.
+of any architecture of the zoo's images and classes, also where its symmetry is not known. Of the usual scalings of pixels it takes
+the one with which the network's answers are most like the zoo's, and says which, and where another is about as likely; --pixels MEAN
+STD settles it. Released are exams of digits and mnist: --dataset says which, where the shape of images leaves it open.
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
@@ -15,17 +17,18 @@ The network's steps are compared with the module itself before anything is predi
 derived from them and tried out. Prints a table, or JSON with --json: each property with an interval for 90 % of networks (by errors on
 validation networks; of the exam, on architectures that were left out, and wider, the less the network is like the zoo's), the most
 alike networks of the zoo, and what of the weights lies outside all that the zoo has. `unlike` is the share of the zoo's networks that
-lie nearer to their own neighbours, by what the predictor reads: above 0.95 it says not to trust the prediction. Several networks are
-ranked by predicted test accuracy. Where `dvc repro` has trained no predictor, the released one predicts, and the answer says so.
+lie nearer to their own neighbours, by their weights, or in an exam, that it would be surer of, were their architecture new to it: above
+0.95 it says not to trust the prediction. Several networks are ranked by predicted test accuracy. Where `dvc repro` has trained no
+predictor, the released one predicts, and the answer says so.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +42,10 @@ from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
 from stages.weightnet.predictors.ensemble import Ensemble, revive
-from stages.weightnet.predictors.exam import Exam, mark
+from stages.weightnet.predictors.exam import mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
-from stages.weightnet.predictors.targets import own_units
+from stages.weightnet.predictors.targets import EDGE, own_units
 from stages.weightnet.tracing.program import Program, rescaled_input
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.user_networks import (
@@ -60,11 +63,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
+LEAST = 1e-7  # probability, in float32
+SURE = 1.1  # times as uncertain as by the first scaling of pixels the answers by the second must be, for no doubt
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
 NEAREST = 3  # networks of the zoo that are named
 WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
+DEFAULT = "digits"
+UNSCALED = (0.0, 1.0)
 WARNING = "do not trust this"
+# mean and deviation of the pixels of a zoo's images, where they go from 0 to 1
+PIXELS = {"digits": (0.305, 0.376), "mnist": (0.1307, 0.3081), "fashion_mnist": (0.286, 0.353)}
 
 
 class OnPixels(nn.Module):
@@ -78,26 +87,79 @@ class OnPixels(nn.Module):
         return self.network(images * self.std + self.mean)
 
 
-def user_marks(exam: Exam, path: Path, arch: str, asked: "Asked") -> Float[Tensor, "1 m"]:
-    """Return the marks of a network whose steps are not known, by its outputs alone; InputError if they are no logits."""
+def usual_scalings(known: "Known") -> dict[str, tuple[float, float]]:
+    """Return mean and deviation of a zoo's pixels as people scale them, by name; what they are in the zoo comes first."""
+    if known.dataset not in PIXELS:
+        return {"standardised": UNSCALED}
+    mean, std = PIXELS[known.dataset]
+    return {
+        "standardised": UNSCALED,
+        "from 0 to 1": (mean, std),
+        "from -1 to 1": (2 * mean - 1, 2 * std),
+        "from 0 to 255": (255 * mean, 255 * std),
+    }
+
+
+def find_scaling(
+    known: "Known", asked: "Asked", examiner: Examiner, scaled: Callable[[float, float], Networks | nn.Module]
+) -> tuple[Networks | nn.Module, list[str]]:
+    """Return a network as it is for the zoo's pixels, and what was assumed of its own: as its answers are most like the zoo's.
+
+    scaled: gives the network for pixels of a mean and a deviation.
+    """
+    if asked.pixels is not None:
+        return scaled(*asked.pixels), []
+    scalings = usual_scalings(known)
+    if len(scalings) == 1:
+        return scaled(*UNSCALED), []
+    far = {name: examiner.uncertainty(scaled(*ends)).item() for name, ends in scalings.items()}
+    best, second = sorted(far, key=lambda name: far[name])[:2]
+    said = f"pixels: taken to be {best}, by its answers (--pixels says otherwise)"
+    if far[second] < SURE * far[best]:
+        mean, std = scalings[second]
+        said = f"pixels: taken to be {best}, but they may be {second}: if so, say --pixels {mean:.4g} {std:.4g}"
+    return scaled(*scalings[best]), [said]
+
+
+class Logarithm(nn.Module):
+    """The logarithm of a network's probabilities: its logits, but for a constant."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).clamp(min=LEAST).log()
+
+
+def user_marks(
+    known: "Known", examiner: Examiner, path: Path, arch: str, asked: "Asked"
+) -> tuple[Float[Tensor, "1 m"], list[str]]:
+    """Return the marks of a network whose steps are not known, by its outputs alone, and notes; InputError if they are none."""
+    exam = examiner.exam
     shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
 
-    def ask_module() -> list[list[float]]:
+    def ask_module() -> tuple[list[list[float]], list[str]]:
         module = build_user_network(arch, shape, classes, asked.allow_code).eval()
         own = {name: tuple(t.shape) for name, t in module.state_dict().items() if t.is_floating_point()}
         found, _ = load_weights(path, own, (), torch.float32, f"--arch {arch}")
         module.load_state_dict(found, strict=False)  # it counts batches
-        module = OnPixels(module, *asked.pixels)
         with torch.no_grad():
             outputs = module(exam.inputs[0])
         if not isinstance(outputs, Tensor) or outputs.shape != (len(exam.inputs[0]), classes):
             got = list(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"{path}: the exam needs {classes} logits for an image, and {arch} gives {got}")
+        notes = ["its steps cannot be followed: judged by its outputs alone"]
         if (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(len(outputs))):
-            raise InputError(f"{path}: {arch} gives probabilities: leave out its softmax, since the exam needs logits")
-        return mark(exam, module).flatten(1).tolist()
+            module, notes = (
+                Logarithm(module),
+                [*notes, "its outputs are probabilities: their logarithms were taken for logits"],
+            )
+        scaled, said = find_scaling(known, asked, examiner, partial(OnPixels, module))
+        return mark(exam, scaled).flatten(1).tolist(), [*notes, *said]
 
-    return torch.tensor(in_own_process(ask_module, arch))
+    marks, notes = in_own_process(ask_module, arch)
+    return torch.tensor(marks), notes
 
 
 def list_models(path: Path) -> dict[Path, dict[str, Any]]:
@@ -160,11 +222,15 @@ def list_notes(program: Program) -> list[str]:
     return [*program.notes, *notes, *([] if program.activations else ["no activation: not in the zoo"])]
 
 
-def inside(ends: tuple[float, float], low: float, value: float, high: float) -> dict[str, float]:
-    """Return a value moved into its range, with as wide an interval to either side as the range allows."""
+def inside(ends: tuple[float, float], low: float, value: float, high: float, edge: float = 0.0) -> dict[str, float]:
+    """Return a value moved into its range, with as wide an interval to either side as the range allows.
+
+    An interval that comes as near as `edge` to an end of the range reaches it: predictors take what lies there for the same.
+    """
     least, most = ends
     nearest = min(max(value, least), most)
     low, high = max(nearest - (value - low), least), min(nearest + (high - value), most)
+    low, high = (least if low <= least + edge else low), (most if high >= most - edge else high)
     return {"low": low, "value": nearest, "high": high}
 
 
@@ -178,6 +244,12 @@ class Known:
     shape: tuple[int, ...]  # of images
     classes: int
     ranges: Float[Tensor, "2 f"]  # of statistics of weights
+
+    @property
+    def dataset(self) -> str:
+        """The data set of the zoo, by the file's name or its folder's."""
+        name = self.file.parent.name if self.file.name == "predictors.pt" else self.file.stem
+        return name.removesuffix(f"-{self.family}")
 
 
 def find_predictor(dataset: str, family: str) -> Path:
@@ -233,12 +305,11 @@ def describe(
     if not (intervals.isfinite().all() and read.isfinite().all()):
         raise InputError("its weights are so large that the predictions are no finite numbers")
     properties = {
-        name: inside(range_of(name), *ends)
+        name: inside(range_of(name), *ends, edge=EDGE * name.endswith("_acc"))
         for name, *ends in zip(predictor.measured, *intervals[:, 0].tolist(), strict=True)
     }
-    own = torch.cdist(predictor.inputs, predictor.inputs).fill_diagonal_(torch.inf).amin(1)
     distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
-    unlike = (own < distances.amin()).double().mean().item()
+    unlike = predictor.unlike(read.to(predictor.inputs))
     if unlike > TRUSTED:  # errors on networks like the zoo's say nothing of this one's
         said = f"{WARNING}: it is more unlike the zoo's networks than {unlike:.0%} of them are unlike each other"
         notes = [said, *notes]
@@ -258,19 +329,18 @@ def describe(
     }
 
 
-def describe_networks(known: Known, networks: Networks) -> dict[str, Any]:
-    """Return what is said of one network whose steps are known."""
+def describe_networks(known: Known, networks: Networks, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what is said of one network whose steps are known; notes: more that people should know of it."""
     shape, zoo = ("x".join(map(str, images)) for images in (networks.program.input_shape, known.shape))
     outside = what_is_outside(pooled_statistics(networks)[0], known.ranges)
     outside += [f"images of {shape}, the zoo's {zoo}"] if shape != zoo else []
     intervals, read = known.predictor.intervals(networks), known.predictor.read(networks)
-    return describe(known, intervals, read, outside, list_notes(networks.program))
+    return describe(known, intervals, read, outside, [*list_notes(networks.program), *notes])
 
 
 def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, asked: "Asked") -> dict[str, Any]:
     """Return what is said of one network whose steps are not known: by its outputs alone."""
-    marks = user_marks(examiner.exam, path, arch, asked)
-    notes = ["its steps cannot be followed: judged by its outputs alone"]
+    marks, notes = user_marks(known, examiner, path, arch, asked)
     return describe(known, examiner.intervals_by(marks), examiner.ridge.standardised(marks), [], notes)
 
 
@@ -283,11 +353,20 @@ def predict_one(
         if examiner is None:
             raise program
         return describe_outputs(known, examiner, path, arch, asked)
+    if examiner is None:
+        return describe_networks(
+            known, read_network(path, arch, rescaled_input(program, *asked.pixels or UNSCALED), tanh)
+        )
     outputs = program.steps[-1].shape
-    if examiner and outputs != (known.classes,):
+    if outputs != (known.classes,):
         got = ", ".join(map(str, outputs))
         raise InputError(f"the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out")
-    return describe_networks(known, read_network(path, arch, program, tanh, run=examiner is not None))
+    network = read_network(path, arch, program, tanh, run=True)
+
+    def scaled(mean: float, std: float) -> Networks:
+        return replace(network, program=rescaled_input(program, mean, std))
+
+    return describe_networks(known, *find_scaling(known, asked, examiner, scaled))
 
 
 @dataclass(frozen=True)
@@ -298,7 +377,9 @@ class Asked:
     input_shape: tuple[int, int, int] | None = None  # channels, height and width, if not the zoo's
     tanh: bool = False  # a zoo architecture with tanh in place of ReLU
     allow_code: bool = False  # to import and call package.module:function
-    pixels: tuple[float, float] = (0.0, 1.0)  # mean and deviation of the pixels that the networks were trained on
+    pixels: tuple[float, float] | None = (
+        None  # mean and deviation of the pixels that they were trained on; None: find out
+    )
 
 
 def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) -> dict[str, dict[str, Any]]:
@@ -311,7 +392,7 @@ def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) 
     @cache
     def program_of(arch: str) -> Program | InputError:
         try:
-            return rescaled_input(user_program(arch, shape, known.classes, asked.allow_code), *asked.pixels)
+            return user_program(arch, shape, known.classes, asked.allow_code)
         except InputError as error:
             return error
 
@@ -330,11 +411,38 @@ def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) 
     return results
 
 
-def answer_for(paths: Sequence[Path], dataset: str, allow_probe: bool, asked: Asked) -> dict[str, Any]:
+def fitting_dataset(models: dict[Path, dict[str, Any]], family: str, asked: Asked) -> str:
+    """Return the one data set with a predictor whose images and classes the first network takes; InputError if there are several.
+
+    The default one's where a network names no images of its own: weights alone are read, it is an architecture of the zoo, or
+    cannot be followed.
+    """
+    arch = next(iter(models.values())).get("arch", asked.arch)
+    if family != "exam" or arch is None or arch in ARCHITECTURES:
+        return DEFAULT
+    fitting = []
+    for dataset in there(family):
+        known = load_known(published(find_predictor(dataset, family)), family)
+        if asked.input_shape not in (None, known.shape):
+            continue
+        try:
+            program = user_program(arch, known.shape, known.classes, asked.allow_code)
+        except InputError:
+            continue
+        fitting += [dataset] if program.steps[-1].shape == (known.classes,) else []
+    if len(fitting) > 1:
+        raise InputError(
+            f"--arch {arch} takes the images of the zoos of {', '.join(fitting)}: say which it learned by --dataset"
+        )
+    return fitting[0] if fitting else DEFAULT
+
+
+def answer_for(paths: Sequence[Path], dataset: str | None, allow_probe: bool, asked: Asked) -> dict[str, Any]:
     """Return everything that is said of some networks, as --json prints it."""
     family = "exam" if allow_probe else "weightnet"
-    known = load_known(published(find_predictor(dataset, family)), family)
     models = {file: said for path in paths for file, said in list_models(path).items()}
+    dataset = dataset or fitting_dataset(models, family, asked)
+    known = load_known(published(find_predictor(dataset, family)), family)
     results = predict_all(known, models, asked)
     return {
         "predictor": family,
@@ -350,12 +458,12 @@ def predict(
     models: Sequence[str | Path] | str | Path,
     arch: str | None = None,
     *,
-    dataset: str = "digits",
+    dataset: str | None = None,
     allow_probe: bool = False,
     input_shape: tuple[int, int, int] | None = None,
     tanh: bool = False,
     allow_code: bool = False,
-    pixels: tuple[float, float] = (0.0, 1.0),
+    pixels: tuple[float, float] | None = None,
 ) -> "pd.DataFrame":
     """Return a row for each network and property, the networks by predicted test accuracy, best first; arguments as the command has them.
 
@@ -414,18 +522,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help=f"files of weights, or folders of them; {READABLE}")
     parser.add_argument("--arch", help="what they are, unless a metadata.json says it")
-    parser.add_argument("--dataset", default="digits", help="the zoo's images (default: digits)")
+    parser.add_argument("--dataset", help="the zoo's images (default: those that fit the network, else digits)")
     parser.add_argument(
         "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image, if not the zoo's"
     )
     parser.add_argument("--tanh", action="store_true", help="a zoo architecture with tanh in place of ReLU")
     parser.add_argument("--allow-probe", action="store_true", help="run the network on the inputs of the zoo's exam")
     add_network_arguments(parser)
+    parser.set_defaults(pixels=None)  # of the exam: as the network's answers tell
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     pin_threads()
     shape = tuple(arguments.input_shape) if arguments.input_shape else None
-    asked = Asked(arguments.arch, shape, arguments.tanh, arguments.allow_code, tuple(arguments.pixels))
+    pixels = tuple(arguments.pixels) if arguments.pixels else None
+    asked = Asked(arguments.arch, shape, arguments.tanh, arguments.allow_code, pixels)
     answer = answer_for(arguments.models, arguments.dataset, arguments.allow_probe, asked)
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2, allow_nan=False)

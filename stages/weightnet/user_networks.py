@@ -38,7 +38,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=(0.0, 1.0),
         metavar=("MEAN", "STD"),
-        help="mean and deviation of the pixels that the networks were trained on (default: 0 1, as the zoo's)",
+        help="mean and deviation of the pixels that the networks were trained on (default: 0 1, as the zoo's; in an exam: found out)",
     )
 
 

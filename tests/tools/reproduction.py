@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import opened
+import yaml
 from dvc.utils.hydra import apply_overrides
 from tqdm import tqdm
 
@@ -134,6 +135,12 @@ def overridden(text: str, *settings: str) -> str:
 def set_params(path: Path, settings: list[str]) -> None:
     """Change a params.yaml by `key=value` settings; what a process has set once before, it does not compute again."""
     path.write_text(overridden(path.read_text(), *settings))
+
+
+def built_zoos() -> list[str]:
+    """Return the architectures whose zoos params.yaml has the pipeline build."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    return list(params["train_weightnet"]["tasks"]["architectures"])
 
 
 def command(folder: Path, *words: str) -> str:

@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
-from stages.weightnet.predict import describe_networks, load_known
+from stages.weightnet.predict import Asked, describe_networks, find_scaling, load_known, usual_scalings
 from stages.weightnet.predictors.data import augmented
 from stages.weightnet.predictors.exam import (
     AGREEMENT,
@@ -37,8 +37,8 @@ from stages.weightnet.predictors.examiner import Examiner, joined, load_examiner
 from stages.weightnet.predictors.intervals import conformal_quantile
 from stages.weightnet.predictors.kernel_ridge import fit_kernel_ridge, kernel, left_out_errors
 from stages.weightnet.predictors.statistics import pooled_statistics, range_of_statistics, what_is_outside
-from stages.weightnet.tracing.program import run_stack
-from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network
+from stages.weightnet.tracing.program import rescaled_input, run_stack
+from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
 
@@ -258,6 +258,41 @@ def test_a_kept_examiner_says_the_same(project):
     assert (again.half_width(familiar=True) < again.half_width(familiar=False)).all()
 
 
+def test_a_zoo_s_networks_are_uncertain_as_if_their_own_architectures_were_not_known(project):
+    one = keep_exam(project)
+    assert torch.equal(one.uncertain, replace(one, weights=torch.full((24,), 1.0)).uncertain)  # each left out by itself
+    several = replace(one, weights=torch.full((24,), 1 / 12, dtype=torch.float64))
+    own = one.ridge.deviation_at(one.inputs)[:, one.skill]
+    assert (own < one.uncertain).all() and (one.uncertain < several.uncertain + 1e-9).all()  # more networks tell more
+    moved = one.inputs.clone()
+    moved[0] += 0.5
+    changed = replace(several, ridge=replace(one.ridge, known=moved)).uncertain != several.uncertain
+    assert not changed[1:12].any() and changed[12:].all()
+    assert several.unlike(one.inputs[:1]) == 0 and several.unlike(one.inputs[:1] + 100) == 1
+
+
+@pytest.mark.parametrize(("second", "doubt"), [(1.09, True), (1.11, False)])
+def test_pixels_are_taken_to_be_as_is_least_uncertain_and_doubt_is_said(second, doubt):
+    known = SimpleNamespace(dataset="mnist", shape=(1, 28, 28))
+    scalings = usual_scalings(known)
+    far = dict.fromkeys(scalings.values(), 2.0) | {scalings["from 0 to 1"]: 1.0, scalings["from -1 to 1"]: second}
+    examiner = SimpleNamespace(uncertainty=lambda ends: torch.tensor([far[ends]]))
+    chosen, (note,) = find_scaling(known, Asked(), examiner, lambda *ends: ends)
+    assert chosen == scalings["from 0 to 1"] and "taken to be from 0 to 1" in note
+    assert note.endswith("but they may be from -1 to 1: if so, say --pixels -0.7386 0.6162") == doubt
+    assert find_scaling(known, Asked(pixels=(3.0, 2.0)), examiner, lambda *ends: ends) == ((3.0, 2.0), [])
+
+
+def test_a_network_of_other_pixels_gets_the_marks_of_the_same_network_on_the_zoo_s():
+    networks, (mean, std) = zoo_networks("flat", 2), (-0.7386, 0.6162)
+    exam = exam_by(zoo_networks("cnn3", 8))
+    other = replace(
+        networks, program=rescaled_input(networks.program, -mean / std, 1 / std)
+    )  # it learned pixels of this mean
+    back = replace(other, program=rescaled_input(other.program, mean, std))
+    torch.testing.assert_close(mark(exam, back), mark(exam, networks))
+
+
 def test_a_user_s_network_sits_the_exam_and_its_relabelling_gets_the_same_answer(project, monkeypatch, capsys):
     keep_exam(project)
     networks = zoo_networks("residual", 1)
@@ -279,8 +314,8 @@ def test_the_released_exam_answers_where_nothing_was_trained_and_says_so(project
     assert ask(monkeypatch, capsys, *words)["file"] == "models/released/digits-exam.pt"
     keep_exam(project)
     assert ask(monkeypatch, capsys, *words)["file"] == "models/train_weightnet/digits-exam/predictors.pt"
-    with pytest.raises(InputError, match=r"no predictor of a zoo of mnist is there \(there: digits\)"):
-        ask(monkeypatch, capsys, *words, "--dataset", "mnist")
+    with pytest.raises(InputError, match=r"no predictor of a zoo of cifar10 is there \(there: digits\)"):
+        ask(monkeypatch, capsys, *words, "--dataset", "cifar10")
 
 
 def test_the_exam_needs_the_zoo_s_classes_and_images(project, monkeypatch, capsys):
@@ -319,23 +354,28 @@ def test_a_network_that_cannot_be_followed_is_judged_by_its_outputs(project, mon
     assert result["properties"]["test_acc"]["value"] == pytest.approx(expected, rel=1e-3)
     assert "its steps cannot be followed: judged by its outputs alone" in result["notes"]
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=lambda: Sorted(soft=True)))
-    with pytest.raises(InputError, match="gives probabilities: leave out its softmax"):
-        ask(monkeypatch, capsys, *words)
+    (soft,) = ask(monkeypatch, capsys, *words)["networks"].values()
+    assert "its outputs are probabilities: their logarithms were taken for logits" in soft["notes"]
+    for name, found in result["properties"].items():
+        assert soft["properties"][name]["value"] == pytest.approx(found["value"], rel=1e-3, abs=1e-3)
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=lambda: nn.Sequential(Sorted(), nn.Linear(10, 3))))
     with pytest.raises(InputError, match=r"has no 0.head.weight"):
         ask(monkeypatch, capsys, *words)
 
 
-@pytest.mark.parametrize("family", ["exam", "weightnet"])
-def test_a_released_predictor_is_as_small_as_it_says_and_answers(family):
-    card = json.loads((ROOT / f"models/released/digits-{family}.json").read_text())
-    path = ROOT / "models/released" / card["file"]
+@pytest.mark.parametrize(("name", "side"), [("digits-exam", 8), ("digits-weightnet", 8), ("mnist-exam", 28)])
+def test_a_released_predictor_is_as_small_as_it_says_and_answers(name, side):
+    card = json.loads((ROOT / f"models/released/{name}.json").read_text())
+    path, family = ROOT / "models/released" / card["file"], name.rpartition("-")[2]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == card["sha256"]
-    assert path.stat().st_size < 1e6
+    assert path.stat().st_size < 1.5e6
     known = load_known(path, family)
+    assert known.dataset == name.removesuffix(f"-{family}")
     assert card["learned_from"].startswith(f"{len(known.predictor.names)} networks")
-    assert known.shape == (1, 8, 8) and known.classes == 10
-    result = describe_networks(known, in_float32(zoo_networks("cnn3", 1)))  # weights as no training leaves them
+    assert known.shape == (1, side, side) and known.classes == 10
+    networks = in_float32(zoo_networks("cnn3", 1))  # weights as no training leaves them
+    program, symmetry = zoo_program("cnn3", 1, 10, side)
+    result = describe_networks(known, replace(networks, program=program, symmetry=symmetry))
     assert set(result["properties"]) == set(PROPERTIES)
     assert result["properties"]["test_acc"]["value"] < 0.5 or not result["trusted"]
 

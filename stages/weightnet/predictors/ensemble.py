@@ -103,6 +103,11 @@ class Ensemble:
         mean, std = (self.scale[f"input_{key}"].to(values) for key in ("mean", "std"))
         return ((values - mean) / std).clamp(-6, 6)
 
+    def unlike(self, read: Float[Tensor, "1 f"]) -> float:
+        """Return how many of the networks that it learned from lie nearer to another than one of which `read` was read."""
+        own = torch.cdist(self.inputs, self.inputs).fill_diagonal_(torch.inf).amin(1)
+        return (own < torch.cdist(read.to(self.inputs), self.inputs).amin()).double().mean().item()
+
 
 def load_predictors(path: Path, example: Networks) -> dict[str, Ensemble | Examiner]:
     """Return the kept predictors of a family; `example`: networks of an architecture that they learned from."""

@@ -1,6 +1,7 @@
 """What is learned from the marks of a zoo's networks, beside its ablations, and kept for networks to come."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from stages.weightnet.predictors.data import Data
 from stages.weightnet.predictors.exam import READINGS, Exam, ExamParams, asker, draw_exam, mark
-from stages.weightnet.predictors.intervals import conformal_quantile
+from stages.weightnet.predictors.intervals import ROUNDING, conformal_quantile
 from stages.weightnet.predictors.kernel_ridge import KernelRidge, fit_kernel_ridge
 from stages.weightnet.predictors.splits import Rows
 from stages.weightnet.predictors.targets import EDGE, own_units
@@ -174,6 +175,36 @@ class Examiner:
         """What it read of the networks that it learned from, standardised."""
         return self.ridge.known
 
+    @property
+    def skill(self) -> int:
+        """The place of test accuracy among the properties."""
+        return self.measured.index("test_acc")
+
+    @cached_property
+    def uncertain(self) -> Float[Tensor, " n"]:
+        """How uncertain predicted accuracies of the networks that it learned from are where their architectures are left out.
+
+        Of one architecture alone, each network is left out by itself. The weights of an architecture add up to 1.
+        """
+        n = len(self.names)
+        several = len(self.weights) == n
+        place = (self.weights.cumsum(0) - ROUNDING).floor() if several else torch.arange(n)
+        found = self.inputs.new_empty(n)
+        for out in (place == number for number in place.unique()):
+            found[out] = self.ridge.without(out).deviation_at(self.inputs[out])[:, self.skill]
+        return found
+
+    def uncertainty(self, networks: Networks | nn.Module) -> Float[Tensor, " n"]:
+        """Return how uncertain the predicted accuracies of some networks are: how far their marks are from those that are known."""
+        return self.ridge.deviation_at(self.read(networks))[:, self.skill]
+
+    def unlike(self, read: Float[Tensor, "1 r"]) -> float:
+        """Return for how many of the networks that it learned from accuracy would be less uncertain, were their architecture new.
+
+        read: of one network, as `read` gives it.
+        """
+        return (self.uncertain < self.ridge.deviation_at(read)[0, self.skill]).double().mean().item()
+
     def half_width(self, familiar: bool) -> Float[Tensor, " k"]:
         """Return half the width of intervals of a prediction as uncertain as 1; familiar: for networks of the zoo's architectures."""
         return conformal_quantile(self.errors) if familiar else conformal_quantile(self.elsewhere, self.weights)
@@ -214,7 +245,8 @@ def load_examiner(state: dict[str, Any]) -> Examiner:
     """Return what `Examiner.state` gave."""
     ridge = KernelRidge(**state["ridge"] | {"known": state["ridge"]["known"].double()})
     names = tuple(state.get("measured", PROPERTIES))
-    return Examiner(Exam(**state["exam"]), ridge, **{name: state[name] for name in OWN}, measured=names)
+    exam = Exam(**state["exam"] | {"inputs": state["exam"]["inputs"].float()})  # released ones have halves
+    return Examiner(exam, ridge, **{name: state[name] for name in OWN}, measured=names)
 
 
 def how_telling(exam: Exam, zoos: dict[str, Zoo], rows: dict[str, Rows]) -> Float[Tensor, " b"]:

@@ -3,7 +3,7 @@
 Axes: n networks that are learned from, m others, f inputs, k targets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -62,7 +62,10 @@ class KernelRidge:
 
         The standard deviation of the Gaussian process whose mean `predict` is (Rasmussen and Williams 2006, equation 2.26).
         """
-        x = self.standardised(inputs)
+        return self.deviation_at(self.standardised(inputs))
+
+    def deviation_at(self, x: Float[Tensor, "m f"]) -> Float[Tensor, "m k"]:
+        """Return the same by standardised inputs."""
 
         @cache
         def of(length: float, penalty: float, rows: tuple[bool, ...] | None) -> Float[Tensor, " m"]:
@@ -75,6 +78,11 @@ class KernelRidge:
 
         rows = [None] * len(self.settings) if self.told is None else [tuple(row) for row in self.told.T.tolist()]
         return torch.stack([of(*setting, row) for setting, row in zip(self.settings.tolist(), rows, strict=True)], 1)
+
+    def without(self, out: Bool[Tensor, " n"]) -> "KernelRidge":
+        """Return what is as uncertain as if some networks had not been learned from; its predictions mean nothing."""
+        told = None if self.told is None else self.told[~out]
+        return replace(self, known=self.known[~out], told=told)
 
 
 def fit_kernel_ridge(inputs: Float[Tensor, "n f"], targets: Float[Tensor, "n k"]) -> KernelRidge:

@@ -1,10 +1,10 @@
 """The architectures of the zoo: ordinary modules, from whose programs everything else follows. ReLU stands for the activation.
 
-Six small ones of our own, and torchvision's, whose millions of weights want an accelerator.
+Small ones of our own, and torchvision's, whose millions of weights want an accelerator.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -15,19 +15,29 @@ from stages.weightnet.tracing.program import Program, trace
 from stages.weightnet.tracing.symmetry import Symmetry, derive_symmetry
 
 
-def convolutional(widths: list[int], strides: list[int], channels: int, classes: int) -> nn.Sequential:
-    """Return 3x3 convolutions, a mean over pixels and a linear layer."""
+def convolved(widths: list[int], strides: list[int], channels: int, norm: bool) -> list[nn.Module]:
+    """Return 3x3 convolutions, each with a ReLU behind it, and between them a batch norm, which takes the biases' place, if `norm`."""
     layers: list[nn.Module] = []
     for (c, d), stride in zip(pairwise([channels, *widths]), strides, strict=True):
-        layers += [nn.Conv2d(c, d, 3, stride, 1), nn.ReLU()]
+        layers += [nn.Conv2d(c, d, 3, stride, 1, bias=not norm), *([nn.BatchNorm2d(d)] if norm else []), nn.ReLU()]
+    return layers
+
+
+def convolutional(
+    widths: list[int], strides: list[int], channels: int, classes: int, norm: bool = False
+) -> nn.Sequential:
+    """Return 3x3 convolutions, a mean over pixels and a linear layer."""
+    layers = convolved(widths, strides, channels, norm)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(widths[-1], classes))
 
 
-def flattened(channels: int, classes: int, side: int) -> nn.Sequential:
+def flattened(channels: int, classes: int, side: int, norm: bool = False) -> nn.Sequential:
     """Return two convolutions whose pixels are flattened into a hidden layer."""
     pixels = (-(-side // 4)) ** 2
-    convolutions = [nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(*convolutions, nn.Linear(12 * pixels, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, classes))
+    convolutions = convolved([8, 12], [2, 2], channels, norm)
+    return nn.Sequential(
+        *convolutions, nn.Flatten(), nn.Linear(12 * pixels, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, classes)
+    )
 
 
 def lenet(channels: int, classes: int, side: int) -> nn.Sequential:
@@ -37,6 +47,12 @@ def lenet(channels: int, classes: int, side: int) -> nn.Sequential:
     convolutions += [nn.Conv2d(6, 16, 5, 1, 2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
     hidden = [nn.Linear(16 * pixels, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Dropout()]
     return nn.Sequential(*convolutions, *hidden, nn.Linear(84, classes))
+
+
+def perceptron(channels: int, classes: int, side: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Return two hidden layers that read all pixels."""
+    hidden = [nn.Linear(channels * side**2, 64), act(), nn.Linear(64, 32), act(), nn.Dropout()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(32, classes))
 
 
 class Residual(nn.Module):
@@ -67,10 +83,14 @@ class Residual(nn.Module):
 # our own, by name: what makes one for images [channels, side, side] and so many classes; a line here is all that another takes
 ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "cnn3": lambda channels, classes, _: convolutional([16, 16, 16], [2, 2, 2], channels, classes),
+    "cnn3_bn": lambda channels, classes, _: convolutional([16, 16, 16], [2, 2, 2], channels, classes, norm=True),
     "cnn4": lambda channels, classes, _: convolutional([12, 12, 16, 16], [2, 1, 2, 1], channels, classes),
     "flat": flattened,
+    "flat_bn": partial(flattened, norm=True),
     "lenet": lenet,
+    "perceptron": perceptron,
     "residual": lambda channels, classes, _: Residual(channels, classes),
+    "sigmoid": partial(perceptron, act=nn.Sigmoid),
     "wide": lambda channels, classes, _: convolutional([24, 24, 24], [2, 2, 2], channels, classes),
 }
 
