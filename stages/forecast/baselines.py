@@ -1,4 +1,4 @@
-"""What every forecaster has to beat: forecasts of w(t + h) that are not learnt.
+"""What every forecaster has to beat: forecasts of w(t + h) that are not learned.
 
 Axes: h horizons, p weights, t snapshots.
 """

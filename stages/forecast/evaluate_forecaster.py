@@ -256,13 +256,13 @@ def draw(folder: Path, errors: pd.DataFrame, compared: Tables, main_regime: str,
 
 def load_forecasters(dataset: str) -> tuple[dict[str, Forecaster], SharedForecaster]:
     """Return every forecaster and baseline as a function of a run and an origin, and the transformer itself."""
-    learnt = {v: load_forecaster(FORECASTERS / dataset / v / "forecaster.pt")[0] for v in VARIANTS}
+    learned = {v: load_forecaster(FORECASTERS / dataset / v / "forecaster.pt")[0] for v in VARIANTS}
     jump, _ = load_forecaster(JUMP / dataset / "forecaster.pt", "jump")
-    horizons = learnt[TRANSFORMER].horizons
+    horizons = learned[TRANSFORMER].horizons
     forecasters: dict[str, Forecaster] = {name: partial(f, horizons=horizons) for name, f in BASELINES.items()}
-    forecasters |= {name: model.predict for name, model in learnt.items()}
+    forecasters |= {name: model.predict for name, model in learned.items()}
     forecasters["jump"] = lambda trajectory, t: jump.propose(trajectory, t).expand(len(horizons), -1)
-    return forecasters, learnt[TRANSFORMER]
+    return forecasters, learned[TRANSFORMER]
 
 
 def main() -> None:

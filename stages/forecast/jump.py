@@ -26,7 +26,7 @@ class JumpForecaster(nn.Module):
 
     @torch.no_grad()
     def read(self, features: Features) -> Float[Tensor, "n d"]:
-        """Return what the learnt step is linear in. The transformer itself is not tuned: that is no better, and 15 times slower."""
+        """Return what the learned step is linear in. The transformer itself is not tuned: that is no better, and 15 times slower."""
         return torch.cat([self.body.summarise(features), features.flat], 1)
 
     def forward(self, features: Features) -> Float[Tensor, "n 1"]:

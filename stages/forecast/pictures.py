@@ -36,7 +36,7 @@ COLOURS = {
 
 
 def draw_curve(ax: Axes, name: str, curve: pd.DataFrame, value: str, low: str, high: str) -> None:
-    """Draw one forecaster's values against the horizon; of learnt ones with their intervals, where three runs or more give one."""
+    """Draw one forecaster's values against the horizon; of learned ones with their intervals, where three runs or more give one."""
     bars = [curve[value] - curve[low], curve[high] - curve[value]] if curve["n"].min() >= 3 and name in LEARNT else None
     shift = 0.08 * (list(COLOURS).index(name) - len(COLOURS) / 2)  # so that intervals do not hide each other
     ax.errorbar(

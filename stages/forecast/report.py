@@ -53,12 +53,12 @@ EVALUATED_PICTURES = {
     "horizons": (
         "Squared error of forecast weights over that of keeping the last weights (1 is that baseline, below is better), against how "
         "many snapshots ahead. Bars: 95 % intervals where there are three runs or more; a single run has none.",
-        "A grid of line plots, a row each for the early and the late half of training, a column a regime: learnt forecasters lie below "
+        "A grid of line plots, a row each for the early and the late half of training, a column a regime: learned forecasters lie below "
         "1, means of snapshots above it.",
     ),
     "times": (
         "The same ratio against the snapshot that is forecast from, summed over the runs of the main regime.",
-        "Line plots, one a horizon: ratios of learnt forecasters over the time in training, below 1 nearly throughout.",
+        "Line plots, one a horizon: ratios of learned forecasters over the time in training, below 1 nearly throughout.",
     ),
     "accumulation": (
         "The same ratio for forecasts made from forecasts, step by step (lines), beside direct ones (points), in the late half.",

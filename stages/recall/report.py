@@ -46,7 +46,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {  # of each fold: path, capti
         ),
         (
             "recover_memory/growth.png",
-            "Scores by the number of fine-tunes learnt from; what ignores the network has 0.5 of bits, 0 of R².",
+            "Scores by the number of fine-tunes learned from; what ignores the network has 0.5 of bits, 0 of R².",
             "Rising lines that flatten within a hundred fine-tunes, one panel a fleet.",
         ),
         (

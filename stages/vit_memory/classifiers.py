@@ -48,7 +48,7 @@ def centred_cosines(means: Float[Tensor, "c d"], queries: Float[Tensor, "q d"]) 
 
 
 class Whitening:
-    """Coordinates in which base classes, learnt from before, have unit covariance within: what varies in a class counts less.
+    """Coordinates in which base classes, learned from before, have unit covariance within: what varies in a class counts less.
 
     `shrinkage` (0 to 1) mixes that covariance with a multiple of the identity that has its trace.
     """

@@ -114,7 +114,7 @@ class Params(StageParams):
 
 
 def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
-    """Return a backbone of the same shape that has learnt nothing."""
+    """Return a backbone of the same shape that has learned nothing."""
     torch.manual_seed(seed)
     vit = copy.deepcopy(backbone.vit)
     for module in vit.modules():
@@ -127,7 +127,7 @@ def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
 def read_networks(
     path: Path, chosen: NetworkParams | None, seed: int, device: torch.device
 ) -> tuple[dict[str, Backbone], dict[str, Backbone]]:
-    """Return, for each layer to choose from, the network, and one of its kind that has learnt nothing."""
+    """Return, for each layer to choose from, the network, and one of its kind that has learned nothing."""
     if chosen is None:
         backbone = load_backbone(path, device)
         return {"-1": backbone}, {"-1": with_random_weights(backbone, seed)}

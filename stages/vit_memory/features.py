@@ -46,7 +46,7 @@ class FeatureSets:
     def whitening(self, x: Float[Tensor, "g d"], shrinkage: float = 0.2) -> Whitening:
         """Return the coordinates in which base classes have unit covariance; `x` are features of the base images.
 
-        Where those are of the data set's own classes, their labels would tell of what is to be learnt: then features are centred and
+        Where those are of the data set's own classes, their labels would tell of what is to be learned: then features are centred and
         of unit variance over all, no more. (To whiten by the covariance of all images hides what tells their classes apart.)
         """
         if self.base_is_new:

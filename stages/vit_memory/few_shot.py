@@ -37,7 +37,7 @@ IMAGES_AT_ONCE = 250  # where nothing is trained
 
 @dataclass(frozen=True)
 class Views:
-    """Images as the methods may read them: pixels, and the class tokens of the backbone and of a ViT that has learnt nothing."""
+    """Images as the methods may read them: pixels, and the class tokens of the backbone and of a ViT that has learned nothing."""
 
     images: UInt8[Tensor, "n _ h w"]
     x: Float[Tensor, "n d"]

@@ -43,14 +43,14 @@ def draw_accuracy(path: Path, rows: Rows, table: Summary) -> None:
             label = f"{caption(method)} {table[method][kind]['final']['mean']:.1%}"
             style = {"linestyle": "-" if i < 5 else "--", "color": colours[method], "label": label}
             ax.plot(range(1, len(matrix) + 1), so_far, marker="o", markersize=3, **style)
-        ax.set(title=title, xlabel="tasks learnt", ylim=(0, 1.02), xticks=range(1, len(matrix) + 1))
+        ax.set(title=title, xlabel="tasks learned", ylim=(0, 1.02), xticks=range(1, len(matrix) + 1))
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0].set_ylabel("test accuracy over those tasks")
     save_plot(path, figure)
 
 
 def draw_matrices(path: Path, rows: Rows) -> None:
-    """Draw R of every method: rows are tasks learnt, columns the task that is tested, blank before it is learnt.
+    """Draw R of every method: rows are tasks learned, columns the task that is tested, blank before it is learned.
 
     Above class-, below task-incremental.
     """
@@ -59,8 +59,8 @@ def draw_matrices(path: Path, rows: Rows) -> None:
     for i, kind in enumerate(KINDS):
         for ax, method in zip(axes[i], methods, strict=True):
             matrix = _mean_matrix(rows, method, kind)
-            learnt = np.tril(np.ones_like(matrix, dtype=bool))
-            image = ax.imshow(np.where(learnt, matrix, np.nan), vmin=0, vmax=1, cmap="viridis")
+            learned = np.tril(np.ones_like(matrix, dtype=bool))
+            image = ax.imshow(np.where(learned, matrix, np.nan), vmin=0, vmax=1, cmap="viridis")
             ax.set_title(caption(method).partition(":")[0] if i == 0 else "", fontsize=8, pad=2)
         axes[i, 0].set_ylabel(f"{kind}-incremental\nafter task", fontsize=7)
         axes[i, 0].set_xlabel("on task", fontsize=7)

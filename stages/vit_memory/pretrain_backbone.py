@@ -193,18 +193,18 @@ def main() -> None:
     labels = torch.arange(unseen * (learn + test)) % unseen
     random = generator(params.seed, "unseen glyphs")
     images = glyphs.draw(params.classes + labels, config.image_size, random).to(device)
-    learnt, labels = (torch.arange(len(labels)) < unseen * learn).to(device), labels.to(device)
-    glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, learnt), "chance": 1 / unseen}
+    learned, labels = (torch.arange(len(labels)) < unseen * learn).to(device), labels.to(device)
+    glyph_acc = {"pixels": nearest_mean_accuracy(images.flatten(1).float(), labels, learned), "chance": 1 / unseen}
 
     autoencoder, history = None, [{"step": 0, "classification_loss": "", "train_acc": "", "reconstruction_loss": ""}]
     work = work_folder("pretrain_backbone", params.model_dump())
     if not config.pretrained:
-        glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, learnt)
+        glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, learned)
         autoencoder, history = pretrain(student, glyphs, params, work, device)
     decoder = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("vit.")} if autoencoder else {}
     save_backbone(path, student.vit, config, decoder)
     stored = load_backbone(path, device)  # as others will have it: rounded
-    glyph_acc["backbone"] = nearest_mean_accuracy(stored.features(images)[:, 0], labels, learnt)
+    glyph_acc["backbone"] = nearest_mean_accuracy(stored.features(images)[:, 0], labels, learned)
     x = stored.prepare(images)
     rows, errors = {"glyphs": x}, {}
     if autoencoder:

@@ -1,6 +1,6 @@
 """Show what a memory does, before anything is trained: it is shown a few images of each digit, and answers for all others.
 
-Reads   models/released/backbone.safetensors, a small vision transformer that has learnt from drawn glyphs; scikit-learn's digits
+Reads   models/released/backbone.safetensors, a small vision transformer that has learned from drawn glyphs; scikit-learn's digits
 Writes  nothing; prints how often the nearest memory is right, beside the same of bare pixels, and what is left of a digit forgotten
 
     python -m stages.vit_memory.remember --shots 5

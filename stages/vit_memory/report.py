@@ -16,11 +16,11 @@ FEW_SHOT_PICTURES = {
 }
 CONTINUAL_PICTURES = {
     "accuracy": (
-        "Test accuracy over the tasks learnt so far (mean over seeds), among all classes and among the task's own.",
+        "Test accuracy over the tasks learned so far (mean over seeds), among all classes and among the task's own.",
         "Two line plots: fine-tuning, LwF and EWC fall with every task, memory, RanPAC and SLDA stay high.",
     ),
     "matrices": (
-        "Accuracy on every task (columns) after every task (rows), mean over seeds; tasks not yet learnt are left blank.",
+        "Accuracy on every task (columns) after every task (rows), mean over seeds; tasks not yet learned are left blank.",
         "Small coloured triangles, one a method: those of forgetting methods are bright on the diagonal alone.",
     ),
 }
@@ -104,7 +104,7 @@ def headline(shots: Summary, tasks: Summary) -> Table:
     n, seeds = shots["methods"]["linear_probe"]["acc"]["n"], tasks["methods"]["memory"]["class"]["final"]["n"]
     return Table(
         f"Left: accuracy with a few images of each class, n = {n} episodes (± standard deviation; difference in points, "
-        f"[95 % interval]). Right: accuracy among all classes after tasks learnt one by one, and how far each fell since it was known "
+        f"[95 % interval]). Right: accuracy among all classes after tasks learned one by one, and how far each fell since it was known "
         f"best, n = {seeds} seeds.",
         ["method", "few images", "minus linear probe", "after all tasks", "forgotten"],
         [*rows, row("chance", *chance, baseline=True)],

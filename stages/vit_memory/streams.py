@@ -113,7 +113,7 @@ def measures(r: Float[Tensor, "t t"], chance: float) -> dict[str, float]:
     """Return what Lopez-Paz & Ranzato (2017, arXiv:1706.08840) and Chaudhry et al. (2018, arXiv:1801.10112) read off R.
 
     Accuracy at the end, mean over tasks; mean over time of that so far; forgetting: what the best earlier accuracy was above the
-    last; backward transfer: last minus first; forward transfer: before a task was learnt, minus `chance`.
+    last; backward transfer: last minus first; forward transfer: before a task was learned, minus `chance`.
     """
     tasks = len(r)
     earlier = range(tasks - 1)

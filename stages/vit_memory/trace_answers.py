@@ -2,7 +2,7 @@
 
 The memory is shown a few of scikit-learn's digits; nothing is trained.
 
-Reads   models/released/backbone.safetensors, a small vision transformer that has learnt from drawn glyphs
+Reads   models/released/backbone.safetensors, a small vision transformer that has learned from drawn glyphs
 Writes  a picture, if --picture names one: digits, and the stored images that the answers came from, with their weights
 
     python -m stages.vit_memory.trace_answers --shots 5 --picture sources.png

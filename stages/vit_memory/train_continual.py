@@ -161,7 +161,7 @@ def accuracy_rows(results: Mapping[Job, Matrices]) -> Rows:
 
 
 def summarise(results: Mapping[Job, Matrices], width: int) -> Summary:
-    """Return the measures of each method over seeds; before a task of `width` classes is learnt, its own are told by chance."""
+    """Return the measures of each method over seeds; before a task of `width` classes is learned, its own are told by chance."""
     chance = {"class": 0.0, "task": 1 / width}
 
     def of_run(matrices: Matrices) -> dict[str, dict[str, float]]:

@@ -193,16 +193,16 @@ def by_architecture(rows: Rows) -> dict[str, dict[str, Spread]]:
     return found | {"mean": taus_of(rows)}
 
 
-def learning_curve(rows: Rows, learnt: dict[tuple[str, str], int]) -> dict[str, dict[str, Spread]]:
-    """Return tau of the test accuracy over the number of networks learnt from, on the first split: predictor, number.
+def learning_curve(rows: Rows, learned: dict[tuple[str, str], int]) -> dict[str, dict[str, Spread]]:
+    """Return tau of the test accuracy over the number of networks learned from, on the first split: predictor, number.
 
-    learnt: that number, for each predictor and task; of references, which learn nothing, there is none.
+    learned: that number, for each predictor and task; of references, which learn nothing, there is none.
     """
     curve: dict[str, dict[str, Spread]] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
         for who, tau in taus_of([row for row in rows if row["task"] == task and row["split"] == 0]).items():
-            if (who, task) in learnt:
-                curve.setdefault(who, {})[str(learnt[who, task])] = tau
+            if (who, task) in learned:
+                curve.setdefault(who, {})[str(learned[who, task])] = tau
     return {
         who: dict(sorted(points.items(), key=lambda p: int(p[0]))) for who, points in curve.items() if len(points) > 1
     }
@@ -319,15 +319,15 @@ def main() -> None:
     main_name, zoos = find_zoos(dataset, table)
     rows = score_predictions(table, zoos, together=bool(own))
     scores = summarise([row for row in rows if row["task"] == main_name and not row["predictor"].startswith(DRAWING)])
-    learnt = dict(
+    learned = dict(
         zip(
             zip(table.columns["predictor"], table.columns["task"], strict=True),
-            table.columns["learnt"].tolist(),
+            table.columns["learned"].tolist(),
             strict=True,
         )
     )
     curve = learning_curve(
-        [row for row in rows if row["task"] == main_name or row["task"].startswith(f"{main_name}_")], learnt
+        [row for row in rows if row["task"] == main_name or row["task"].startswith(f"{main_name}_")], learned
     )
     kept = kept_predictors(dataset, zoos.get(main_name) or next(iter(zoos.values())))
     folder = REPORTS / dataset

@@ -40,7 +40,20 @@ from stages.weightnet.zoo.reading import OWN, ZOO, own_zoo_path
 
 LEAST = 30  # networks, and networks of which a property is known
 LEFT = 10  # networks of which a property is known, when any architecture is left out
-RESERVED = ("run", "snapshot", "shard", "file", "seed", "config", "row", "part", "task", "split", "learnt", "predictor")
+RESERVED = (
+    "run",
+    "snapshot",
+    "shard",
+    "file",
+    "seed",
+    "config",
+    "row",
+    "part",
+    "task",
+    "split",
+    "learned",
+    "predictor",
+)
 SAID: dict[str, type | tuple[type, ...]] = {
     "arch": str,
     "activation": str,

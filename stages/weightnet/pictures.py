@@ -82,7 +82,7 @@ def draw_scores(path: Path, scores: dict[str, dict[str, dict[str, float]]]) -> N
 def draw_learning_curve(
     path: Path, curve: dict[str, dict[str, dict[str, float]]], references: dict[str, float]
 ) -> None:
-    """Draw Kendall's tau over the number of networks learnt from: predictor, number, mean and, if there is one, spread over splits.
+    """Draw Kendall's tau over the number of networks learned from: predictor, number, mean and, if there is one, spread over splits.
 
     Dashed, by their names: references that learn from none.
     """
@@ -97,7 +97,7 @@ def draw_learning_curve(
     ax.set_xscale("log")
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     ax.minorticks_off()
-    ax.set(xlabel="networks learnt from", ylabel="Kendall's tau of test accuracy")
+    ax.set(xlabel="networks learned from", ylabel="Kendall's tau of test accuracy")
     if curve or references:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_plot(path, figure)

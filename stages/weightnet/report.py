@@ -18,7 +18,7 @@ PICTURES = {
         "Horizontal bars, best above: 128 labelled images and the exam, then 32 labelled images, probes, statistics, then flat weights.",
     ),
     "learning_curve": (
-        "The same over the number of networks learnt from (the first split alone: no spread). Dashed: 32 labelled images.",
+        "The same over the number of networks learned from (the first split alone: no spread). Dashed: 32 labelled images.",
         "Rising lines of the predictors: the exam far above, then probes, boosting below, WeightNet rising most.",
     ),
     "predictions": (
@@ -83,7 +83,7 @@ def headline(summary: Summary, scores: Summary, of: str) -> Table:
     order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
     names = [name for name in order if not name.startswith(ABLATIONS)]
     return Table(
-        f"Kendall's tau between predicted and measured values of runs that were not learnt from: 1 is the right order, 0 guessing. {of}; "
+        f"Kendall's tau between predicted and measured values of runs that were not learned from: 1 is the right order, 0 guessing. {of}; "
         "last column: one architecture is left out and predicted from the others, mean ± standard deviation over architectures.",
         ["predictor", "reads", *(PROPERTY_LABELS[kind] for kind in properties), "test accuracy, unseen architectures"],
         [
@@ -135,13 +135,13 @@ def of_exam(scores: Summary) -> Summary:
 
 
 def curve_table(curve: Summary) -> Table:
-    """Kendall's tau of test accuracy over the number of networks learnt from."""
+    """Kendall's tau of test accuracy over the number of networks learned from."""
     numbers = sorted({int(n) for points in curve.values() for n in points})
     rows = [
         row(predictor(who), *(decimal(p[str(n)]) if str(n) in p else "" for n in numbers)) for who, p in curve.items()
     ]
     splits = min(p["n"] for points in curve.values() for p in points.values())
-    caption = f"Kendall's tau of test accuracy by the number of networks learnt from, n = {splits} split{'s' if splits > 1 else ''}."
+    caption = f"Kendall's tau of test accuracy by the number of networks learned from, n = {splits} split{'s' if splits > 1 else ''}."
     return Table(caption, ["predictor", *(f"{n} networks" for n in numbers)], rows, ["", *["high"] * len(numbers)])
 
 
@@ -149,7 +149,7 @@ def architecture_tables(summary: Summary) -> list[Table]:
     """Kendall's tau of test accuracy over architectures, pooled: a single zoo of a few networks says little."""
     captions = {
         "held_out": "Each architecture left out and predicted from the others",
-        "all_architectures": "A fifth of each architecture's runs, predicted by what learnt from all",
+        "all_architectures": "A fifth of each architecture's runs, predicted by what learned from all",
     }
     tables = []
     for key, caption in captions.items():

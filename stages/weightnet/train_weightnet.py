@@ -6,8 +6,8 @@ Writes  models/train_weightnet/<dataset>-<variant>/predictions.parquet   a row f
                                                                          learned from, each property and its interval's ends
         models/train_weightnet/<dataset>-<variant>/predictors.pt         those that learned from all architectures
         reports/train_weightnet/<dataset>-<variant>/history.csv          loss, and Kendall's tau on validation runs
-A variant is a family of predictors. A task says which architectures are learnt from and which are tested: the main one, by
-itself and with less to learn from; all of them; and each of them, learnt from all others. Finished predictors wait in
+A variant is a family of predictors. A task says which architectures are learned from and which are tested: the main one, by
+itself and with less to learn from; all of them; and each of them, learned from all others. Finished predictors wait in
 .work/train_weightnet/, so that a killed or a growing family trains only the rest.
 """
 
@@ -193,8 +193,8 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
         kept = None
     elif kept is not None:
         kept |= describe_zoo(data, statistics)
-    learnt = sum(len(rows) for rows in split.train.values())
-    return {"tables": tables, "history": history, "kept": kept, "learnt": learnt}
+    learned = sum(len(rows) for rows in split.train.values())
+    return {"tables": tables, "history": history, "kept": kept, "learned": learned}
 
 
 def tabulate(
@@ -219,7 +219,7 @@ def table_rows(job: Job, result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each network that a job's predictors predict."""
     found = []
     for table in result["tables"]:
-        who = {"predictor": table["predictor"], "task": job.task_name, "split": job.split, "learnt": result["learnt"]}
+        who = {"predictor": table["predictor"], "task": job.task_name, "split": job.split, "learned": result["learned"]}
         for row, (low, value, high) in zip(
             table["rows"].tolist(), table["values"].transpose(0, 1).tolist(), strict=True
         ):
@@ -290,7 +290,7 @@ def main() -> None:
     def finish(place: int) -> dict[str, Any]:
         if not paths[place].is_file():
             save_torch(paths[place], train_and_predict(jobs[place], zoos, statistics, params))
-        return load_torch(paths[place], {"tables", "history", "kept", "learnt"})
+        return load_torch(paths[place], {"tables", "history", "kept", "learned"})
 
     results = parallel_map(finish, range(len(jobs)), torch.device("cpu"), f"train {name}")
     both = list(zip(jobs, results, strict=True))

@@ -77,7 +77,7 @@ def test_a_cnn_with_a_file_of_weights_goes_through_on_held_out_images(folder, mo
     features = load_file(folder / "models/extract_features/rafdb/features.safetensors")
     images = load_file(folder / "data/rafdb.safetensors")["train_images"]
     assert len(features["train"]) == 36
-    assert torch.equal(features["base_images"], images[36:56])  # none of what is learnt from
+    assert torch.equal(features["base_images"], images[36:56])  # none of what is learned from
     methods = json.loads((folder / "reports/train_few_shot/rafdb/summary.json").read_text())["methods"]
     assert set(methods) == set(FROZEN)  # nothing trains through a CNN
 

@@ -49,7 +49,7 @@ def test_tables_have_every_cell_and_the_spread_over_seeds():
     methods = summarise(results, width=4)
     assert list(methods) == list(METHODS)
     assert methods["slda"]["class"]["final"] == pytest.approx(mean_std([0.625, 0.725, 0.825]))
-    # before a task is learnt its own classes are told by chance, and among all classes not at all
+    # before a task is learned its own classes are told by chance, and among all classes not at all
     assert methods["slda"]["task"]["forward_transfer"]["mean"] == pytest.approx(0.5 - 1 / 4)
     assert methods["slda"]["class"]["forward_transfer"]["mean"] == pytest.approx(0.6)
 

@@ -130,8 +130,8 @@ def prepare(zoos: dict[str, Zoo], split: Split, kind: str, statistics: Statistic
     }
     scale = {}
     for key, values in (("input", inputs), ("target", targets)):
-        learnt = torch.cat([values[name][rows] for name, rows in split.train.items()])
-        mean, std = center_and_spread(learnt)
+        learned = torch.cat([values[name][rows] for name, rows in split.train.items()])
+        mean, std = center_and_spread(learned)
         scale[f"{key}_mean"], scale[f"{key}_std"] = mean, std + 1e-6
     inputs = {name: ((x - scale["input_mean"]) / scale["input_std"]).clamp(-6, 6) for name, x in inputs.items()}
     targets = {name: (y - scale["target_mean"]) / scale["target_std"] for name, y in targets.items()}

@@ -20,7 +20,7 @@ ALL, HELD_OUT = "all", "to_"  # names of tasks: of the one with all architecture
 
 @dataclass(frozen=True)
 class Task:
-    """Which architectures are learnt from, and which are tested; one in both is split by runs.
+    """Which architectures are learned from, and which are tested; one in both is split by runs.
 
     splits: how often; seeds: predictors that are trained alike, whose mean counts; share: of the runs to learn from; pooled:
     whether statistics are pooled over layers, as networks of several architectures need.
@@ -42,7 +42,7 @@ class TaskParams(StageParams):
     splits: PositiveInt  # of its runs
     seeds: PositiveInt  # predictors of its tasks that are trained alike, from other first weights: their mean predicts
     shares: list[Share]  # of its runs to learn from, for a learning curve
-    hold_out: bool  # each architecture once, learnt from all others
+    hold_out: bool  # each architecture once, learned from all others
     share_of_others: Share  # of the runs to learn from there
 
 
@@ -105,7 +105,7 @@ def split_zoos(
     """Return the split number `seed`: of an architecture to train on, shares of its runs validate and test.
 
     An architecture that is only tested gives all its runs. fractions: to validate and to test. snapshots: those to learn
-    from; validated and tested is on final networks. share: of the runs that are left, how many are learnt from. InputError if a
+    from; validated and tested is on final networks. share: of the runs that are left, how many are learned from. InputError if a
     part would be empty.
     """
     if all(zoo.hyperparameters is not None for zoo in zoos.values()):
@@ -121,8 +121,8 @@ def split_zoos(
         n_validation, n_test = (round(share * len(runs)) for share in fractions)
         if not 0 < n_validation < n_validation + n_test < len(runs):
             raise InputError(f"{len(runs)} runs of {name} are too few to split: raise build_zoo.variants.{name}.runs")
-        learnt = order[n_validation + n_test :]
-        parts[0][name] = rows_of(zoo, learnt[: max(1, round(share * len(learnt)))], snapshots)
+        learned = order[n_validation + n_test :]
+        parts[0][name] = rows_of(zoo, learned[: max(1, round(share * len(learned)))], snapshots)
         parts[1][name] = rows_of(zoo, order[:n_validation], ["final"])
         if name in test:
             parts[2][name] = rows_of(zoo, order[n_validation : n_validation + n_test], ["final"])

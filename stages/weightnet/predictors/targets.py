@@ -25,7 +25,7 @@ def to_scale(values: Float[Tensor, "n k"], names: Sequence[str] = PROPERTIES) ->
 def own_units(
     values: Float[Tensor, "n k"], scale: dict[str, Float[Tensor, " f"]], names: Sequence[str] = PROPERTIES
 ) -> Float[Tensor, "n k"]:
-    """Return standardised properties in their own units; scale: mean and deviation of those learnt from."""
+    """Return standardised properties in their own units; scale: mean and deviation of those learned from."""
     return from_scale(values * scale["target_std"] + scale["target_mean"], names)
 
 
