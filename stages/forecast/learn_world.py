@@ -52,6 +52,10 @@ LONGEST = 60  # snapshots of a run that shrinking is tested on
 WORTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of a prior, in origins, to choose from
 STRIDE_THIRDS = 3
 SMALLEST_DEVIATION = 0.01  # of what a prior believes
+LIMITS = {  # by what a forecaster is learned for
+    "weights": "nearer in weights is not always nearer in outputs, nor better in loss",
+    "outputs": "nearer in outputs it may be farther in weights, and shrinking goes by weights",
+}
 
 Rows = list[dict[str, Any]]
 Gains = dict[str, dict[int, list[float]]]
@@ -387,7 +391,7 @@ def card_of(
         "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk", "all_logits")},
         "scored_on": "runs of which neither data set nor network nor stride was learned from, by models learned alike: squared error "
         "over that of keeping the last weights, by snapshots ahead",
-        "limits": "small image classifiers at constant or cosine rates; nearer in weights is not always better in loss",
+        "limits": f"small image classifiers at constant or cosine rates; {LIMITS[params.variant.learned_for]}",
     }
 
 

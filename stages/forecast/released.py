@@ -14,7 +14,8 @@ from stages.common.work import fingerprint
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.shrinkage import Prior
 
-RELEASED = Path("models/released/forecaster.safetensors")  # in the project's folder
+RELEASED = Path("models/released/forecaster.safetensors")  # in the project's folder: nearest in weights
+OUTPUTS = Path("models/released/forecaster-outputs.safetensors")  # nearest in outputs, and better in loss
 
 
 def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
@@ -41,8 +42,11 @@ def load_released(path: Path) -> tuple[LayerForecaster, Prior, dict[str, Any]]:
 
 
 def default_forecaster() -> LayerForecaster:
-    """Return the published forecaster, wherever the process was started, for NowcastOptimizer; standard error says which it is."""
-    model, _, card = load_released(PROJECT / RELEASED)
+    """Return the published forecaster for NowcastOptimizer, wherever the process was started; standard error says which it is.
+
+    It is the one that was learned for outputs: what it proposes is judged by a loss.
+    """
+    model, _, card = load_released(PROJECT / OUTPUTS)
     learned_from = card["learned_from"]
-    print(f"forecasts by {RELEASED}, learned from {learned_from['runs']} runs", file=sys.stderr)
+    print(f"forecasts by {OUTPUTS}, learned from {learned_from['runs']} runs", file=sys.stderr)
     return model

@@ -9,15 +9,16 @@ from reproduction import ROOT
 
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
-from stages.forecast.released import RELEASED, default_forecaster, load_released
+from stages.forecast.released import OUTPUTS, RELEASED, default_forecaster, load_released
 from stages.forecast.trajectory import Trajectory
 
 LAYOUT = Layout({"a.weight": (40, 50), "a.bias": (40,)})
 
 
-def test_the_file_and_its_card_belong_together():
-    model, prior, card = load_released(ROOT / RELEASED)
-    assert (ROOT / RELEASED).stat().st_size < 300_000
+@pytest.mark.parametrize("path", [RELEASED, OUTPUTS])
+def test_the_file_and_its_card_belong_together(path):
+    model, prior, card = load_released(ROOT / path)
+    assert (ROOT / path).stat().st_size < 300_000 and card["file"] == path.name
     assert {"learned_from", "scores", "scored_on", "limits", "made_by"} <= set(card)
     assert len(prior.factor) == len(prior.strength) == len(model.horizons)
     assert ((prior.factor >= 0) & (prior.factor <= 1)).all() and prior.worth > 0
@@ -37,8 +38,8 @@ def test_it_takes_back_noise_and_goes_on_with_what_goes_on():
 
 def test_it_serves_a_loop_that_runs_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert default_forecaster().horizons == load_released(ROOT / RELEASED)[0].horizons
-    assert "models/released/forecaster.safetensors" in capsys.readouterr().err
+    assert default_forecaster().gains == load_released(ROOT / OUTPUTS)[0].gains
+    assert "models/released/forecaster-outputs.safetensors" in capsys.readouterr().err
 
 
 def test_what_does_not_belong_together_is_refused_in_one_line(tmp_path):
