@@ -16,7 +16,6 @@ WHOLE = {  # stages with functions that are still handed all params: to become f
     "stages/forecast/race_to_target.py",
     "stages/forecast/train_world.py",
     "stages/recall/vary_recipes.py",
-    "stages/vit_memory/pretrain_backbone.py",
     "stages/weightnet/train_weightnet.py",
 }
 

@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from stages.common.backbone import Backbone, BackboneConfig, build_vit, load_backbone, published_config, save_backbone
@@ -96,62 +96,87 @@ class Params(StageParams):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)]  # of the patches
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
 
+    def training(self) -> dict[str, float]:
+        """Return the settings of `pretrain`."""
+        return self.model_dump(exclude={"variant"})
+
+
+def optimizers_of(
+    parameters: list[nn.Parameter], autoencoder: MaskedAutoencoder, rates: tuple[float, float], decay: float
+) -> tuple[Muon, AdamW]:
+    """Return Muon for the matrices of an autoencoder's blocks and AdamW for all other parameters; rates: of the two."""
+    matrices = {p for name, p in autoencoder.named_parameters() if "block" in name and p.ndim == 2}
+    of_matrices, rest = [p for p in parameters if p in matrices], [p for p in parameters if p not in matrices]
+    return Muon(of_matrices, rates[0], decay), AdamW(rest, rates[1], weight_decay=decay, fused=True)
+
+
+def resume(
+    path: Path, parts: list[nn.Module | Optimizer], random: torch.Generator, device: torch.device
+) -> tuple[int, Rows]:
+    """Give parts and generator the state that was saved, and return the steps done and the history; of none, 0 and nothing."""
+    if not path.is_file():
+        return 0, []
+    state = torch.load(path, map_location=device, weights_only=True)
+    for part, values in zip(parts, state["parts"], strict=True):
+        part.load_state_dict(values)
+    random.set_state(state["random"].cpu())
+    return state["step"], state["history"]
+
 
 def pretrain(
-    student: Backbone, glyphs: Glyphs, params: Params, work: Path, device: torch.device
+    student: Backbone,
+    glyphs: Glyphs,
+    work: Path,
+    device: torch.device,
+    *,
+    seed: int,
+    classes: int,
+    steps: int,
+    batch_size: int,
+    masked_images: int,
+    learning_rate: float,
+    matrix_learning_rate: float,
+    weight_decay: float,
+    mask_ratio: float,
+    label_smoothing: float,
 ) -> tuple[MaskedAutoencoder, Rows]:
     """Train `student.vit` in place, on new drawings in every step; return it as an autoencoder, and the history.
 
     Goes on from work/state.pt if it is there.
     """
-    torch.manual_seed(params.seed)
+    torch.manual_seed(seed)
     autoencoder = MaskedAutoencoder(student.vit).to(device)
-    classes = nn.Parameter(0.02 * torch.randn(params.classes, student.vit.embed_dim, device=device))
-    model = nn.ParameterDict({"classes": classes}), autoencoder
-    parameters = [p for part in model for p in part.parameters()]
-    matrices = {p for name, p in autoencoder.named_parameters() if "block" in name and p.ndim == 2}
-    rates = params.matrix_learning_rate, params.learning_rate
-    of_matrices, rest = [p for p in parameters if p in matrices], [p for p in parameters if p not in matrices]
-    decay = params.weight_decay
-    optimizers = Muon(of_matrices, rates[0], decay), AdamW(rest, rates[1], weight_decay=decay, fused=True)
-    schedules = [warmup_times_cosine(rate, params.steps, WARMUP_FRACTION) for rate in rates]
-    random = generator(params.seed, "pretraining")
-    first, history = 0, []
-    if (work / "state.pt").is_file():
-        state = torch.load(work / "state.pt", map_location=device, weights_only=True)
-        for part, values in zip(model, state["model"], strict=True):
-            part.load_state_dict(values)
-        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        random.set_state(state["random"].cpu())
-        first, history = state["step"], state["history"]
+    prototypes = nn.Parameter(0.02 * torch.randn(classes, student.vit.embed_dim, device=device))
+    model = nn.ParameterDict({"classes": prototypes}), autoencoder
+    parameters, rates = [p for part in model for p in part.parameters()], (matrix_learning_rate, learning_rate)
+    optimizers = optimizers_of(parameters, autoencoder, rates, weight_decay)
+    schedules = [warmup_times_cosine(rate, steps, WARMUP_FRACTION) for rate in rates]
+    random = generator(seed, "pretraining")
+    first, history = resume(work / "state.pt", [*model, *optimizers], random, device)
     student.vit.train()
-    steps = range(first, params.steps)
-    for step in tqdm(steps, "pretrain", params.steps, initial=first, unit=" steps", disable=None):
+    for step in tqdm(range(first, steps), "pretrain", steps, initial=first, unit=" steps", disable=None):
         for optimizer, rate in zip(optimizers, schedules, strict=True):
             set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
-        y = torch.randint(params.classes, (params.batch_size,), generator=random)
+        y = torch.randint(classes, (batch_size,), generator=random)
         x = student.prepare(glyphs.draw(y, student.config.image_size, random).to(device))
-        y, masked = y.to(device), x[: params.masked_images]
-        cosines = normalize(student.vit.forward_features(x)[:, 0], dim=1) @ normalize(classes, dim=1).T
+        y, masked = y.to(device), x[:masked_images]
+        cosines = normalize(student.vit.forward_features(x)[:, 0], dim=1) @ normalize(prototypes, dim=1).T
         noise = torch.rand(len(masked), student.vit.patch_embed.num_patches, generator=random).to(device)
-        classified = cross_entropy(SCALE * cosines, y, label_smoothing=params.label_smoothing)
-        reconstructed = autoencoder.loss(masked, noise, params.mask_ratio)
+        classified = cross_entropy(SCALE * cosines, y, label_smoothing=label_smoothing)
+        reconstructed = autoencoder.loss(masked, noise, mask_ratio)
         (classified + reconstructed).backward()
         clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == params.steps:
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             row = {"step": step + 1, "classification_loss": classified.item(), "train_acc": accuracy(cosines, y).item()}
             history.append(row | {"reconstruction_loss": reconstructed.item()})
             remedy = "lower pretrain_backbone's learning rates"
             require_convergence(classified.item(), f"step {step + 1}", remedy, history[0]["classification_loss"])
-        if (step + 1) % SAVE_EVERY == 0 and step + 1 < params.steps:
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
             state = {"step": step + 1, "history": history, "random": random.get_state()}
-            state |= {"model": [part.state_dict() for part in model]}
-            state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            save_torch(work / "state.pt", state)
+            save_torch(work / "state.pt", state | {"parts": [part.state_dict() for part in (*model, *optimizers)]})
     return autoencoder.eval(), history
 
 
@@ -200,7 +225,7 @@ def main() -> None:
     work = work_folder("pretrain_backbone", params.model_dump())
     if not config.pretrained:
         glyph_acc["random"] = nearest_mean_accuracy(student.features(images)[:, 0], labels, learned)
-        autoencoder, history = pretrain(student, glyphs, params, work, device)
+        autoencoder, history = pretrain(student, glyphs, work, device, **params.training())
     decoder = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("vit.")} if autoencoder else {}
     save_backbone(path, student.vit, config, decoder)
     stored = load_backbone(path, device)  # as others will have it: rounded

@@ -24,7 +24,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
         torch.manual_seed(1)
         return Backbone(build_vit(config), config, "", {})
 
-    whole, history = pretrain(student(), glyphs, params, project / "whole", device)
+    whole, history = pretrain(student(), glyphs, project / "whole", device, **params.training())
 
     def save_and_die(path, value):
         save_torch(path, value)
@@ -33,11 +33,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(project, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(pretrain_backbone, "save_torch", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(student(), glyphs, params, project / "killed", device)
+            pretrain(student(), glyphs, project / "killed", device, **params.training())
     assert (project / "killed/state.pt").is_file()
     other = student()
     torch.nn.init.zeros_(other.vit.cls_token)  # whatever it starts with, the saved state counts
-    resumed, resumed_history = pretrain(other, glyphs, params, project / "killed", device)
+    resumed, resumed_history = pretrain(other, glyphs, project / "killed", device, **params.training())
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert history == resumed_history
 
