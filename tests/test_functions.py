@@ -77,10 +77,13 @@ def test_predictions_as_a_table_are_those_that_the_command_prints(tmp_path, monk
     ]
     (tmp_path / "spec.json").write_text(json.dumps({"layers": layers}))
     files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    with pytest.raises(
+        InputError, match="the zoos of digits, mnist: say which it learned by --dataset"
+    ):  # of any images
+        predict.predict(files, "spec.json", allow_probe=True)
     table = predict.predict(files, "spec.json", dataset="digits", allow_probe=True)
-    monkeypatch.setattr(
-        "sys.argv", ["predict", *files, "--arch", "spec.json", "--dataset", "digits", "--allow-probe", "--json"]
-    )
+    words = ["predict", *files, "--arch", "spec.json", "--dataset", "digits", "--allow-probe", "--json"]
+    monkeypatch.setattr("sys.argv", words)
     predict.main()
     answer = json.loads(capsys.readouterr().out)
     assert list(dict.fromkeys(table["model"])) == answer["ranking"]
