@@ -83,7 +83,7 @@ def headline(summary: Summary, scores: Summary, of: str) -> Table:
     order = sorted(scores["test_acc"], key=lambda name: -scores["test_acc"][name]["tau"]["mean"])
     names = [name for name in order if not name.startswith(ABLATIONS)]
     return Table(
-        f"Kendall's tau between predicted and measured values of runs that were not learned from: 1 is the right order, 0 guessing. {of}; "
+        f"Kendall's tau between predicted and measured values of unseen runs: 1 is the right order, 0 guessing. {of}; "
         "last column: one architecture is left out and predicted from the others, mean ± standard deviation over architectures.",
         ["predictor", "reads", *(PROPERTY_LABELS[kind] for kind in properties), "test accuracy, unseen architectures"],
         [
