@@ -1,6 +1,7 @@
 """Race training methods to an accuracy: steps and processor seconds of a forecaster, its rivals and tuned schedules, on NiNo's tasks.
 
-Reads   data/<dataset>.safetensors, models/released/forecaster.safetensors
+Reads   data/<dataset>.safetensors; models/released/forecaster.safetensors, by which weights are forecast beside training, and
+        models/released/forecaster-outputs.safetensors, by which NowcastOptimizer proposes
         --nino PATH, nino_mlp.pt as NiNo's authors publish it; without it NiNo does not take part
 Writes  reports/race_to_target/<task>/history.csv    accuracy by run, method, seed and step
         reports/race_to_target/<task>/summary.json   steps and seconds to the target, beside AdamW's of the same seed
@@ -43,7 +44,7 @@ from stages.common.vectors import Layout
 from stages.common.work import fingerprint, remembered, work_folder
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer
-from stages.forecast.released import RELEASED, load_released
+from stages.forecast.released import OUTPUTS, RELEASED, load_released
 from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
 from stages.forecast.world import strided, world_input
 
@@ -312,9 +313,9 @@ def parse() -> argparse.Namespace:
 
 
 def runs_of(
-    params: Params, model: LayerForecaster, nino: Nino | None
+    params: Params, model: LayerForecaster, proposer: LayerForecaster, nino: Nino | None
 ) -> dict[str, Callable[[Data, int], dict[str, Any]]]:
-    """Return every run by name, as a function of the data and the seed."""
+    """Return every run by name, as a function of the data and the seed. model: forecasts weights; proposer: NowcastOptimizer's."""
 
     def own(prefix: str) -> Callable[[Layout], dict[str, Reader]]:
         average = f"{prefix}, average"
@@ -329,7 +330,7 @@ def runs_of(
         name = f"cosine {length} x {peak:g}"
         readers = readers_beside(params, model, name)
         runs[name] = partial(_cosine, params=params, readers=readers, schedule=(length, peak))
-    runs["nowcast"] = lambda data, seed: train(data, params, seed, own("nowcast"), model=model)
+    runs["nowcast"] = lambda data, seed: train(data, params, seed, own("nowcast"), model=proposer)
     return runs
 
 
@@ -348,10 +349,10 @@ def main() -> None:
     arguments = parse()
     params = Params.load("race_to_target", variant=arguments.variant)
     pin_threads()
-    model, _, _ = load_released(RELEASED)
+    model, proposer = (load_released(path)[0] for path in (RELEASED, OUTPUTS))
     nino = Nino(arguments.nino) if arguments.nino else None
     peer = {"nino": f"-{fingerprint(arguments.nino)[:8]}"} if nino else {}  # other runs are the same without it
-    inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED]
+    inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]
     work = work_folder(
         f"race_to_target/{arguments.variant}", params.model_dump(exclude={"seeds"}) | {"inputs": fingerprint(*inputs)}
     )
@@ -359,7 +360,7 @@ def main() -> None:
     chosen: dict[str, list[str]] = {}
     for seed in params.seeds:
         data = load_data(params.variant, seed, params.test_images)
-        for name, compute in runs_of(params, model, nino).items():
+        for name, compute in runs_of(params, model, proposer, nino).items():
             result = remembered(work / f"{name}{peer.get(name, '')}-{seed}.json", partial(compute, data, seed))
             rows += [{"run": name, "seed": seed, **row} for row in result["history"]]
             chosen.setdefault(name, []).extend(result["chosen"])

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from dvc.utils.hydra import apply_overrides
-from reproduction import ROOT
+from reproduction import ROOT, set_params
 
 from stages.common.files import load_json, save_json
 from stages.forecast import race_to_target
 from stages.forecast.race_to_target import REPORTS
+from stages.forecast.released import OUTPUTS, RELEASED
 
 WORK = Path(".work/race_to_target/fm16")
 METHODS = ("adamw", "cosine", "nowcast")
@@ -17,8 +17,9 @@ METHODS = ("adamw", "cosine", "nowcast")
 @pytest.fixture
 def race(tmp_path, monkeypatch):
     """Race seeds in an empty folder, without training anything; return the seeds of the runs that would have been trained."""
-    for file in ("params.yaml", "models/released/forecaster.safetensors", "models/released/forecaster.json"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / RELEASED.parent).mkdir(parents=True)
+    for file in (p.with_suffix(kind) for p in (RELEASED, OUTPUTS) for kind in (".json", p.suffix)):
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
     (tmp_path / "data").mkdir()
     (tmp_path / "data/fashion_mnist.safetensors").write_bytes(b"images")
@@ -34,7 +35,7 @@ def race(tmp_path, monkeypatch):
         return {"history": rows, "chosen": ["stay"]}
 
     def run(seeds: list[int], *overrides: str) -> list[int]:
-        apply_overrides(Path("params.yaml"), [f"race_to_target.seeds={seeds}", *overrides])
+        set_params(Path("params.yaml"), [f"race_to_target.seeds={seeds}", *overrides])
         trained.clear()
         race_to_target.main()
         return list(trained)
