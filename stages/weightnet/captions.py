@@ -1,6 +1,6 @@
 """What people read in tables and pictures in place of the names of predictors and properties."""
 
-PROPERTY_LABELS = {
+PROPERTIES = {
     "train_acc": "training accuracy",
     "test_acc": "test accuracy",
     "gap": "generalisation gap",
@@ -38,6 +38,11 @@ PREDICTORS = {  # name: what people read, and what the predictor reads
 }
 ABLATIONS = ("no_", "exam_one", "exam_drawn", "exam_glyphs", "exam_noise", "exam_no")  # how their names begin
 BASELINES = ("nearest", "hyperparameters", "labelled_128", "labelled_32", "confidence_128")
+
+
+def property_label(name: str) -> str:
+    """Return what to show for a property; by default its words."""
+    return PROPERTIES.get(name, name.replace("_", " "))
 
 
 def predictor(name: str) -> str:

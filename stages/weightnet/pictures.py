@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator
 
 from stages.common.figures import image_grid, plain_ticks, save_figure, save_plot
-from stages.weightnet.captions import BASELINES, PROPERTY_LABELS, predictor
+from stages.weightnet.captions import BASELINES, predictor, property_label
 from stages.weightnet.zoo.properties import PROPERTIES
 
 
@@ -27,12 +27,12 @@ def draw_zoo(path: Path, final: dict[str, Float[np.ndarray, " r"]]) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(10, 4.6), layout="constrained")
     axes = axes.flat
     axes[0].hist(final["test_acc"], bins=30, color="C0")
-    axes[0].set(xlabel=PROPERTY_LABELS["test_acc"], ylabel="networks")
+    axes[0].set(xlabel=property_label("test_acc"), ylabel="networks")
     for ax, name in zip(axes[1:], names, strict=False):
         ax.scatter(final["test_acc"], final[name], s=4, alpha=0.4, linewidths=0)
         ax.set(
-            xlabel=PROPERTY_LABELS["test_acc"],
-            ylabel=PROPERTY_LABELS[name],
+            xlabel=property_label("test_acc"),
+            ylabel=property_label(name),
             yscale="log" if name == "test_loss" else "linear",
         )
         if name == "test_loss":
@@ -59,7 +59,7 @@ def draw_predictions(
                 ax.set(xscale="log", yscale="log")
                 one_two_five(ax.xaxis, ax.yaxis)
             ax.set(
-                title=PROPERTY_LABELS.get(kind, kind) if ax in axes[0] else "",
+                title=property_label(kind) if ax in axes[0] else "",
                 xlabel="measured" if ax in axes[-1] else "",
             )
         row[0].set_ylabel(f"{predictor(name).partition(':')[0]}:\npredicted")

@@ -2,7 +2,7 @@
 
 from stages.common.files import Summary, load_json
 from stages.common.report import REPORTS, Cell, Detail, Row, Section, Table, decimal, pictures, row, short
-from stages.weightnet.captions import ABLATIONS, BASELINES, PREDICTORS, PROPERTY_LABELS, predictor
+from stages.weightnet.captions import ABLATIONS, BASELINES, PREDICTORS, predictor, property_label
 
 EVALUATED = REPORTS / "evaluate_weightnet"
 ZOO_PICTURE = {
@@ -85,7 +85,7 @@ def headline(summary: Summary, scores: Summary, of: str) -> Table:
     return Table(
         f"Kendall's tau between predicted and measured values of unseen runs: 1 is the right order, 0 guessing. {of}; "
         "last column: one architecture is left out and predicted from the others, mean ± standard deviation over architectures.",
-        ["predictor", "reads", *(PROPERTY_LABELS[kind] for kind in properties), "test accuracy, unseen architectures"],
+        ["predictor", "reads", *(property_label(kind) for kind in properties), "test accuracy, unseen architectures"],
         [
             row(
                 predictor(name),
@@ -117,7 +117,7 @@ def property_table(scores: Summary, of: str) -> Table:
         )
         for name in order
     ]
-    header = ["predictor", "R² of test accuracy", *(PROPERTY_LABELS[kind] for kind in scores)]
+    header = ["predictor", "R² of test accuracy", *(property_label(kind) for kind in scores)]
     return Table(
         f"R² of test accuracy, then Kendall's tau of every property. {of}.",
         header,
@@ -182,7 +182,7 @@ def interval_table(summary: Summary) -> Table:
         for key, of in (("coverage", "unseen runs"), ("coverage_held_out", "unseen architectures"))
         for who, fractions in summary[key].items()
     ]
-    header = ["predictor", *(PROPERTY_LABELS[kind] for kind in next(iter(summary["coverage"].values())))]
+    header = ["predictor", *(property_label(kind) for kind in next(iter(summary["coverage"].values())))]
     return Table("Fraction of unseen networks inside intervals for 90 % (n = 1 split).", header, rows)
 
 
