@@ -18,6 +18,11 @@ def test_scales_of_properties_are_inverted():
     torch.testing.assert_close(from_scale(to_scale(values)), values)
 
 
+def test_a_prediction_far_from_all_that_is_known_is_a_number():
+    far = torch.full((1, len(PROPERTIES)), 1e4)
+    assert from_scale(far).isfinite().all() and from_scale(-far).isfinite().all()
+
+
 def test_scores_of_perfect_reversed_and_constant_predictions():
     truth = torch.rand(50, generator=seeded()).numpy()
     assert score(truth, truth) == {"tau": pytest.approx(1), "rho": pytest.approx(1), "r2": pytest.approx(1)}

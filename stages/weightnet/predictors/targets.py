@@ -9,6 +9,7 @@ from torch import Tensor
 from stages.weightnet.zoo.properties import PROPERTIES
 
 EDGE = 0.005  # accuracies nearer to 0 or 1 are taken for this
+LEAST_LOSS, LARGEST_LOSS = 1e-6, 1e3  # nats: far from what was learned from, predicted logarithms are of no number
 
 
 def to_scale(values: Float[Tensor, "n k"], names: Sequence[str] = PROPERTIES) -> Float[Tensor, "n k"]:
@@ -18,7 +19,7 @@ def to_scale(values: Float[Tensor, "n k"], names: Sequence[str] = PROPERTIES) ->
         if name.endswith("_acc"):
             columns.append(value.clamp(EDGE, 1 - EDGE).logit())
         else:
-            columns.append(value.clamp(min=1e-6).log() if name == "test_loss" else value)
+            columns.append(value.clamp(min=LEAST_LOSS).log() if name == "test_loss" else value)
     return torch.stack(columns, 1)
 
 
@@ -30,8 +31,11 @@ def own_units(
 
 
 def from_scale(values: Float[Tensor, "n k"], names: Sequence[str] = PROPERTIES) -> Float[Tensor, "n k"]:
-    """Return the properties in their own units."""
+    """Return the properties in their own units, losses up to LARGEST_LOSS."""
     columns = []
     for name, value in zip(names, values.unbind(1), strict=True):
-        columns.append(value.sigmoid() if name.endswith("_acc") else value.exp() if name == "test_loss" else value)
+        if name.endswith("_acc"):
+            columns.append(value.sigmoid())
+        else:
+            columns.append(value.exp().clamp(max=LARGEST_LOSS) if name == "test_loss" else value)
     return torch.stack(columns, 1)
