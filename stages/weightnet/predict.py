@@ -382,7 +382,12 @@ class Asked:
     )
 
 
-def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) -> dict[str, dict[str, Any]]:
+Follow = Callable[[str, tuple[int, ...], int], Program]  # an architecture, for images of a shape and so many classes
+
+
+def predict_all(
+    known: Known, models: dict[Path, dict[str, Any]], asked: Asked, follow: Follow
+) -> dict[str, dict[str, Any]]:
     """Return what is predicted of each model, with what was measured of it."""
     shape = tuple(asked.input_shape or known.shape)
     if isinstance(known.predictor, Examiner) and shape != known.shape:
@@ -392,7 +397,7 @@ def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) 
     @cache
     def program_of(arch: str) -> Program | InputError:
         try:
-            return user_program(arch, shape, known.classes, asked.allow_code)
+            return follow(arch, shape, known.classes)
         except InputError as error:
             return error
 
@@ -411,7 +416,7 @@ def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) 
     return results
 
 
-def fitting_dataset(models: dict[Path, dict[str, Any]], family: str, asked: Asked) -> str:
+def fitting_dataset(models: dict[Path, dict[str, Any]], family: str, asked: Asked, follow: Follow) -> str:
     """Return the one data set with a predictor whose images and classes the first network takes; InputError if there are several.
 
     The default one's where a network names no images of its own: weights alone are read, it is an architecture of the zoo, or
@@ -426,7 +431,7 @@ def fitting_dataset(models: dict[Path, dict[str, Any]], family: str, asked: Aske
         if asked.input_shape not in (None, known.shape):
             continue
         try:
-            program = user_program(arch, known.shape, known.classes, asked.allow_code)
+            program = follow(arch, known.shape, known.classes)
         except InputError:
             continue
         fitting += [dataset] if program.steps[-1].shape == (known.classes,) else []
@@ -441,9 +446,12 @@ def answer_for(paths: Sequence[Path], dataset: str | None, allow_probe: bool, as
     """Return everything that is said of some networks, as --json prints it."""
     family = "exam" if allow_probe else "weightnet"
     models = {file: said for path in paths for file, said in list_models(path).items()}
-    dataset = dataset or fitting_dataset(models, family, asked)
+    follow = cache(
+        partial(user_program, allow_code=asked.allow_code)
+    )  # others' code runs once for each shape of images
+    dataset = dataset or fitting_dataset(models, family, asked, follow)
     known = load_known(published(find_predictor(dataset, family)), family)
-    results = predict_all(known, models, asked)
+    results = predict_all(known, models, asked, follow)
     return {
         "predictor": family,
         "file": str(known.file),
