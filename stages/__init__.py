@@ -2,11 +2,37 @@
 
 Run as a script (`python -m stages.<system>.<stage>`, sys.argv[0] is "-m" then), Python's garbage collector pauses until
 `stages.common.stage.run`: importing torch and its like makes half a million objects, none of them garbage, and to look through
-them again and again takes a fifth of the time of all imports or more. Where this is imported, nothing is changed.
+them again and again takes a fifth of the time of all imports or more. Under `stages.reproduce`, a process that has imported them
+already takes over. Where this is imported, nothing is changed.
 """
 
 import gc
+import json
+import os
+import signal
+import socket
 import sys
+
+FORK_SERVER = "WEIGHTLENS_FORK_SERVER"  # in the environment: where it listens
+
+
+def hand_over(address: str) -> None:
+    """Let a copy of the fork server (stages/forkserver.py) run this process's stage, and end as it does; return if nobody listens."""
+    with socket.socket(socket.AF_UNIX) as server:
+        try:
+            server.connect(address)
+        except OSError:
+            return
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the copy hears itself
+        environment = {name: value for name, value in os.environ.items() if name != FORK_SERVER}
+        request = {"words": sys.orig_argv, "folder": os.getcwd(), "environment": environment}  # noqa: PTH109 (no pathlib yet)
+        socket.send_fds(server, [b"\n"], [0, 1, 2])
+        server.sendall(json.dumps(request).encode() + b"\n")
+        status = server.recv(1)
+    os._exit(status[0] if status else 1)
+
 
 if sys.argv[:1] == ["-m"]:
     gc.disable()
+    if FORK_SERVER in os.environ and sys.orig_argv[1:2] == ["-m"]:
+        hand_over(os.environ[FORK_SERVER])

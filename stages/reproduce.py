@@ -5,6 +5,7 @@
 
 The data sets come first, then each system's stages, the system with most of them first, then the report. Each is a `dvc repro` of
 its own that waits for DVC's lock, so cache and dvc.lock are as after one `dvc repro`. Where a system fails, the others go on.
+What takes a stage longest to import is imported once for all of them (stages/forkserver.py).
 """
 
 import argparse
@@ -15,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
+
+from stages.forkserver import fork_server
 
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 
@@ -31,10 +34,12 @@ def stages_by_system() -> dict[str, list[str]]:
     return dict(sorted(systems.items(), key=lambda item: -len(item[1])))
 
 
-def repro(targets: list[str], label: str, flags: list[str]) -> int:
+def repro(targets: list[str], label: str, flags: list[str], environment: dict[str, str]) -> int:
     """Run `dvc repro` of these stages alone, in their order, each line that it prints behind `label`; return its exit status."""
     words = [*DVC, "repro", "--single-item", *flags, *targets]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        words, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         for line in process.stdout or ():
             if line.strip():
                 print(f"{label:10s} {line}", end="", flush=True)
@@ -45,12 +50,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="systems at a time; default: one a core")
     arguments, flags = parser.parse_known_args()  # flags: of `dvc repro`, such as --force and --no-run-cache
-    systems = stages_by_system()
-    first, last = systems.pop("datasets"), systems.pop("report")
-    status = repro(first, "datasets", flags)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        status = max(status, *pool.map(lambda name: repro(systems[name], name, flags), systems))
-    return status or repro(last, "report", flags)
+    with fork_server() as environment:  # before there are threads
+        systems = stages_by_system()
+
+        def reproduce(system: str) -> int:
+            return repro(systems[system], system, flags, environment)
+
+        status = reproduce("datasets")
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            status = max(status, *pool.map(reproduce, [name for name in systems if name not in ("datasets", "report")]))
+        return status or reproduce("report")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ def test_files_that_a_stage_opens_undeclared_are_named_and_inputs_that_it_does_n
     log = tmp_path / "opened"
     for _ in range(2):  # the second time, code is compiled
         environment = (
-            os.environ | opened.recording(log) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            os.environ
+            | opened.recording(log)
+            | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_STAGE": "reader"}
         )
         subprocess.run(["python", "-m", "stages.reader"], cwd=reader, env=environment, check=True)
         undeclared = [f"reader opens {path}, which dvc.yaml does not list" for path in UNDECLARED]

@@ -255,7 +255,7 @@ def run_smoke(
         project = smoke_clone(Path(folder, "clone"))
         log = project.with_name("opened")
         environment = environment | (opened.recording(log) if twice else {})
-        words = [sys.executable, str(ROOT / "stages/reproduce.py"), "--no-run-cache"]
+        words = [sys.executable, "-m", "stages.reproduce", "--no-run-cache"]
         output = subprocess.PIPE if quiet else None
         done = subprocess.run(words, cwd=project, env=os.environ | FIXED | environment, stdout=output, stderr=output)
         if done.returncode:

@@ -37,8 +37,6 @@ def record(command: str, log: str) -> None:
         os.write(file, f"{command}\t{path.removeprefix(project)}\n".encode())
 
     sys.addaudithook(note)
-    opening = (("safetensors", "safe_open"), ("pyarrow.parquet", "read_table"))
-    sys.meta_path[:0] = [AfterImport(module, announcing(function)) for module, function in opening]
 
 
 def announcing(function: str) -> Callable[[ModuleType], None]:
@@ -56,7 +54,10 @@ def announcing(function: str) -> Callable[[ModuleType], None]:
     return change
 
 
+if "safetensors" not in sys.modules:  # in copies of the fork server, which runs this again, it is there and changed
+    opening = (("safetensors", "safe_open"), ("pyarrow.parquet", "read_table"))
+    sys.meta_path[:0] = [AfterImport(module, announcing(function)) for module, function in opening]
 words = sys.orig_argv
-is_stage = words[1:2] == ["-m"] and words[2].startswith("stages.")
+is_stage = "DVC_STAGE" in os.environ and words[1:2] == ["-m"] and words[2].startswith("stages.")
 if command := os.environ.get("WEIGHTLENS_OPENED_BY") or (is_stage and " ".join(words)):
     record(command, os.environ["WEIGHTLENS_OPENED"])
