@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -156,30 +157,45 @@ def draw_matches(path: Path, a: DecompositionArtifacts, b: DecompositionArtifact
     save_figure(path, figure)
 
 
-def draw_factors(path: Path, found: list[tuple[dict[str, float], Summary]], summary: Summary) -> None:
-    """Draw every measure under every combination of the factors, with its spread; dashed: untrained networks, dotted: principal components.
+def draw_factors(
+    path: Path,
+    found: list[tuple[dict[str, float], Summary]],
+    summary: Summary,
+    shown: list[Float[np.ndarray, "k channels h w"]],
+) -> None:
+    """Draw under every combination of the factors every measure, with its spread, and some eigenvectors.
 
-    found: conditions and their measures, of `stages.bilinear.vary_regularisation`; summary: its baselines.
+    found: conditions and their measures, of `stages.bilinear.vary_regularisation`; summary: its baselines; shown: eigenvectors of
+    each condition.
     """
-    names = list(found[0][1])
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(2.1 * len(names), 0.3 * len(found) + 0.9), sharey=True, layout="constrained"
-    )
-    y = range(len(found))
-    labels = [
-        ", ".join(f"{factor.replace('_', ' ')} {value:g}" for factor, value in condition.items())
-        for condition, _ in found
-    ]
-    for ax, name in zip(axes, names, strict=True):
+    names, rows = list(found[0][1]), len(found)
+    figure = plt.figure(figsize=(1.7 * len(names) + 0.75 * len(shown[0]), 0.75 * rows + 0.4))
+    widths = [1.7] * len(names) + [0.75] * len(shown[0])
+    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, hspace=0.05, wspace=0.12)
+    for column, name in enumerate(names):
+        ax = figure.add_subplot(grid[:, column])
         means, stds = ([values[name][part] for _, values in found] for part in ("mean", "std"))
-        ax.errorbar(means, y, xerr=stds, fmt="o", markersize=4, capsize=2)
-        ax.axvline(summary["untrained"][name]["mean"], color="grey", linestyle="--", linewidth=0.8)
+        ax.errorbar(means, range(rows), xerr=stds, fmt="o", markersize=4, capsize=2)
+        beside = [
+            f"untrained {summary['untrained'][name]['mean']:.2f}"
+        ]  # far off: a line would leave the points no room
         if name in summary["principal_components"]:
-            ax.axvline(summary["principal_components"][name], color="grey", linestyle=":", linewidth=1)
-        ax.set_title(name.replace("_", " "))
-    axes[0].set_yticks(y, labels)
-    axes[0].invert_yaxis()
+            beside.append(f"images' components {summary['principal_components'][name]:.2f}")
+        ax.set(title=name.replace("_", " "), xlabel="\n".join(beside))
+        ax.set_ylim(rows - 0.5, -0.5)  # a condition's points stand beside its eigenvectors
+        ax.set_yticks(range(rows), [_written(condition) for condition, _ in found] if column == 0 else [])
+        ax.locator_params(axis="x", nbins=3)
+    for row, vectors in enumerate(shown):
+        for column, vector in enumerate(vectors, start=len(names)):
+            ax = figure.add_subplot(grid[row, column], xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            show_signed(ax, vector)
     save_figure(path, figure)
+
+
+def _written(condition: dict[str, float]) -> str:
+    """Return what a combination of factors has, a line each."""
+    return "\n".join(f"{factor.replace('_', ' ')} {value:g}" for factor, value in condition.items())
 
 
 def image_shape(pixels: int) -> tuple[int, int, int]:

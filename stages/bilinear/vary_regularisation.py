@@ -1,9 +1,9 @@
 """What makes eigenvectors legible, few and alike? Weight decay, input noise and augmentation, each with and without the others.
 
 Reads   data/<dataset>.safetensors
-Writes  reports/vary_regularisation/<dataset>/summary.json    baselines, and the effect of each factor on each measure
+Writes  reports/vary_regularisation/<dataset>/summary.json    baselines, every measure of each combination, and each factor's effects
         reports/vary_regularisation/<dataset>/conditions.csv  a row for each combination and measure: mean and spread over seeds
-        reports/vary_regularisation/<dataset>/factors.png     all of it in one picture
+        reports/vary_regularisation/<dataset>/factors.png     all of it in one picture, with eigenvectors of the first seed
 
 Finished runs wait in .work/vary_regularisation/ until all are, so that a stage that was killed goes on where it was.
 
@@ -44,6 +44,7 @@ from stages.common.work import compute_pieces, fingerprint, work_folder
 
 REPORTS = Path("reports/vary_regularisation")
 IMAGES_AT_ONCE = 1000
+SHOWN = 3  # classes, of which the picture has the strongest eigenvector
 FACTORS = ("weight_decay", "input_noise", "shift")
 MEASURES = ("test_acc", "truncated_acc", "effective_rank", "smoothness")  # of one network; similarity is of two
 
@@ -154,6 +155,20 @@ def effects(
     return changed
 
 
+def table(found: list[tuple[dict[str, float], dict[str, dict[str, float]]]]) -> Rows:
+    """Return a row for each combination and measure."""
+    return [
+        {**condition, "measure": name, "mean": value["mean"], "std": value["std"]}
+        for condition, values in found
+        for name, value in values.items()
+    ]
+
+
+def short_name(condition: dict[str, float], without: dict[str, float]) -> str:
+    """Return which factors a combination has, as in `weight_decay+shift`, or `none`."""
+    return "+".join(factor for factor in FACTORS if condition[factor] != without[factor]) or "none"
+
+
 def baselines(model: Config, seeds: list[int], rank: int, train: ImageSet, test: ImageSet) -> dict[str, Any]:
     """Return the measures of untrained networks, and the smoothness of the training images' own principal components.
 
@@ -190,20 +205,20 @@ def main() -> None:
     pieces = {work / f"{i}-{seed}.safetensors": config for (i, seed), config in configs.items()}
     compute_pieces(partial(train_and_measure, test=test, rank=params.rank), pieces, device, f"vary {dataset}")
 
-    found = [
-        (condition, summary_of([load_file(work / f"{i}-{seed}.safetensors") for seed in params.seeds]))
-        for i, condition in enumerate(params.conditions)
+    runs = [
+        [load_file(work / f"{i}-{seed}.safetensors") for seed in params.seeds] for i in range(len(params.conditions))
     ]
-    rows: Rows = [
-        {**condition, "measure": name, "mean": value["mean"], "std": value["std"]}
-        for condition, values in found
-        for name, value in values.items()
-    ]
+    found = [(condition, summary_of(of_seeds)) for condition, of_seeds in zip(params.conditions, runs, strict=True)]
+    named = {short_name(condition, params.conditions[0]): values for condition, values in found}
     model = params.config(dataset, {}, 0)["model"]
-    summary = baselines(model, params.seeds, params.rank, train, test) | {"effects": effects(found)}
-    save_csv(REPORTS / dataset / "conditions.csv", rows)
+    summary = baselines(model, params.seeds, params.rank, train, test) | {
+        "conditions": named,
+        "effects": effects(found),
+    }
+    save_csv(REPORTS / dataset / "conditions.csv", table(found))
     save_json(REPORTS / dataset / "summary.json", summary)
-    draw_factors(REPORTS / dataset / "factors.png", found, summary)
+    shown = [first["vectors"][:SHOWN, 0].unflatten(1, test.images.shape[1:]).numpy() for first, *_ in runs]
+    draw_factors(REPORTS / dataset / "factors.png", found, summary, shown)
     shutil.rmtree(work)
     for factor, changes in summary["effects"].items():
         print(f"{dataset}: {factor} changes " + ", ".join(f"{k} by {v['mean']:+.3g}" for k, v in changes.items()))
