@@ -11,7 +11,9 @@ from stages.forecast.shrinkage import (
     SAMPLE,
     Prior,
     causal_shrinkage,
+    cautious,
     compare_with_past,
+    evidence,
     sample_of,
     shrinkage,
     spread_over_weights,
@@ -159,3 +161,16 @@ def test_caution_only_shrinks_and_goes_as_a_good_past_gets_longer():
     assert (safe[0] == 0).all()  # 1 of 0.5 either way: it might be none
     assert (safe[1:] >= safe[:-1] - 1e-9).all()  # of a seer, each origin tells the same
     assert (safe[-1] > 0.9).all()
+
+
+def test_what_is_surely_safe_is_as_bad_as_not_to_move():
+    """Of a movement that is too far, g d, the factor 2 / g has exactly the error of keeping the last weights."""
+    run = walk(80)
+    for gain in (3.0, 4.0, 10.0):
+        agreement = compare_with_past(Seer(run, gain), run)
+        unsure = Prior(torch.ones(2), torch.ones(2), torch.full((2,), 1e3), torch.full((2,), 1e-6), 2.0)
+        safe = cautious(evidence(agreement).sum(1), unsure)
+        assert torch.allclose(safe, torch.full((2,), 2 / gain, dtype=torch.float64), atol=1e-4)
+        kept = agreement.energy.nansum((0, 2))
+        assert torch.allclose(agreement.errors(safe[:, None]).nansum((0, 2)), kept, rtol=1e-3)
+        assert (agreement.errors(1.01 * safe[:, None]).nansum((0, 2)) > kept).all()
