@@ -1,6 +1,6 @@
 """`dvc repro` with the systems side by side: DVC runs one stage at a time, but systems do not need each other.
 
-    python -m stages.reproduce            # as many systems at a time as there are cores
+    python -m stages.reproduce            # one system more at a time than there are cores: DVC's own work leaves them idle
     python -m stages.reproduce --jobs 1   # one after the other
 
 The data sets come first, then each system's stages, the system with most of them first, then the report. Each is a `dvc repro` of
@@ -48,7 +48,10 @@ def repro(targets: list[str], label: str, flags: list[str], environment: dict[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="systems at a time; default: one a core")
+    jobs = (os.cpu_count() or 1) + 1
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="systems at a time; default: %(default)s, one more than cores"
+    )
     arguments, flags = parser.parse_known_args()  # flags: of `dvc repro`, such as --force and --no-run-cache
     with fork_server() as environment:  # before there are threads
         systems = stages_by_system()
@@ -63,4 +66,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing is left half-written; run the same command again")
