@@ -318,7 +318,7 @@ def _averaged_or_plain(found: dict[str, State], averaged: str, plain: str | None
     ]
 
 
-def _named(value: Mapping[Any, Any]) -> State | None:
+def _named(value: Mapping[Any, object]) -> State | None:
     """Return a mapping's tensors if it consists of names and tensors (or arrays), but for states of other kinds; else None."""
     state = {}
     for name, tensor in value.items():
@@ -332,7 +332,7 @@ def _named(value: Mapping[Any, Any]) -> State | None:
     return state or None
 
 
-def _beside_values(path: Path, value: Mapping[Any, Any]) -> State:
+def _beside_values(path: Path, value: Mapping[Any, object]) -> State:
     """Return the tensors of a dictionary that holds other values too; InputError if they are no network's."""
     shells = {key: item for key, item in value.items() if isinstance(item, Shell) and not isinstance(item, ArrayShell)}
     models = [key for key in (*NESTED, *AVERAGED) if key in shells]

@@ -55,7 +55,7 @@ def vector_path(path: Path) -> Path:
     return path.parent / "vector" / f"{path.stem}.svg"
 
 
-def save_json(path: Path, value: Any) -> None:
+def save_json(path: Path, value: object) -> None:
     """Write `value` as JSON; a NaN or infinity is an error, since no metric may be one."""
     save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -89,7 +89,7 @@ def save_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         parquet.write_table(pa.Table.from_pylist(rows), temporary)
 
 
-def load_table(path: Path) -> dict[str, list[Any]]:
+def load_table(path: Path) -> dict[str, list[Cell]]:
     """Return the columns of a Parquet file by name; InputError if it is missing or damaged."""
     import pyarrow as pa
     from pyarrow import parquet

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 from torch import Tensor
 
+from stages.common.files import Summary
+
 COVERAGE = 0.9  # of prediction intervals
 RESAMPLES = 2000  # of a bootstrap
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a five-number summary
@@ -55,7 +57,7 @@ def bootstrap_interval(
     return {"mean": float(measure(*values)), "low": float(low), "high": float(high)}
 
 
-def headline_metrics(summary: dict[str, Any], places: dict[str, str]) -> dict[str, float]:
+def headline_metrics(summary: Summary, places: dict[str, str]) -> dict[str, float]:
     """Return the few numbers of a summary that `dvc metrics` shows, by names that are short and of one stage alone.
 
     places: where each lies in the nested summary, as keys joined by slashes; of a mean with a spread the mean is taken. What a
@@ -72,7 +74,7 @@ def headline_metrics(summary: dict[str, Any], places: dict[str, str]) -> dict[st
     return {name: value for name, value in found.items() if value is not None}
 
 
-def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
+def over_seeds(results: list[Summary]) -> Summary:
     """Return nested mappings of numbers, one for each seed and all alike, as one with `mean_std` in place of numbers."""
     first = results[0]
     return {

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from itertools import product
@@ -28,6 +28,9 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAM
 BEGAN = time.monotonic() - time.process_time()
 # Which variants DVC makes, where not all of them: no stage reads these lists.
 VARIANT_LISTS = ("backbones", "learned", "raced")
+
+
+Values = dict[str, Any]  # a mapping of params.yaml: values by name, nested
 
 
 class InputError(Exception):
@@ -74,7 +77,7 @@ class StageParams(BaseModel):
         def where(path: list[str]) -> str:
             """Return the full key of a value: in the section, or in the overrides if it comes from there."""
             path = ["variants", str(variant), *path[1:]] if path[:1] == ["variant"] else path
-            node: Any = overrides
+            node: object = overrides
             for part in path:
                 node = node.get(part) if isinstance(node, dict) else None
             return ".".join([section, *(["overrides", str(dataset)] if node is not None else []), *path])
@@ -82,7 +85,7 @@ class StageParams(BaseModel):
         return cls.parse(values, where)
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: Callable[[list[str]], str]) -> Self:
+    def parse(cls, values: Mapping[str, object], where: Callable[[list[str]], str]) -> Self:
         """Validate `values`; InputError has a line for each problem, with the key that `where` gives for its path."""
         try:
             return cls.model_validate(values)
@@ -91,7 +94,7 @@ class StageParams(BaseModel):
             raise InputError("\n".join(lines)) from None
 
 
-def lookup(key: str) -> dict[str, Any]:
+def lookup(key: str) -> Values:
     """Return the mapping at dotted `key` of params.yaml; InputError says which part of the key is missing."""
     try:
         node = _parsed(PARAMS.read_text())
@@ -117,7 +120,7 @@ def _parsed(text: str) -> Any:
     return yaml.load(text, Loader)
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+def _merge(base: Values, changes: Values, where: str) -> Values:
     """Return `base` with `changes` laid over it, mapping by mapping; InputError on a change to what `base` lacks."""
     if unknown := sorted(set(changes) - set(base)):
         raise InputError(f"{PARAMS}: {where}.{unknown[0]} changes nothing (there: {', '.join(base)})")
@@ -181,7 +184,7 @@ def all_stages() -> list[str]:
     return names
 
 
-def _values(params: dict[str, Any], values: Any) -> list[Any]:
+def _values(params: Values, values: str | Iterable[str]) -> list[str]:
     """Return a list of a matrix, or the list or keys that it names in params.yaml: "${train_bilinear.datasets}"."""
     if isinstance(values, str):
         node: Any = params

@@ -39,7 +39,7 @@ class Layout:
         return cls({name: tuple(shape) for name, shape in metadata["layout"]})
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """The layout as a part of a file's metadata."""
         return {"layout": [[name, list(shape)] for name, shape in self.shapes.items()]}
 

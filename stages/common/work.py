@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ R = TypeVar("R")
 Arrays = dict[str, np.ndarray]
 
 
-def work_folder(stage: str, recipe: dict[str, Any]) -> Path:
+def work_folder(stage: str, recipe: Mapping[str, object]) -> Path:
     """Return .work/<stage>/<hash of the recipe, of the project's code that is loaded, and of torch's version>.
 
     So another recipe or other code starts anew. The recipe has everything else that work follows from: `fingerprint` of its inputs.
@@ -109,7 +109,7 @@ def cluster_map(
         ray.shutdown()
 
 
-def _call(function: Callable[[Any], Any], item: Any) -> Any:
+def _call(function: Callable[[T], Arrays], item: T) -> Arrays:
     """Compute one piece as a stage does: on one thread."""
     pin_threads()
     return function(item)

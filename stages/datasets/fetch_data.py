@@ -99,7 +99,7 @@ def load_source(dataset: str) -> Source:
     """Read where `dataset` comes from."""
     where = f"{SECTION}.{dataset}"
     values = lookup(where)
-    kinds = {
+    kinds: dict[str, type[Source]] = {
         "digits": Digits,
         "glyphs": DrawnGlyphs,
         "shapes": DrawnShapes,

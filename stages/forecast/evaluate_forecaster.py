@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from stages.common.files import Rows, Summary, save_csv, save_json
+from stages.common.files import Row, Rows, Summary, save_csv, save_json
 from stages.common.metrics import accuracy, headline_metrics, mean_interval
 from stages.common.runtime import parallel_map, pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -106,14 +105,12 @@ class Comparison:
     network_every: int
 
 
-def error_rows(place: dict[str, Any], errors: Float[Tensor, "h layers"], horizons: Sequence[int]) -> Rows:
+def error_rows(place: Row, errors: Float[Tensor, "h layers"], horizons: Sequence[int]) -> Rows:
     """Return a forecast's error at every horizon."""
     return [place | {"h": h, "error": error} for h, error in zip(horizons, errors.sum(1).tolist(), strict=True)]
 
 
-def layer_rows(
-    place: dict[str, Any], errors: Float[Tensor, "h layers"], horizons: Sequence[int], layout: Layout
-) -> Rows:
+def layer_rows(place: Row, errors: Float[Tensor, "h layers"], horizons: Sequence[int], layout: Layout) -> Rows:
     """Return a forecast's error at every horizon and parameter tensor."""
     return [
         place | {"h": h, "parameter": parameter, "error": error}
@@ -122,7 +119,7 @@ def layer_rows(
     ]
 
 
-def accumulation_rows(place: dict[str, Any], trajectory: Trajectory, transformer: SharedForecaster) -> Rows:
+def accumulation_rows(place: Row, trajectory: Trajectory, transformer: SharedForecaster) -> Rows:
     """Return the errors of forecasts that are made from forecasts, step by step, beside persistence's."""
     t, furthest = place["t"], max(transformer.horizons)
     path = trajectory.weights[t + 1 : t + 1 + furthest]

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from stages.common.files import atomic_path, load_metadata, save_csv, save_json
+from stages.common.files import Summary, atomic_path, load_metadata, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.optim import require_convergence, set_learning_rate, warmup_cosine
 from stages.common.randomness import generator
@@ -337,9 +337,9 @@ def shrink_unseen(unseen: list[Unseen]) -> Rows:
     return rows
 
 
-def summarise(rows: Rows) -> dict[str, Any]:
+def summarise(rows: Rows) -> Summary:
     """Return mean, worst and share above 1 of the errors, by what was held out and horizon."""
-    summary: dict[str, Any] = {}
+    summary: Summary = {}
     columns = [("all", "raw"), ("all", "shrunk"), ("all", "logits")]
     for kind, column in [*((k, "raw") for k in ("dataset", "network", "optimizer")), *columns]:
         by_horizon = {}
@@ -389,7 +389,7 @@ def card_of(
     learned_for: str,
     learned_from: dict[str, Any],
     prior: Prior,
-    summary: dict[str, Any],
+    summary: Summary,
     gains: Gains,
 ) -> dict[str, Any]:
     """Return the card of a forecaster: what rebuilds it, what it learned from, how it was tested, and its limits."""

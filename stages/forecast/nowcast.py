@@ -7,7 +7,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from torch import Tensor
 from stages.common.vectors import Layout
 from stages.forecast.jump import JumpForecaster
 from stages.forecast.layerwise import LayerForecaster
-from stages.forecast.regimes import direction, knows_direction
+from stages.forecast.regimes import State, direction, knows_direction
 from stages.forecast.trajectory import HISTORY, WINDOW, Trajectory
 
 PROPOSALS = ("stay", "average", "jump")
@@ -106,21 +105,21 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self.chosen: list[str] = []  # of PROPOSALS, or "ahead <h>": one for each time that it proposed
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[State]:
         """The bare optimiser's."""
         return self.optimizer.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(self, groups: list[State]) -> None:
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> dict[Tensor, Any]:
+    def state(self) -> dict[Tensor, State]:
         """The bare optimiser's."""
         return self.optimizer.state
 
     @state.setter
-    def state(self, state: dict[Tensor, Any]) -> None:
+    def state(self, state: dict[Tensor, State]) -> None:
         self.optimizer.state = state
 
     @property
@@ -137,11 +136,11 @@ class NowcastOptimizer(torch.optim.Optimizer):
         """Whether it still proposes."""
         return self.strikes < self.patience
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return all of it but the `step` that a scheduler has wrapped, which is bound to this object."""
         return {name: value for name, value in vars(self).items() if name != "step"}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: State) -> None:
         """Give the bare optimiser another group; snapshots start anew with it."""
         self.optimizer.add_param_group(param_group)
 
@@ -305,7 +304,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         step, before = self.last
         return max(0.0, (before - loss) / (self.steps - step))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return everything that is needed to go on: the bare optimiser's state_dict, and under `nowcast` what is proposed from."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -318,7 +317,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
             state = state if replaced is None else replaced
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Go on from a state; the model's weights are the model's own. From a bare optimiser's state, nowcasting begins anew."""
         state = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -346,7 +345,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
             hook(self)
 
     def _restore_snapshots(
-        self, shapes: list[list[int]] | None, snapshots: list[Any], smoothed: Float[Tensor, " p"] | None
+        self, shapes: list[list[int]] | None, snapshots: list[Snapshot | None], smoothed: Float[Tensor, " p"] | None
     ) -> None:
         """Take a state's snapshots, the run's first one in front; begin anew if they are of other parameters or lack what is read."""
         reference, _ = self.start
@@ -369,7 +368,7 @@ def expected_gain(elsewhere: float, here: tuple[float, float] | None) -> float:
     return (GAIN_WORTH * elsewhere + total) / (GAIN_WORTH + n)
 
 
-def check_parts(optimizer: Any, forecaster: Any) -> None:
+def check_parts(optimizer: object, forecaster: object) -> None:
     """ValueError if the optimiser or the forecaster is not one with which NowcastOptimizer can work."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}")

@@ -11,6 +11,7 @@ Writes  reports/nowcast_training/<dataset>/history.csv    test loss by method, s
 import math
 import statistics
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -82,7 +83,7 @@ def adam(learning_rate: float, schedule: str = "constant") -> Regime:
     return Regime(optimizer="adam", learning_rate=learning_rate, schedule=schedule)
 
 
-def flops(function: Any, *arguments: Any) -> int:
+def flops(function: Callable[..., object], *arguments: object) -> int:
     """Return the floating-point operations of matrix products and convolutions in a call."""
     with FlopCounterMode(display=False) as counter:
         function(*arguments)
@@ -178,7 +179,7 @@ def compare(histories: dict[str, list[Rows]], steps: int) -> Summary:
     reached = {name: [cost_to(rows, target) for rows in runs] for name, runs in histories.items()}
     base_mean, base_reached = next(iter(means.values())), next(iter(reached.values()))
 
-    def ratios(values: list[Any], bases: list[Any]) -> list[float]:
+    def ratios(values: Iterable[float], bases: Iterable[float]) -> list[float]:
         return [float(v / b) for v, b in zip(values, bases, strict=True)]
 
     return {

@@ -11,6 +11,8 @@ from torch import Tensor
 from stages.common.optim import warmup_cosine
 from stages.common.stage import StageParams
 
+State = dict[str, Any]  # what an optimiser keeps of a parameter, of a group of them, or of all: values by name
+
 MOMENTUM = 0.9  # of SGD
 
 
@@ -40,7 +42,7 @@ def knows_direction(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Muon))
 
 
-def direction(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def direction(parameter: Tensor, state: State, group: State) -> Tensor:
     """Return the next step of a parameter before its learning rate, from its optimiser's state and group, or zeros.
 
     That is m / sqrt(v) of Adam, which keeps a second moment v of each weight's gradient, and the momentum of SGD and of Muon (before

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.common.files import load_json, load_metadata
-from stages.common.images import load_images, split_validation
+from stages.common.images import ImageSet, load_images, split_validation
 from stages.common.vectors import Layout
 from stages.forecast.lenet import to_lenet_input
 from stages.forecast.trajectory import Trajectory
@@ -55,11 +55,11 @@ def load_lenet_data(dataset: str, recipe: dict[str, Any], device: torch.device, 
     """Return the images of a recipe, split as it says; the first `test_images` of the test images."""
     images, test = load_images(dataset, device)
     train, held_out = split_validation(images, recipe["validation_fraction"], recipe["split_seed"])
-    parts = [
-        (to_lenet_input(part.pixels(), recipe["image_size"]), part.labels)
-        for part in (train, held_out, test.subset(slice(test_images)))
-    ]
-    return LeNetData(*parts, classes=images.classes)
+
+    def seen(part: ImageSet) -> tuple[Tensor, Tensor]:
+        return to_lenet_input(part.pixels(), recipe["image_size"]), part.labels
+
+    return LeNetData(seen(train), seen(held_out), seen(test.subset(slice(test_images))), images.classes)
 
 
 def load_run(path: Path) -> Trajectory:

@@ -6,7 +6,7 @@ every invertible G, so nothing is read but the change: its singular vectors and 
 Axes: w weights of a network, a of its adapter, o outputs and i inputs of a matrix, r ranks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +21,8 @@ from stages.recall.functional_vit import Weights
 from stages.recall.objective import Objective
 
 MATRICES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of a block: what adapters are put on
-ROUNDING = (
-    1e-3  # of the largest singular value: what is left of a product that was added to weights in single precision
-)
+# Of the largest singular value: what is left of a product that was added to weights in single precision.
+ROUNDING = 1e-3
 NEGLIGIBLE = 1e-6  # of the largest singular value: rounding of single precision
 
 
@@ -40,8 +39,7 @@ class AdapterSpace:
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """The shapes of the matrices that can be adapted."""
-        names = {f"{kind}.weight" for kind in MATRICES}
-        return {name: (s[0], s[1]) for name, s in self.network.shapes.items() if name.split(".", 2)[-1] in names}
+        return {name: (s[0], s[1]) for name, s in self.network.shapes.items() if can_adapt(name)}
 
     @cached_property
     def layout(self) -> Layout:
@@ -104,6 +102,18 @@ def canonical(b: Float[np.ndarray, "o r"], a: Float[np.ndarray, "r i"], scale: f
     return Canonical(u * signs, values[:k], v * signs)
 
 
+def can_adapt(name: str) -> bool:
+    """Whether a weight of a network is a matrix that adapters are put on."""
+    return name.endswith(tuple(f"{kind}.weight" for kind in MATRICES))
+
+
+def moved_matrices(change: Float[np.ndarray, " w"], layout: Layout) -> Iterator[tuple[str, Float[np.ndarray, "o i"]]]:
+    """Yield of each weight that a change moves its name and how it moves, as a matrix."""
+    for name, where in layout.slices.items():
+        if change[where].any():
+            yield name, change[where].reshape(layout.shapes[name][0], -1)
+
+
 def merged_adapter(
     change: Float[np.ndarray, " w"], weights: Float[np.ndarray, " w"], layout: Layout
 ) -> dict[str, Canonical] | None:
@@ -113,17 +123,15 @@ def merged_adapter(
     do not rise above the rounding of the weights are left out: errors of deviation d have singular values up to d (√o + √i).
     """
     forms = {}
-    for name, where in layout.slices.items():
-        if change[where].any():
-            if not name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)):
-                return None
-            shape = layout.shapes[name]
-            u, values, vt = np.linalg.svd(change[where].astype(np.float64).reshape(shape[0], -1), full_matrices=False)
-            noise = rounding_error(weights[where]) * (len(u) ** 0.5 + vt.shape[1] ** 0.5)
-            rank = int((values > max(ROUNDING * values[0], noise)).sum())
-            if rank > min(shape) // 2:
-                return None
-            forms[name] = Canonical(u[:, :rank], values[:rank], vt[:rank].T)
+    for name, matrix in moved_matrices(change, layout):
+        if not can_adapt(name):
+            return None
+        u, values, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+        noise = rounding_error(weights[layout.slices[name]]) * (len(u) ** 0.5 + vt.shape[1] ** 0.5)
+        rank = int((values > max(ROUNDING * values[0], noise)).sum())
+        if rank > len(values) // 2:
+            return None
+        forms[name] = Canonical(u[:, :rank], values[:rank], vt[:rank].T)
     return forms or None
 
 
@@ -138,12 +146,8 @@ def rounding_error(weights: Float[np.ndarray, " w"]) -> float:
 
 def forms_of(change: Float[np.ndarray, " w"], layout: Layout) -> dict[str, Canonical]:
     """Return the canonical forms of the matrices of blocks that a change moves."""
-    forms = {}
-    for name, shape in layout.shapes.items():
-        matrix = change[layout.slices[name]].reshape(shape[0], -1)
-        if name.endswith(tuple(f"{kind}.weight" for kind in MATRICES)) and matrix.any():
-            forms[name] = canonical(matrix, np.eye(matrix.shape[1]))
-    return forms
+    moved = moved_matrices(change, layout)
+    return {name: canonical(matrix, np.eye(matrix.shape[1])) for name, matrix in moved if can_adapt(name)}
 
 
 def check_ranks(name: str, forms: Mapping[str, Canonical]) -> None:

@@ -30,14 +30,12 @@ from stages.common.files import load_json
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
-from stages.common.vectors import Layout
 from stages.recall.adapter_files import adapter_folder, load_adapter
-from stages.recall.adapters import MATRICES, check_ranks, dense, merged_adapter
+from stages.recall.adapters import MATRICES, can_adapt, check_ranks, dense, merged_adapter
 from stages.recall.auditor import Auditor, Kind, base_sha256, unsureness
 from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
 from stages.recall.honesty import check, check_marks
-from stages.recall.objective import Objective
 from stages.recall.own_base import read_own_base, with_head
 from stages.recall.reading import READS
 
@@ -87,7 +85,7 @@ def check_base(path: Path, base: Base, auditor: Auditor, folder: Path) -> None:
 
 def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     """Return how a checkpoint differs from its base; InputError if it is no network of this architecture, or the base itself."""
-    state, notes = load_weights(path, Layout.of(base.trained).shapes, BESIDE, torch.float32, "the base")
+    state, notes = load_weights(path, base.layout.shapes, BESIDE, torch.float32, "the base")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
     if FIXED in state and not torch.equal(state[FIXED], base.encoder[FIXED]):
@@ -105,7 +103,7 @@ def moved(path: Path, tuned: dict[str, Tensor], base: Base) -> Float[np.ndarray,
     }
     if not any(step.any() for step in change.values()):
         raise InputError(f"{path} is the base itself: nothing was trained")
-    return Layout.of(base.trained).flatten(change).numpy()
+    return base.layout.flatten(change).numpy()
 
 
 def is_rounded(tensor: Tensor, exact: Tensor) -> bool:
@@ -132,25 +130,23 @@ def read_tuned(path: Path, base: Base, auditor: Auditor) -> Float[np.ndarray, " 
 
 def read_adapter(folder: Path, base: Base) -> Float[np.ndarray, " w"]:
     """Return how an adapter changes its base: what (B, A) and (B G, G⁻¹ A) have in common. InputError if it is none, or a mixture."""
-    layout = Layout.of(base.trained)
-    adapters, notes = load_adapter(folder, layout)
+    adapters, notes = load_adapter(folder, base.layout)
     for note in notes:
         print(f"{folder}: {note}", file=sys.stderr)
-    known = tuple(f"{kind}.weight" for kind in MATRICES)
-    if strange := [name for name in adapters if not name.endswith(known)]:
+    if strange := [name for name in adapters if not can_adapt(name)]:
         raise InputError(f"{folder} adapts {strange[0]}: the auditor knows adapters of {', '.join(MATRICES)}")
     check_ranks(str(folder), adapters)
-    return dense(adapters, layout)
+    return dense(adapters, base.layout)
 
 
 def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Auditor, base: Base) -> dict[str, Any]:
     """Return what a fine-tune was trained on, as far as it tells, and what is to be doubted; InputError if it is refused."""
     if kind not in auditor.parts:
         raise InputError(f"{name}: the auditor knows no fine-tunes of this kind ({kind})")
-    part, start = auditor.parts[kind], Objective(base, "labels", 0.0).start.numpy()
+    part = auditor.parts[kind]
     if kind == "whole":  # an adapter leaves most weights where they were
-        check_marks(name, start + change, change, Layout.of(base.trained))
-    rows, responses = auditor.condense(change, Layout.of(base.trained)), auditor.respond(base, change)
+        check_marks(name, base.start.numpy() + change, change, base.layout)
+    rows, responses = auditor.condense(change, base.layout), auditor.respond(base, change)
     distance = check(name, part.honesty.judge((rows, responses), part.reader), part.suspicions)
     descriptions = part.reader.read(rows, responses)
     answer: dict[str, Any] = {"kind": kind, "distance": distance, "warnings": []}
@@ -293,11 +289,10 @@ def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None,
     check_base(start, known, auditor, folder)
     change = read_adapter(path, known) if adapter else read(path, known)
     kind: Kind = "adapter" if adapter else "whole"
-    layout = Layout.of(known.trained)
-    weights = layout.flatten(known.trained).numpy() + change
-    if not adapter and (merged := merged_adapter(change, weights, layout)) is not None:
+    weights = known.start.numpy() + change
+    if not adapter and (merged := merged_adapter(change, weights, known.layout)) is not None:
         print(f"{path}: the change is of low rank, and is read as an adapter that was merged", file=sys.stderr)
-        kind, change = "adapter", dense(merged, layout)
+        kind, change = "adapter", dense(merged, known.layout)
     return recall(change, str(path), kind, auditor, known)
 
 

@@ -10,7 +10,6 @@ Writes  models/audit_backbone/<name>/auditor.safetensors
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -18,7 +17,7 @@ from pydantic import PositiveInt
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_limits
 
-from stages.common.files import Metadata, load_metadata, save_json
+from stages.common.files import Metadata, Summary, load_metadata, save_json
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.recall.auditor import KINDS, RANKS, RECALLED, Auditor, Kind, Part
@@ -92,7 +91,7 @@ def main() -> None:
     metadata, arrays = load_metadata(path), load_file(path)
     references = References(arrays["labels"], arrays["base_responses"], len(metadata["classes"]))
     parts: dict[Kind, Part] = {}
-    summary: dict[str, Any] = {"recalled": {}, "refusals": {}}
+    summary: Summary = {"recalled": {}, "refusals": {}}
     learned_from = {}
     for kind in (kind for kind in KINDS if kind in metadata["recipes"]):
         own = without_prefix(arrays, f"{kind}.")

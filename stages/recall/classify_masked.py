@@ -101,9 +101,11 @@ def train_method(
     base: Base, method: Method, strengths: list[float], seed: int, data: Data, batches: Batches
 ) -> list[Weights]:
     """Return the networks of a method, of which validation images choose: one for each learning rate or penalty."""
-    encoder, layout = base.trained, Layout.of(base.trained)
+    encoder = base.trained
     if not method.pretrained:
-        encoder = layout.unflatten(random_start(layout, generator(seed, "first weights")).to(base.encoder[FIXED]))
+        encoder = base.layout.unflatten(
+            random_start(base.layout, generator(seed, "first weights")).to(base.encoder[FIXED])
+        )
     if method.tuned:
         return fine_tune(base, encoder, strengths, seed, data, batches)
     return probe(base, encoder, strengths, seed, data, batches.mask_ratios)

@@ -3,11 +3,13 @@
 It computes what timm's ViT and `MaskedAutoencoder` of common/mae compute, and its weights have their names. Beside a matrix W there
 may be factors of a low-rank change, `<module>.A` and `<module>.B`: then W + B A is used, and never formed.
 
-Axes: n images, t tokens, d dimensions of a token, p patches, k of them visible, q pixels of a patch (three channels).
+Axes: n images, t tokens, d dimensions of a token, p patches, k of them visible, q pixels of a patch (three channels),
+w weights that are trained.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
 from stages.common.files import load_metadata
 from stages.common.stage import InputError
+from stages.common.vectors import Layout
 
 Weights = Mapping[str, Tensor]
 
@@ -41,6 +44,16 @@ class Base:
     def trained(self) -> Weights:
         """The weights that fine-tuning changes: the encoder's, but for its fixed positions."""
         return {name: weight for name, weight in self.encoder.items() if name != FIXED}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How these are cut out of one vector."""
+        return Layout.of(self.trained)
+
+    @cached_property
+    def start(self) -> Float[Tensor, " w"]:
+        """These as one vector, where fine-tuning starts."""
+        return self.layout.flatten(self.trained)
 
     @property
     def patches(self) -> int:

@@ -116,7 +116,7 @@ def refusals(
     kind: Kind, part: Part, fleet: Fleet, outside: dict[str, Fleet], base: Base, respond: Respond
 ) -> dict[str, dict[str, float]]:
     """Return how often fine-tunes never seen are refused, altered ones that an alteration changes, and fine-tunes by other recipes."""
-    rows, start = fleet.held_out, Objective(base, "labels", 0.0).start.numpy()
+    rows, start = fleet.held_out, base.start.numpy()
     change, layout = fleet.change[rows], fleet.layout
     honest = part.honesty.judge((change, fleet.responses[rows]), part.reader).distance
 

@@ -37,15 +37,15 @@ class Objective:
     learns: Learns
     mask_ratio: float  # of the patches, while training
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
         """How a vector of weights is cut."""
-        return Layout.of(self.base.trained)
+        return self.base.layout
 
-    @cached_property
+    @property
     def start(self) -> Float[Tensor, " w"]:
         """The base's weights."""
-        return self.layout.flatten(self.base.trained)
+        return self.base.start
 
     @cached_property
     def frozen(self) -> Weights:

@@ -36,10 +36,10 @@ class Tuning:
     ranks: int  # 0: the weights themselves
     directions: int  # of sketches
 
-    @cached_property
+    @property
     def network(self) -> Layout:
         """How the base's weights are cut, in one vector."""
-        return Layout.of(self.base.trained)
+        return self.base.layout
 
     @cached_property
     def space(self) -> AdapterSpace:

@@ -13,7 +13,6 @@ Writes  models/train_auditor/auditor.safetensors   the auditor
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from threadpoolctl import threadpool_limits
 
-from stages.common.files import atomic_path, save_arrays, save_json
+from stages.common.files import Metadata, Summary, atomic_path, save_arrays, save_json
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, StageParams, parse_arguments, run
@@ -72,7 +71,7 @@ def save_adapter_example(folder: Path, fleet: Fleet, place: int) -> None:
     save_adapter(folder, forms_of(fleet.change[place], fleet.layout))
 
 
-def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet]) -> dict[str, dict[str, Any]]:
+def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet]) -> dict[str, Metadata]:
     """Write fine-tunes never seen, the first that pass; return what they were trained on, or why one must be refused."""
     objective, examples = Objective(base, "labels", 0.0), {}
     layout = objective.layout
@@ -106,7 +105,7 @@ def main() -> None:
     references, images = references_of(base, metadata)
     respond = partial(run_networks, base, images=torch.from_numpy(images))
     parts: dict[Kind, Part] = {}
-    summary: dict[str, Any] = {"recalled": {}, "refusals": {}}
+    summary: Summary = {"recalled": {}, "refusals": {}}
     for kind, of in fleets.items():
         change, responses, truth = joined(of)
         altering, fold = alterations(kind, of[0].layout), folds_of(len(change))
@@ -137,11 +136,11 @@ def groups_of(fleets: list[Fleet], outside: dict[str, Fleet]) -> dict[str, tuple
     return groups | {name: (fleet, fleet.held_out) for name, fleet in outside.items()}
 
 
-def references_of(base: Base, metadata: dict[str, Any]) -> tuple[References, np.ndarray]:
+def references_of(base: Base, metadata: Metadata) -> tuple[References, np.ndarray]:
     """Return the reference inputs that fleets answered, with the base's answers, and their pixels."""
     _, test = load_images(metadata["dataset"], torch.device("cpu"))
     chosen, _ = split_test(test, metadata["answers"][1])
-    still = torch.zeros(Objective(base, "labels", 0.0).layout.size)
+    still = torch.zeros(base.layout.size)
     return References(
         chosen.labels.numpy(), responses_of(base, chosen.images, still), len(test.classes)
     ), chosen.images.numpy()
@@ -156,9 +155,7 @@ def ranks_apart(fleet: Fleet) -> dict[str, tuple[Fleet, np.ndarray]]:
     return {"ranks_learned": (fleet, fleet.held_out[known]), "other_ranks": (fleet, fleet.held_out[~known])}
 
 
-def card_of(
-    base: Base, metadata: dict[str, Any], fleets: dict[Kind, list[Fleet]], summary: dict[str, Any]
-) -> dict[str, Any]:
+def card_of(base: Base, metadata: Metadata, fleets: dict[Kind, list[Fleet]], summary: Summary) -> Metadata:
     """Return what an auditor is of, and what it was measured to do."""
     ranges = {}
     for kind, (fleet, *_) in fleets.items():
@@ -180,7 +177,7 @@ def card_of(
     }
 
 
-def publish(auditor: Auditor, examples: dict[str, dict[str, Any]], base: Path) -> None:
+def publish(auditor: Auditor, examples: dict[str, Metadata], base: Path) -> None:
     """Write the auditor, its base, and its card with the hash of every file."""
     auditor.save(MODELS / "auditor.safetensors")
     with atomic_path(MODELS / "base.safetensors") as temporary:

@@ -20,7 +20,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import r2_score
 
-from stages.common.files import load_table, remedy, require, save_csv, save_json
+from stages.common.files import Cell, load_table, remedy, require, save_csv, save_json
 from stages.common.metrics import headline_metrics, mean_std
 from stages.common.randomness import generator
 from stages.common.runtime import pin_threads
@@ -72,7 +72,7 @@ class Table:
 
     columns: dict[str, np.ndarray]
 
-    def where(self, **values: Any) -> "Table":
+    def where(self, **values: Cell) -> "Table":
         """Return the rows whose columns have these values."""
         chosen = np.logical_and.reduce([self.columns[name] == value for name, value in values.items()])
         return Table({name: column[chosen] for name, column in self.columns.items()})
@@ -80,7 +80,7 @@ class Table:
     def groups(self, *names: str) -> Iterator["Table"]:
         """Give the rows that have the same values in some columns, in the order of those."""
         keys = list(zip(*(self.columns[name].tolist() for name in names), strict=True))
-        places: dict[tuple[Any, ...], list[int]] = {}
+        places: dict[tuple[Cell, ...], list[int]] = {}
         for place, key in enumerate(keys):
             places.setdefault(key, []).append(place)
         for key in sorted(places):

@@ -5,7 +5,7 @@ python tests/tools/dependencies.py update    # write it there; what is written b
 
 Of each stage: the files that its script imports, directly or not; the keys of params.yaml that it reads, which are the fields of
 its `Params`; inputs and outputs of which there is one for each member of a list in params.yaml (MEMBERS); and a matrix's
-variants. Inputs that are data are written by hand, but for members. Nothing of the project is imported here. The graph that
+variants. Inputs that are data are written by hand, but for members. Stages are read here, and none is imported. The graph that
 follows is drawn at the end of stages/README.md.
 """
 
@@ -21,11 +21,13 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project need not be installed
+from stages.common.stage import Loader
+
 ROOT = Path(__file__).parents[2]
 DVC_YAML, PARAMS, PAGE = ROOT / "dvc.yaml", ROOT / "params.yaml", ROOT / "stages/README.md"
 COMMAND = "python tests/tools/dependencies.py update"
 WIDTH = 140
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it: ten times as fast
 
 ZOOS = {"models/build_zoo/${item.dataset}-*": "train_weightnet.tasks.architectures"}
 FORECASTERS = {"models/train_forecaster/${item.dataset}/*/forecaster.pt": "train_forecaster.variants"}
@@ -86,6 +88,11 @@ def keys_read(name: str, script: Path, arguments: dict[str, str]) -> set[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SECTION":  # a key for each item, no other
             return {f"{ast.literal_eval(node.value)}.{arguments['dataset']}"}
     raise SystemExit(f"{script} has no class Params")
+
+
+def read_params() -> dict[str, Any]:
+    """Return what params.yaml says."""
+    return yaml.load(PARAMS.read_text(), Loader)
 
 
 def lookup(params: dict[str, Any], key: str) -> list[str]:
@@ -202,7 +209,7 @@ def page_with_graph() -> str:
 
 
 def main(action: str) -> None:
-    text, params = DVC_YAML.read_text(), yaml.load(PARAMS.read_text(), Loader)
+    text, params = DVC_YAML.read_text(), read_params()
     notes = [edit.note for edit in edits(text, params)]
     if action == "update":
         DVC_YAML.write_text(updated(text, params))

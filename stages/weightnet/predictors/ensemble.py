@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stages.common.checkpoints import load_torch
+from stages.common.checkpoints import Checkpoint, load_torch
 from stages.common.randomness import generator, seeded_init
 from stages.weightnet.predictors.baselines import FlatMLP, NeuralFunctional, OneSided
 from stages.weightnet.predictors.examiner import Examiner, load_examiner
@@ -114,7 +114,7 @@ def load_predictors(path: Path, example: Networks) -> dict[str, Ensemble | Exami
     return {name: revive(state, example) for name, state in load_torch(path, set()).items()}
 
 
-def revive(state: dict[str, Any], example: Networks) -> Ensemble | Examiner:
+def revive(state: Checkpoint, example: Networks) -> Ensemble | Examiner:
     """Return the predictor that was kept as plain values and tensors."""
     if "exam" in state:
         return load_examiner(state)

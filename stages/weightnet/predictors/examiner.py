@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from stages.common.checkpoints import Checkpoint
 from stages.weightnet.predictors.data import Data
 from stages.weightnet.predictors.exam import READINGS, Exam, ExamParams, asker, draw_exam, mark
 from stages.weightnet.predictors.intervals import ROUNDING, conformal_quantile
@@ -231,7 +231,7 @@ class Examiner:
             [own_units(end, self.scale, self.measured) for end in (center - half, center, center + half)]
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Checkpoint:
         """Return plain values and tensors, from which `load_examiner` makes it again."""
         exam, ridge = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self.exam, self.ridge))
         own = {name: getattr(self, name) for name in OWN}
@@ -241,7 +241,7 @@ class Examiner:
         return {"exam": exam, "ridge": ridge | {"known": self.ridge.known.float()}} | own
 
 
-def load_examiner(state: dict[str, Any]) -> Examiner:
+def load_examiner(state: Checkpoint) -> Examiner:
     """Return what `Examiner.state` gave."""
     ridge = KernelRidge(**state["ridge"] | {"known": state["ridge"]["known"].double()})
     names = tuple(state.get("measured", PROPERTIES))

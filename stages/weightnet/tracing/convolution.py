@@ -4,13 +4,15 @@ Small images make small convolutions, for which libraries are slow. Two ways to 
 few pixels is the dense matrix that it is (most of its entries are weights), and others multiply unfolded patches.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import conv2d
 
+Pair = tuple[int, int]  # of rows and columns
 Stack = Float[Tensor, "n b h w c"]  # images or channels of n networks, channels last
 DENSE = 2  # pixels over taps, up to which the dense matrix is faster
 
@@ -56,7 +58,7 @@ class DenseMatrix(torch.autograd.Function):
     """kernel [n, k, q, c, d] -> matrix [n, h, w, c, o, p, d] whose entries are its taps, or zero."""
 
     @staticmethod
-    def places(ctx: Any) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    def places(ctx: FunctionCtx) -> Sequence[tuple[tuple[int | slice, ...], tuple[slice, ...]]]:
         """Return which part of the matrix holds which part of the kernel, for every output pixel."""
         (h, w), (o, p), stride, padding, (k, q) = ctx.geometry
         found = []
@@ -69,7 +71,7 @@ class DenseMatrix(torch.autograd.Function):
         return found
 
     @staticmethod
-    def forward(ctx: Any, kernel: Tensor, size: Any, outputs: Any, stride: Any, padding: Any) -> Tensor:
+    def forward(ctx: FunctionCtx, kernel: Tensor, size: Pair, outputs: Pair, stride: Pair, padding: Pair) -> Tensor:
         n, k, q, c, d = kernel.shape
         ctx.geometry = (size, outputs, stride, padding, (k, q))
         matrix = kernel.new_zeros(n, *size, c, *outputs, d)
@@ -78,7 +80,7 @@ class DenseMatrix(torch.autograd.Function):
         return matrix
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         n, _, _, c, _, _, d = gradient.shape
         result = gradient.new_zeros(n, *ctx.geometry[-1], c, d)
         for place, taps in DenseMatrix.places(ctx):
@@ -90,7 +92,7 @@ class Unfolded(torch.autograd.Function):
     """Patches times kernels. Unlike autograd's, the backward pass adds the patches' gradients in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: Pair, padding: Pair) -> Tensor:
         m, b, h, w, c = x.shape
         n, k, q, _, d = kernel.shape
         o, p = _outputs(h, k, stride[0], padding[0]), _outputs(w, q, stride[1], padding[1])
@@ -113,7 +115,7 @@ class Unfolded(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         patches, matrix = ctx.saved_tensors
         (m, b, h, w, c), (n, k, q, _, d), stride, padding, (o, p) = ctx.geometry
         gradient = gradient.reshape(n, b * o * p, d)

@@ -40,6 +40,7 @@ def _plain(x: Operand) -> None:
 
 
 Size = int | Sequence[int]
+Dims = int | Sequence[int] | None  # axes; None: all of them
 Layer = Operand | None  # a tensor of a layer, which it may lack
 
 
@@ -207,7 +208,7 @@ def read_reshape(r: Recorder, y: Tensor, x: Operand, *_: object, **__: object) -
     raise NotFollowed("images of a batch are mixed")
 
 
-def _reduced(x: Operand, dim: Any, keepdim: bool) -> tuple[tuple[int, ...], Batch]:
+def _reduced(x: Operand, dim: Dims, keepdim: bool) -> tuple[tuple[int, ...], Batch]:
     """Return the axes of an image over which a reduction goes, and where its images lie then."""
     if dim is None or dim == ():
         dim = list(range(len(x.shape)))
@@ -218,7 +219,9 @@ def _reduced(x: Operand, dim: Any, keepdim: bool) -> tuple[tuple[int, ...], Batc
     return dims, Batch(x.batch.axis - sum(d < x.batch.axis for d in every), x.batch.parts)
 
 
-def read_mean(r: Recorder, y: Tensor, x: Operand, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> None:
+def read_mean(
+    r: Recorder, y: Tensor, x: Operand, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> None:
     """torch.mean, sum, amax and amin."""
     if dtype is not None:
         raise NotFollowed("another precision is not supported")
@@ -230,7 +233,13 @@ def read_mean(r: Recorder, y: Tensor, x: Operand, dim: Any = None, keepdim: bool
 
 
 def read_norm(
-    r: Recorder, y: Tensor, x: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+    r: Recorder,
+    y: Tensor,
+    x: Operand,
+    p: float | str | None = 2,
+    dim: Dims = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """torch.norm and torch.linalg.vector_norm: Euclidean ones."""
     if dtype is not None or p not in (2, "fro", None):
@@ -251,7 +260,7 @@ def read_normalize(
 
 
 def read_rms_norm(
-    r: Recorder, y: Tensor, x: Operand, normalized_shape: Any, weight: Layer = None, eps: float | None = None
+    r: Recorder, y: Tensor, x: Operand, normalized_shape: Sequence[int], weight: Layer = None, eps: float | None = None
 ) -> None:
     """torch.nn.functional.rms_norm."""
     options = {"normalized_shape": tuple(normalized_shape), "eps": eps}
@@ -283,7 +292,13 @@ def read_mean_pool(
 
 
 def read_max(
-    r: Recorder, y: Any, x: Operand, other: Any = None, keepdim: bool = False, *, dim: int | None = None
+    r: Recorder,
+    y: Tensor,
+    x: Operand,
+    other: Operand | int | None = None,
+    keepdim: bool = False,
+    *,
+    dim: int | None = None,
 ) -> None:
     """torch.max and min: of two results, or along an axis, of which the indices are not followed."""
     if isinstance(other, Operand):
@@ -307,9 +322,14 @@ def _for_each_image(r: Recorder, y: Tensor, x: Operand) -> Operand | None:
     return r.add("reshape", [x], x.tensor.detach().squeeze(0), batch=NOWHERE)
 
 
-def read_repeat(r: Recorder, y: Tensor, x: Operand, *sizes: Any) -> None:
+def _spread(values: Sequence[Size]) -> tuple[int, ...]:
+    """Return the numbers that a function is given, f(1, 2) and f((1, 2)) alike."""
+    return tuple(number for value in values for number in ((value,) if isinstance(value, int) else value))
+
+
+def read_repeat(r: Recorder, y: Tensor, x: Operand, *given: Size) -> None:
     """torch.Tensor.repeat."""
-    sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    sizes = _spread(given)
     if (shared := _for_each_image(r, y, x)) is not None:
         r.add("repeat", [shared], y, {"sizes": tuple(sizes[1:])}, batch=Batch())
         return
@@ -349,7 +369,7 @@ def read_unfold(
     read_movedim(r, y, r.operand(windows), dim + 1, -1)
 
 
-def _batch_of(operands: Sequence[Any]) -> Batch:
+def _batch_of(operands: Sequence[object]) -> Batch:
     """Return where images lie in results that are joined."""
     found = [operand.batch for operand in operands if isinstance(operand, Operand) and operand.batch.axis is not None]
     return found[0] if found else NOWHERE
@@ -534,7 +554,7 @@ def read_getitem(r: Recorder, y: Tensor, x: Operand, index: Any) -> None:
     r.add("getitem", [x], y, {"index": tuple(own)}, batch=batch)
 
 
-def read_index_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: Any) -> None:
+def read_index_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: Operand | list[int]) -> None:
     """torch.index_select, and indexing by constants along one axis, which may have several axes themselves."""
     if isinstance(index, Operand) and (index.place is not None or index.name is not None):
         raise NotFollowed("only slices, numbers and constants can be indices")
@@ -548,15 +568,15 @@ def read_index_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: Any) 
         read_reshape(r, y, r.add("index", [x], taken, options))
 
 
-def read_flip(r: Recorder, y: Tensor, x: Operand, *dims: Any) -> None:
+def read_flip(r: Recorder, y: Tensor, x: Operand, *given: Size) -> None:
     """torch.flip along one axis."""
-    dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    dims = _spread(given)
     if len(dims) != 1:
         raise NotFollowed("flips along several axes are not supported")
     r.add("index", [x], y, {"axis": x.axis(dims[0]), "places": list(range(x.shape[dims[0]]))[::-1]})
 
 
-def read_roll(r: Recorder, y: Tensor, x: Operand, shifts: Any, dims: Any = None) -> None:
+def read_roll(r: Recorder, y: Tensor, x: Operand, shifts: Size, dims: Dims = None) -> None:
     """torch.roll along axes."""
     shifts, dims = ((value,) if isinstance(value, int) else tuple(value or ()) for value in (shifts, dims))
     if not dims:
@@ -603,10 +623,9 @@ def read_glu(r: Recorder, y: Tensor, x: Operand, dim: int = -1) -> None:
     r.add("mul", [r.operand(first), gate], y)
 
 
-def read_permute(r: Recorder, y: Tensor, x: Operand, *dims: Any) -> None:
+def read_permute(r: Recorder, y: Tensor, x: Operand, *given: Size) -> None:
     """torch.permute."""
-    dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    dims = [dim % len(x.shape) for dim in dims]
+    dims = [dim % len(x.shape) for dim in _spread(given)]
     own = [x.axis(dim) for dim in dims if dim != x.batch.axis]
     batch = x.batch if x.batch.axis is None else Batch(dims.index(x.batch.axis), x.batch.parts)
     if own == sorted(own):
@@ -641,7 +660,9 @@ def read_expand(r: Recorder, y: Tensor, x: Operand, *_: object) -> None:
         r.add("expand", [x], y, batch=Batch(x.batch.axis + y.dim() - len(x.shape), x.batch.parts))
 
 
-def read_pad(r: Recorder, y: Tensor, x: Operand, pad: Sequence[int], mode: str = "constant", value: Any = None) -> None:
+def read_pad(
+    r: Recorder, y: Tensor, x: Operand, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> None:
     """torch.nn.functional.pad."""
     if x.batch.axis is not None and len(pad) > 2 * (len(x.shape) - 1 - x.batch.axis):
         raise NotFollowed("images of a batch are padded")
@@ -649,7 +670,7 @@ def read_pad(r: Recorder, y: Tensor, x: Operand, pad: Sequence[int], mode: str =
 
 
 def read_softmax(
-    r: Recorder, y: Tensor, x: Operand, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+    r: Recorder, y: Tensor, x: Operand, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> None:
     """torch.softmax and log_softmax."""
     if dtype is not None:
@@ -667,12 +688,12 @@ def read_hardtanh(r: Recorder, y: Tensor, x: Operand, min_val: float = -1.0, max
         r.add("hardtanh", [x], y, {"min_val": min_val, "max_val": max_val})
 
 
-def with_options(kind: str, **options: Any) -> Callable[..., None]:
+def with_options(kind: str, **options: object) -> Callable[..., None]:
     """Return the reader of a function that keeps all its arguments but the first; options: those, with their defaults."""
     names = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value) for name, value in options.items()]
     signature = Signature([*names, Parameter("inplace", Parameter.POSITIONAL_OR_KEYWORD, default=False)])
 
-    def read(r: Recorder, y: Tensor, x: Operand, *args: Any, **kwargs: Any) -> None:
+    def read(r: Recorder, y: Tensor, x: Operand, *args: object, **kwargs: object) -> None:
         if kind in POOLS:
             _plain(x)
         bound = signature.bind(*args, **kwargs)

@@ -145,7 +145,7 @@ class Recorder(TorchFunctionMode):
         self.path.pop()
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         args = (kwargs.pop("input"), *args) if "input" in kwargs else args
@@ -323,7 +323,7 @@ def _layer(tensor: str) -> str:
     return layer if layer and part in ("weight", "bias", "running_mean") else tensor
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

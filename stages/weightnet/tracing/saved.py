@@ -7,13 +7,14 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from stages.common.files import Metadata
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.weightnet.tracing.operations import POINTWISE, RUN, Step
 from stages.weightnet.tracing.program import Program
 
 
-def to_plain(program: Program) -> dict[str, Any]:
+def to_plain(program: Program) -> Metadata:
     """Return a program as values that JSON keeps: `from_plain` makes the same of them."""
     steps = [[_plain(getattr(step, part.name)) for part in fields(Step)] for step in program.steps]
     return {
@@ -25,7 +26,7 @@ def to_plain(program: Program) -> dict[str, Any]:
     }
 
 
-def from_plain(value: dict[str, Any]) -> Program:
+def from_plain(value: Metadata) -> Program:
     """Return the program that `to_plain` gave; InputError if it is none, or of a version with other steps."""
     try:
         steps = tuple(Step(*(_value(part) for part in step)) for step in value["steps"])
@@ -38,7 +39,7 @@ def from_plain(value: dict[str, Any]) -> Program:
     return program
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     match value:
         case tuple():
             return {"tuple": [_plain(item) for item in value]}
@@ -57,7 +58,7 @@ def _plain(value: Any) -> Any:
     raise InputError(f"a step with an option of type {type(value).__name__} cannot be saved")
 
 
-def _value(value: Any) -> Any:
+def _value(value: object) -> Any:
     match value:
         case list():
             return [_value(item) for item in value]
