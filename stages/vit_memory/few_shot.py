@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from stages.common.backbone import Backbone
 from stages.common.randomness import generator, seeded_init
+from stages.common.runtime import autocast
 from stages.vit_memory.classifiers import (
     RanPAC,
     Whitening,
@@ -171,13 +172,16 @@ def train_through(build: Callable[[VisionTransformer], HeadedViT], support: Exam
     model = model.to(support.labels.device)
     x, labels = training.backbone.prepare(support.images), support.labels
     if isinstance(model, MemoryAugmentedViT):
-        model.memorise(x, labels)
+        with autocast(x.device):
+            model.memorise(x, labels)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, training.learning_rate, weight_decay=WEIGHT_DECAY)
     random = generator(support.seed, "few-shot batches")
     for _ in range(training.steps):
         batch = torch.randperm(len(x), generator=random)[: training.batch_size].to(x.device)
-        loss = cross_entropy(model(x[batch]), labels[batch])
+        with autocast(x.device):
+            logits = model(x[batch])
+        loss = cross_entropy(logits.float(), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -187,7 +191,8 @@ def train_through(build: Callable[[VisionTransformer], HeadedViT], support: Exam
 @torch.no_grad()
 def predict(model: HeadedViT, backbone: Backbone, images: UInt8[Tensor, "n _ h w"]) -> Float[Tensor, "n w"]:
     """Return the logits of images, batch by batch."""
-    return torch.cat([model(backbone.prepare(batch)) for batch in images.split(IMAGES_AT_ONCE)])
+    with autocast(images.device):
+        return torch.cat([model(backbone.prepare(batch)) for batch in images.split(IMAGES_AT_ONCE)]).float()
 
 
 def prompts_of(kind: type[PromptedViT]) -> "Method":
