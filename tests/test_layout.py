@@ -11,13 +11,6 @@ from reproduction import ROOT
 FILES = [path.relative_to(ROOT) for path in sorted((ROOT / "stages").rglob("*.py")) if path.name != "__init__.py"]
 SYSTEMS = ("bilinear", "datasets", "forecast", "recall", "vit_memory", "weightnet")
 LONGEST, LONGEST_MAIN = 60, 40
-WHOLE = {  # stages with functions that are still handed all params: to become fewer
-    "stages/forecast/learn_world.py",
-    "stages/forecast/race_to_target.py",
-    "stages/forecast/train_world.py",
-    "stages/recall/vary_recipes.py",
-    "stages/weightnet/train_weightnet.py",
-}
 
 
 def system(path: Path) -> str:
@@ -66,4 +59,4 @@ def test_functions_take_the_values_that_they_read(path):
         for argument in (*node.args.args, *node.args.kwonlyargs)
         if argument.annotation is not None and ast.unparse(argument.annotation).split(".")[-1] == "Params"
     ]
-    assert bool(whole) == (str(path) in WHOLE), f"{path}: {', '.join(whole) or 'none, so it can leave WHOLE'}"
+    assert not whole, f"{path}: {', '.join(whole)}"

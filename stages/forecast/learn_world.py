@@ -15,7 +15,7 @@ both files to models/released/ by hand.
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,6 +59,7 @@ LIMITS = {  # by what a forecaster is learned for
 
 Rows = list[dict[str, Any]]
 Gains = dict[str, dict[int, list[float]]]
+Learner = Callable[[Examples], LayerForecaster]
 
 
 class Variant(StageParams):
@@ -127,17 +128,23 @@ def load_world(datasets: Sequence[str], with_state: bool) -> list[Run]:
     return runs
 
 
-def draw_world(runs: list[Run], params: Params) -> World:
-    """Return examples of all runs at all strides."""
+def draw_world(
+    runs: list[Run],
+    strides: list[int],
+    horizons: list[int],
+    origins: int,
+    seed: int,
+    learned_on: Callable[[Run], Reference] | None,
+) -> World:
+    """Return examples of all runs at all strides. learned_on: where it is learned for outputs, of what; None of weights."""
     layers = max(len(r.trajectory.layout.shapes) for r in runs)
-    learned_on = reference_of("train", params.curvature_images)
     parts: list[Examples] = []
     kept_runs, kept_strides = [], []
     for r in tqdm(runs, "examples of runs", disable=None):
-        random = generator(params.seed, f"origins of {r.dataset} {r.name}")
-        factors_of = curvature_at(r, learned_on(r), params.seed) if params.variant.learned_for == "outputs" else None
-        for stride in params.strides:
-            drawn = draw_origins(r.trajectory, stride, params.horizons, params.origins, layers, random, factors_of)
+        random = generator(seed, f"origins of {r.dataset} {r.name}")
+        factors_of = curvature_at(r, learned_on(r), seed) if learned_on else None
+        for stride in strides:
+            drawn = draw_origins(r.trajectory, stride, horizons, origins, layers, random, factors_of)
             parts += drawn
             kept_runs += [r] * len(drawn)
             kept_strides += [stride] * len(drawn)
@@ -150,21 +157,22 @@ def curvature_at(r: Run, reference: Reference, seed: int) -> Callable[[torch.Ten
     return lambda weights: output_factors(reference.network, r.trajectory.layout, weights, reference.images, random)
 
 
-def learn(examples: Examples, params: Params) -> LayerForecaster:
+def learn(
+    examples: Examples, variant: Variant, horizons: list[int], seed: int, *, batch: int, weight_decay: float
+) -> LayerForecaster:
     """Return a forecaster that has learned from the examples; InputError if there are hardly any."""
     if len(examples) < FEWEST:
         raise InputError(
             f"expected {FEWEST} origins or more to learn from, got {len(examples)}: raise train_world.steps, or lower learn_world.strides"
         )
-    variant = params.variant
-    model = LayerForecaster(params.horizons, variant.d_model, params.seed, variant.with_state)
+    model = LayerForecaster(horizons, variant.d_model, seed, variant.with_state)
     model.standardise(examples.read[examples.share > 0])
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=params.weight_decay, fused=True)
-    factor, random = warmup_cosine(variant.steps, WARMUP_FRACTION), generator(params.seed, "batches of learn_world")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
+    factor, random = warmup_cosine(variant.steps, WARMUP_FRACTION), generator(seed, "batches of learn_world")
     for step in range(variant.steps):
         set_learning_rate(optimizer, variant.learning_rate * factor(step))
-        batch = examples.take(torch.randint(len(examples), (params.batch,), generator=random))
-        loss = relative_loss(model(batch.read), batch)
+        drawn = examples.take(torch.randint(len(examples), (batch,), generator=random))
+        loss = relative_loss(model(drawn.read), drawn)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
@@ -189,13 +197,13 @@ def ratios(model: LayerForecaster, world: World, tested: torch.Tensor) -> Iterat
                 yield {"dataset": dataset, "run": name, "stride": stride, "h": h, "raw": ratio}
 
 
-def leave_one_out(world: World, params: Params) -> Rows:
+def leave_one_out(world: World, learn_from: Learner) -> Rows:
     """Return rows of runs of a data set, a network, or an optimiser that was not learned from."""
     rows: Rows = []
     for kind in ("dataset", "network", "optimizer"):
         for value in tqdm(sorted({r.called[kind] for r in world.runs}), f"leave a {kind} out", disable=None):
             held_out = torch.tensor([r.called[kind] == value for r in world.runs])
-            model = learn(world.examples.take(torch.where(~held_out)[0]), params)
+            model = learn_from(world.examples.take(torch.where(~held_out)[0]))
             tested = ratios(model, world, torch.where(held_out)[0])
             rows += [{"held_out": kind, "value": value, **row, "shrunk": None, "logits": None} for row in tested]
     return rows
@@ -231,36 +239,42 @@ def reference_of(part: Literal["train", "test"], images: int) -> Callable[[Run],
 
 
 def forecast_unseen(
-    model: LayerForecaster, fold: int, r: Run, stride: int, reference: Reference, params: Params
+    model: LayerForecaster, fold: int, r: Run, stride: int, reference: Reference, *, origins: int, decay: float
 ) -> Unseen | None:
     """Return how a run is forecast at a stride, as weights and as functions; None if it is too short."""
     thinned = thin(r.trajectory, 0, stride)
     if len(thinned) < WINDOW + 2:
         return None
-    shown, smooth = (x.at(slice(LONGEST)) for x in (thinned, thin(averaged(r.trajectory, params.decay), 0, stride)))
-    origins = torch.linspace(WINDOW, len(shown) - 2, params.function_origins).long().unique().tolist()
-    as_functions = [judge_as_functions(model, path, shown, reference, origins) for path in (shown, smooth)]
+    shown, smooth = (x.at(slice(LONGEST)) for x in (thinned, thin(averaged(r.trajectory, decay), 0, stride)))
+    places = torch.linspace(WINDOW, len(shown) - 2, origins).long().unique().tolist()
+    as_functions = [judge_as_functions(model, path, shown, reference, places) for path in (shown, smooth)]
     return Unseen(fold, r, stride, compare_with_past(model, shown), *as_functions)
 
 
-def all_at_once(world: World, params: Params) -> list[Unseen]:
+def all_at_once(
+    world: World,
+    datasets: list[str],
+    strides: list[int],
+    learn_from: Learner,
+    forecast: Callable[[LayerForecaster, int, Run, int, Reference], Unseen | None],
+    tested_on: Callable[[Run], Reference],
+) -> list[Unseen]:
     """Return how runs were forecast by models that learned from no run of their data set or network, nor at strides like theirs."""
     runs = {id(r): r for r in world.runs}.values()
     networks = sorted({r.recipe.network for r in runs})
-    build = reference_of("test", params.reference_images)
     unseen = []
-    folds = list(product(enumerate(params.datasets), enumerate(networks)))
+    folds = list(product(enumerate(datasets), enumerate(networks)))
     for fold, ((i, dataset), (j, network)) in enumerate(tqdm(folds, "leave one of each out", disable=None)):
-        third = set(params.strides[(i + j) % STRIDE_THIRDS :: STRIDE_THIRDS])
+        third = set(strides[(i + j) % STRIDE_THIRDS :: STRIDE_THIRDS])
         unlike = [
             r.dataset != dataset and r.recipe.network != network and s not in third
             for r, s in zip(world.runs, world.strides, strict=True)
         ]
-        model = learn(world.examples.take(torch.where(torch.tensor(unlike))[0]), params)
+        model = learn_from(world.examples.take(torch.where(torch.tensor(unlike))[0]))
         for r in (r for r in runs if (r.dataset, r.recipe.network) == (dataset, network)):
-            reference = build(r)
+            reference = tested_on(r)
             for stride in sorted(third):
-                unseen.append(forecast_unseen(model, fold, r, stride, reference, params))
+                unseen.append(forecast(model, fold, r, stride, reference))
     return [u for u in unseen if u is not None]
 
 
@@ -356,61 +370,73 @@ def mean_gains(unseen: list[Unseen], snapshot_every: int) -> Gains:
     return gains
 
 
-def card_of(
-    path: Path, params: Params, prior: Prior, runs: list[Run], summary: dict[str, Any], gains: Gains
-) -> dict[str, Any]:
-    """Return the card of a forecaster: what rebuilds it, what it learned from, how it was tested, and its limits."""
-    learned_from = {
+def describe(runs: list[Run], strides: list[int]) -> dict[str, Any]:
+    """Return what is said of the runs that a forecaster learned from."""
+    return {
         "runs": len(runs),
-        "data_sets": list(params.datasets),
+        "data_sets": list(dict.fromkeys(r.dataset for r in runs)),
         "networks": sorted({r.recipe.network for r in runs}),
         "optimizers": sorted({r.recipe.optimizer for r in runs}),
         "weights": [f(r.trajectory.layout.size for r in runs) for f in (min, max)],
         "steps": [f(r.recipe.steps for r in runs) for f in (min, max)],
-        "strides_in_snapshots_of_5_steps": list(params.strides),
+        "strides_in_snapshots_of_5_steps": strides,
     }
+
+
+def card_of(
+    path: Path,
+    model: dict[str, Any],
+    learned_for: str,
+    learned_from: dict[str, Any],
+    prior: Prior,
+    summary: dict[str, Any],
+    gains: Gains,
+) -> dict[str, Any]:
+    """Return the card of a forecaster: what rebuilds it, what it learned from, how it was tested, and its limits."""
     return {
         "file": path.name,
         "sha256": fingerprint(path),
         "made_by": f"learn_world of params.yaml at the scale world, with torch {torch.__version__}",
-        "config": {
-            "kind": "layerwise",
-            "horizons": params.horizons,
-            "d_model": params.variant.d_model,
-            "seed": params.seed,
-            "with_state": params.variant.with_state,
-            "with_context": False,
-        },
+        "config": {"kind": "layerwise", **model, "with_context": False},
         "prior": {
             **{name: getattr(prior, name).tolist() for name in ("factor", "strength", "spread", "noise")},
             "worth": prior.worth,
         },
         "gains": gains,
-        "learned_for": f"squared error of {params.variant.learned_for}",
+        "learned_for": f"squared error of {learned_for}",
         "learned_from": learned_from,
         "scores": {k: {h: v["mean"] for h, v in summary[k].items()} for k in ("all", "all_shrunk", "all_logits")},
         "scored_on": "runs of which neither data set nor network nor stride was learned from, by models learned alike: squared error "
         "over that of keeping the last weights, by snapshots ahead",
-        "limits": f"small image classifiers at constant or cosine rates; {LIMITS[params.variant.learned_for]}",
+        "limits": f"small image classifiers at constant or cosine rates; {LIMITS[learned_for]}",
     }
 
 
 def main() -> None:
     name = parse_arguments(__doc__, variant="of learn_world.variants").variant
     params = Params.load("learn_world", variant=name)
+    variant, horizons, strides, seed = params.variant, params.horizons, params.strides, params.seed
     pin_threads()
-    runs = load_world(params.datasets, params.variant.with_state)
+    runs = load_world(params.datasets, variant.with_state)
     every = load_metadata(next((RUNS / params.datasets[0]).glob("*.safetensors")))["snapshot_every"]
-    world = draw_world(runs, params)
-    unseen = all_at_once(world, params)
-    rows = leave_one_out(world, params) + shrink_unseen(unseen)
+    learned_on = reference_of("train", params.curvature_images) if variant.learned_for == "outputs" else None
+    tested_on = reference_of("test", params.reference_images)
+    world = draw_world(runs, strides, horizons, params.origins, seed, learned_on)
+    batch, decay = params.batch, params.weight_decay
+    learn_from = partial(learn, variant=variant, horizons=horizons, seed=seed, batch=batch, weight_decay=decay)
+    forecast = partial(forecast_unseen, origins=params.function_origins, decay=params.decay)
+    unseen = all_at_once(world, params.datasets, strides, learn_from, forecast, tested_on)
+    rows = leave_one_out(world, learn_from) + shrink_unseen(unseen)
     summary = summarise(rows)
-    model, prior = learn(world.examples, params), fit_prior([u.agreement for u in unseen])
+    model, prior = learn_from(world.examples), fit_prior([u.agreement for u in unseen])
 
     path = MODELS / name / "forecaster.safetensors"
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
-    save_json(path.with_suffix(".json"), card_of(path, params, prior, runs, summary, mean_gains(unseen, every)))
+    config = {"horizons": horizons, "d_model": variant.d_model, "seed": seed, "with_state": variant.with_state}
+    learned_from, gains = describe(runs, strides), mean_gains(unseen, every)
+    card = card_of(path, config, variant.learned_for, learned_from, prior, summary, gains)
+    save_json(path.with_suffix(".json"), card)
     save_csv(REPORTS / name / "unseen.csv", rows)
     save_json(REPORTS / name / "summary.json", summary)
     means = ", ".join(f"{v['mean']:.3f} at {h}" for h, v in summary["all_shrunk"].items())

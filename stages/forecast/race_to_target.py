@@ -21,19 +21,20 @@ import argparse
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict, TypeVar
 
 import torch
+from jaxtyping import Int
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from stages.common.files import save_csv, save_json
+from stages.common.files import Summary, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import mean_interval
 from stages.common.optim import set_learning_rate, warmup_cosine
@@ -46,6 +47,7 @@ from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.released import OUTPUTS, RELEASED, load_released
 from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
+from stages.forecast.trajectory import WINDOW
 from stages.forecast.world import strided, world_input
 
 REPORTS = Path("reports/race_to_target")
@@ -56,8 +58,34 @@ NEAR = 0.015  # of accuracy: where test images judge, they are not asked farther
 CHUNK = 500  # images evaluated at a time
 
 Part = Literal["validation", "test"]
-Rows = list[dict[str, Any]]
+T = TypeVar("T")
 Images = tuple[Tensor, Tensor]
+Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
+Mover = Callable[[int, nn.Module], bool]  # called after each step: whether it moved the network's weights
+
+
+class Point(TypedDict):
+    """How good weights are that were read from a run after some steps."""
+
+    step: int
+    method: str
+    seconds: float
+    validation: float
+    test: float | None  # where it was not asked for
+
+
+class Row(Point):
+    """A point of a run's history."""
+
+    run: str
+    seed: int
+
+
+class Result(TypedDict):
+    """What a run leaves. chosen: NowcastOptimizer's choices."""
+
+    history: list[Point]
+    chosen: list[str]
 
 
 class Task(StageParams):
@@ -103,13 +131,27 @@ class Data:
     classes: int
 
 
+@dataclass(frozen=True)
+class Method:
+    """What sets a run apart: who reads its weights, and what moves them beside AdamW at a constant rate.
+
+    schedule: a cosine's length, and its peak in times the task's learning rate. wrap: makes an optimiser of the bare one, a network and
+    validation images.
+    """
+
+    readers: Readers
+    schedule: tuple[int, float] | None = None
+    wrap: Callable[[torch.optim.Optimizer, nn.Module, Images], NowcastOptimizer] | None = None
+    mover: Callable[[Layout], Mover] = lambda _: lambda _step, _network: False
+
+
 @dataclass
 class Clock:
     """Processor seconds of training, by what they are spent on."""
 
     spent: dict[str, float] = field(default_factory=dict)
 
-    def charge(self, what: str, function: Callable[[], Any]) -> Any:
+    def charge(self, what: str, function: Callable[[], T]) -> T:
         """Return function(), and charge its processor time to `what`."""
         start = time.process_time()
         value = function()
@@ -146,37 +188,45 @@ def weights_of(network: nn.Module) -> Tensor:
     return parameters_to_vector(p.contiguous() for p in network.parameters()).detach()
 
 
-def evaluate(network: nn.Module, readers: dict[str, Reader], data: Data, test_from: float, clock: Clock) -> Rows:
+def evaluate(
+    step: int, network: nn.Module, readers: dict[str, Reader], data: Data, test_from: float, clock: Clock
+) -> list[Point]:
     """Return of each reader's weights the accuracy on validation images and, where that is `test_from` or more, on test images.
 
     What it costs to make these weights is charged to the reader. The network's own weights are as they were.
     """
     last = weights_of(network)
-    rows: Rows = []
+    points: list[Point] = []
     for name, reader in readers.items():
         if (weights := clock.charge(name, reader.weights)) is not None:
             vector_to_parameters(weights, network.parameters())
             validation = accuracy_of(network, data.validation)
             test = accuracy_of(network, data.test) if validation >= test_from else None
             seconds = clock.spent["training"] + clock.spent[name]
-            rows.append({"method": name, "seconds": seconds, "validation": validation, "test": test})
+            points.append({"step": step, "method": name, "seconds": seconds, "validation": validation, "test": test})
     vector_to_parameters(last, network.parameters())
-    return rows
+    return points
 
 
-def reaches(row: dict[str, Any], part: Part, target: float) -> bool:
-    """Whether a row's accuracy is the target."""
-    return row[part] is not None and row[part] >= target
+def reaches(point: Point, part: Part, target: float) -> bool:
+    """Whether a point's accuracy is the target."""
+    accuracy = point[part]
+    return accuracy is not None and accuracy >= target
 
 
-def batches(n: int, size: int, random: torch.Generator) -> Any:
+def batches(n: int, size: int, random: torch.Generator) -> Iterator[Int[Tensor, " b"]]:
     """Yield the indices of batches without end: each pass is a new order of all images, without what is left of the last batch."""
     while True:
         order = torch.randperm(n, generator=random)
         yield from order[: n // size * size].split(size)
 
 
-def nino_moves(nino: Nino, layout: Layout, every: int, horizons: list[int]) -> Callable[[int, nn.Module], bool]:
+def nino_method(nino: Nino, decay: float, every: int, horizons: list[int]) -> Method:
+    """Return the method that moves to NiNo's forecasts of states so many steps apart."""
+    return Method(readers_of_moved("nino", decay), mover=partial(nino_moves, nino=nino, every=every, horizons=horizons))
+
+
+def nino_moves(layout: Layout, *, nino: Nino, every: int, horizons: list[int]) -> Mover:
     """Return what is done after each step: keep a state now and then, and after five of them move to NiNo's forecast."""
     states: list[Tensor] = []
     coming = iter(horizons)
@@ -194,42 +244,51 @@ def nino_moves(nino: Nino, layout: Layout, every: int, horizons: list[int]) -> C
     return after
 
 
+def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int, choice_images: int) -> Method:
+    """Return NowcastOptimizer's method. model: what it forecasts by; choice_images: how many validation images it chooses by."""
+
+    def wrap(bare: torch.optim.Optimizer, network: nn.Module, images: Images) -> NowcastOptimizer:
+        x, y = (part[:choice_images] for part in images)
+
+        @torch.no_grad()
+        def validation_loss() -> float:
+            return cross_entropy(network(x), y).item()
+
+        return NowcastOptimizer(bare, model, validation_loss, every, patience=steps, decay=decay)
+
+    return Method(
+        readers_of_moved("nowcast", decay),
+        wrap=wrap,
+        mover=lambda _: lambda step, _network: step % ((WINDOW + 1) * every) == 0,
+    )
+
+
 def train(
     data: Data,
-    params: Params,
+    method: Method,
     seed: int,
-    readers_of: Callable[[Layout], dict[str, Reader]],
-    schedule: tuple[int, float] | None = None,
-    model: LayerForecaster | None = None,
-    nino: Nino | None = None,
-) -> dict[str, Any]:
-    """Return history rows of one run, until all readers reach the target or the steps are over, and what nowcasting chose.
-
-    schedule: a cosine's length, and its peak in times the task's learning rate. model: what NowcastOptimizer forecasts by.
-    """
-    task, (x, y) = params.variant, data.train
+    task: Task,
+    *,
+    steps: int,
+    batch_size: int,
+    evaluate_every: int,
+    evaluate_from: int,
+    judged_on: list[Part],
+) -> Result:
+    """Return the history of one run, until all readers reach the target or the steps are over, and what nowcasting chose."""
+    x, y = data.train
     with seeded_init(seed):
         network = strided(data.channels, task.width, data.classes).to(memory_format=torch.channels_last)
     layout = Layout.of(dict(network.named_parameters()))
-    readers, clock, history = readers_of(layout), Clock(), []
-    length, peak = schedule or (params.steps, 1.0)
+    readers, moves, clock = method.readers(layout), method.mover(layout), Clock()
+    history: list[Point] = []
+    length, peak = method.schedule or (steps, 1.0)
     bare = torch.optim.AdamW(network.parameters(), task.learning_rate * peak, weight_decay=0.0, fused=True)
-    factor = warmup_cosine(length, WARMUP_FRACTION) if schedule else lambda _: 1.0
-    choice = tuple(part[: params.choice_images] for part in data.validation)
-
-    @torch.no_grad()
-    def validation_loss() -> float:
-        return cross_entropy(network(choice[0]), choice[1]).item()
-
-    optimizer: Any = bare
-    if model is not None:
-        optimizer = NowcastOptimizer(
-            bare, model, validation_loss, params.nowcast_every, patience=params.steps, decay=params.decay
-        )
-    moves = nino_moves(nino, layout, params.nino_every, params.nino_horizons) if nino else lambda _, __: False
-    missing = {name: set(params.judged_on) for name in readers}
-    test_from = task.target - (NEAR if "test" in params.judged_on else 0.0)
-    order = batches(len(x), params.batch_size, generator(seed, "batches of a race"))
+    factor = warmup_cosine(length, WARMUP_FRACTION) if method.schedule else lambda _: 1.0
+    optimizer = method.wrap(bare, network, data.validation) if method.wrap else bare
+    missing = {name: set(judged_on) for name in readers}
+    test_from = task.target - (NEAR if "test" in judged_on else 0.0)
+    order = batches(len(x), batch_size, generator(seed, "batches of a race"))
 
     def take_step() -> None:
         batch = next(order)
@@ -238,52 +297,58 @@ def train(
         loss.backward()
         optimizer.step()
 
-    for step in range(1, min(length, params.steps) + 1):
+    for step in range(1, min(length, steps) + 1):
         set_learning_rate(bare, task.learning_rate * peak * factor(step - 1))
         clock.charge("training", take_step)
         moved = clock.charge("training", partial(moves, step, network))
-        proposed = model is not None and step % (7 * params.nowcast_every) == 0
         weights = weights_of(network)
         for name, reader in readers.items():
             clock.charge(name, partial(reader.observe, step, weights))
-        if step >= params.evaluate_from and (step % params.evaluate_every == 0 or moved or proposed):
-            for row in evaluate(network, readers, data, test_from, clock):
-                history.append({"step": step, **row})
-                missing[row["method"]] -= {part for part in params.judged_on if reaches(row, part, task.target)}
+        if step >= evaluate_from and (step % evaluate_every == 0 or moved):
+            for point in evaluate(step, network, readers, data, test_from, clock):
+                history.append(point)
+                missing[point["method"]] -= {part for part in judged_on if reaches(point, part, task.target)}
             readers = {name: reader for name, reader in readers.items() if missing[name]}
             if not readers:
                 break
-    return {"history": history, "chosen": optimizer.chosen if model is not None else []}
+    return {"history": history, "chosen": optimizer.chosen if isinstance(optimizer, NowcastOptimizer) else []}
 
 
-def readers_beside(params: Params, model: LayerForecaster, prefix: str) -> Callable[[Layout], dict[str, Reader]]:
+def readers_beside(
+    prefix: str, model: LayerForecaster, decay: float, latest: tuple[int, int], forecast: tuple[int, int]
+) -> Readers:
     """Return the readers of a run whose training they leave alone: its weights, two averages, and forecasts."""
-    every, ahead = params.forecast
-    snapshots, between = params.latest
+    every, ahead = forecast
+    snapshots, between = latest
 
     def build(layout: Layout) -> dict[str, Reader]:
         return {
             prefix: Last(),
-            f"{prefix}, average": ExponentialAverage(params.decay),
+            f"{prefix}, average": ExponentialAverage(decay),
             f"{prefix}, mean of latest": LatestAverage(between, snapshots),
             f"{prefix}, forecast": Forecast(model, layout, every, ahead),
-            f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, params.decay),
+            f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, decay),
         }
 
     return build
 
 
-def reached_at(rows: Rows, part: Part, target: float) -> dict[str, Any] | None:
+def readers_of_moved(prefix: str, decay: float) -> Readers:
+    """Return the readers of a run whose method moves its weights: these, and their average."""
+    return lambda _: {prefix: Last(), f"{prefix}, average": ExponentialAverage(decay)}
+
+
+def reached_at(rows: Sequence[Point], part: Part, target: float) -> Point | None:
     """Return the first row whose accuracy is the target; None if there is none."""
     return next((row for row in rows if reaches(row, part, target)), None)
 
 
-def summarise(rows: Rows, params: Params, part: Part) -> dict[str, Any]:
+def summarise(rows: list[Row], part: Part, target: float, steps: int) -> Summary:
     """Return by method the steps and seconds to the target, and their ratios to AdamW's of the same seed.
 
     A run that does not reach it counts as if it did at the last step: an underestimate, so the share that did stands beside.
     """
-    target, seeds = params.variant.target, sorted({row["seed"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
     found: dict[str, list[tuple[bool, int, float]]] = {}
     for name in dict.fromkeys(row["method"] for row in rows):
         found[name] = []
@@ -291,7 +356,7 @@ def summarise(rows: Rows, params: Params, part: Part) -> dict[str, Any]:
             of_run = [row for row in rows if row["method"] == name and row["seed"] == seed]
             hit = reached_at(of_run, part, target)
             row = hit or of_run[-1]
-            found[name].append((hit is not None, row["step"] if hit else params.steps, row["seconds"]))
+            found[name].append((hit is not None, row["step"] if hit else steps, row["seconds"]))
     base = found["adamw"]
     return {
         name: {
@@ -312,30 +377,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def runs_of(
-    params: Params, model: LayerForecaster, proposer: LayerForecaster, nino: Nino | None
-) -> dict[str, Callable[[Data, int], dict[str, Any]]]:
-    """Return every run by name, as a function of the data and the seed. model: forecasts weights; proposer: NowcastOptimizer's."""
-
-    def own(prefix: str) -> Callable[[Layout], dict[str, Reader]]:
-        average = f"{prefix}, average"
-        return lambda _: {prefix: Last(), average: ExponentialAverage(params.decay)}
-
-    runs: dict[str, Callable[[Data, int], dict[str, Any]]] = {
-        "adamw": lambda data, seed: train(data, params, seed, readers_beside(params, model, "adamw")),
-    }
-    if nino:
-        runs["nino"] = lambda data, seed: train(data, params, seed, own("nino"), nino=nino)
-    for length, peak in params.cosine:
+def methods_of(
+    beside: Callable[[str], Readers], cosine: list[tuple[int, float]], nino: Method | None, nowcast: Method
+) -> dict[str, Method]:
+    """Return all methods by name, in the order in which they race. beside: readers of a run that they leave alone."""
+    methods = {"adamw": Method(beside("adamw"))} | ({"nino": nino} if nino else {})
+    for length, peak in cosine:
         name = f"cosine {length} x {peak:g}"
-        readers = readers_beside(params, model, name)
-        runs[name] = partial(_cosine, params=params, readers=readers, schedule=(length, peak))
-    runs["nowcast"] = lambda data, seed: train(data, params, seed, own("nowcast"), model=proposer)
-    return runs
-
-
-def _cosine(data: Data, seed: int, params: Params, readers: Any, schedule: tuple[int, float]) -> dict[str, Any]:
-    return train(data, params, seed, readers, schedule)
+        methods[name] = Method(beside(name), schedule=(length, peak))
+    return methods | {"nowcast": nowcast}
 
 
 def remove_others(work: Path) -> None:
@@ -350,21 +400,29 @@ def main() -> None:
     params = Params.load("race_to_target", variant=arguments.variant)
     pin_threads()
     model, proposer = (load_released(path)[0] for path in (RELEASED, OUTPUTS))
-    nino = Nino(arguments.nino) if arguments.nino else None
-    peer = {"nino": f"-{fingerprint(arguments.nino)[:8]}"} if nino else {}  # other runs are the same without it
+    steps, decay, target = params.steps, params.decay, params.variant.target
+    beside = partial(readers_beside, model=model, decay=decay, latest=params.latest, forecast=params.forecast)
+    nowcast = nowcast_method(proposer, decay, params.nowcast_every, steps, params.choice_images)
+    nino, peer = None, {}
+    if arguments.nino:
+        nino = nino_method(Nino(arguments.nino), decay, params.nino_every, params.nino_horizons)
+        peer["nino"] = f"-{fingerprint(arguments.nino)[:8]}"  # other runs are the same without it
+    methods = methods_of(beside, params.cosine, nino, nowcast)
+    settings = params.model_dump(include={"steps", "batch_size", "evaluate_every", "evaluate_from", "judged_on"})
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]
     work = work_folder(
         f"race_to_target/{arguments.variant}", params.model_dump(exclude={"seeds"}) | {"inputs": fingerprint(*inputs)}
     )
-    rows: Rows = []
+    rows: list[Row] = []
     chosen: dict[str, list[str]] = {}
     for seed in params.seeds:
         data = load_data(params.variant, seed, params.test_images)
-        for name, compute in runs_of(params, model, proposer, nino).items():
-            result = remembered(work / f"{name}{peer.get(name, '')}-{seed}.json", partial(compute, data, seed))
-            rows += [{"run": name, "seed": seed, **row} for row in result["history"]]
+        for name, method in methods.items():
+            compute = partial(train, data, method, seed, params.variant, **settings)
+            result = remembered(work / f"{name}{peer.get(name, '')}-{seed}.json", compute)
+            rows += [{"run": name, "seed": seed, **point} for point in result["history"]]
             chosen.setdefault(name, []).extend(result["chosen"])
-    summary: dict[str, Any] = {part: summarise(rows, params, part) for part in params.judged_on}
+    summary: Summary = {part: summarise(rows, part, target, steps) for part in params.judged_on}
     taken = chosen["nowcast"]
     summary["nowcast_moved"] = sum(choice != "stay" for choice in taken) / max(1, len(taken))
     save_csv(REPORTS / arguments.variant / "history.csv", rows)

@@ -62,23 +62,35 @@ class Params(StageParams):
     test_images: PositiveInt
 
 
-def draw_recipes(params: Params, dataset: str) -> dict[str, Recipe]:
+def draw_recipes(
+    dataset: str,
+    *,
+    seed: int,
+    rounds: int,
+    widths: dict[str, Range],
+    learning_rates: dict[str, Range],
+    schedules: list[str],
+    image_sizes: list[int],
+    batch_sizes: Range,
+    steps: Range,
+    snapshot_every: int,
+) -> dict[str, Recipe]:
     """Return the recipes of all runs by name, <network>-<optimizer>-<round>."""
     recipes = {}
-    for network, optimizer, i in product(params.widths, params.learning_rates, range(params.rounds)):
+    for network, optimizer, i in product(widths, learning_rates, range(rounds)):
         name = f"{network}-{optimizer}-{i}"
-        random = generator(params.seed, f"recipe of {dataset} {name}")
+        random = generator(seed, f"recipe of {dataset} {name}")
         u = torch.rand(4, generator=random).tolist()
-        size, schedule = (torch.randint(len(x), (), generator=random) for x in (params.image_sizes, params.schedules))
+        size, schedule = (torch.randint(len(x), (), generator=random) for x in (image_sizes, schedules))
         recipes[name] = Recipe(
             network=network,
-            width=round(log_uniform(params.widths[network], u[0])),
-            image_size=params.image_sizes[size],
+            width=round(log_uniform(widths[network], u[0])),
+            image_size=image_sizes[size],
             optimizer=optimizer,
-            learning_rate=log_uniform(params.learning_rates[optimizer], u[1]),
-            schedule=params.schedules[schedule],
-            batch_size=round(log_uniform(params.batch_sizes, u[2])),
-            steps=params.snapshot_every * math.ceil(log_uniform(params.steps, u[3]) / params.snapshot_every),
+            learning_rate=log_uniform(learning_rates[optimizer], u[1]),
+            schedule=schedules[schedule],
+            batch_size=round(log_uniform(batch_sizes, u[2])),
+            steps=snapshot_every * math.ceil(log_uniform(steps, u[3]) / snapshot_every),
             seed=int(torch.randint(2**31, (), generator=random)),
         )
     return recipes
@@ -137,7 +149,7 @@ def main() -> None:
     channels, classes = train.images.shape[1], len(train.classes)
     data = [(part.pixels(), part.labels) for part in (kept, test.subset(slice(params.test_images)))]
     train_piece = partial(train_run, train=data[0], test=data[1], classes=classes, snapshot_every=params.snapshot_every)
-    recipes = draw_recipes(params, dataset)
+    recipes = draw_recipes(dataset, **params.model_dump(exclude={"train_images", "test_images"}))
     images = fingerprint(Path(f"data/{dataset}.safetensors"))
     work = work_folder(f"train_world/{dataset}", params.model_dump() | {"images": images})
     pieces = {work / f"{name}.safetensors": recipe for name, recipe in recipes.items()}

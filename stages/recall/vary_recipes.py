@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.func import vmap
 
-from stages.common.files import save_json
+from stages.common.files import Metadata, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
 from stages.common.runtime import pick_device, pin_threads
@@ -69,15 +69,13 @@ class Params(StageParams):
         return WideRecipe.parse(values, lambda path: ".".join(["vary_recipes.fleets", fleet, "change", *path]))
 
 
-def draw_fleet(name: str, params: Params, train: ImageSet) -> list[WideFineTune]:
-    """Draw data set and recipe of every fine-tune of the fleet called `name`."""
-    fleet, recipe, fine_tunes = params.fleets[name], params.recipe_of(name), []
-    for kind, count in (("train", fleet.train), ("test", fleet.test)):
+def draw_fleet(name: str, counts: dict[str, int], recipe: WideRecipe, images: ImageSet) -> list[WideFineTune]:
+    """Draw data set and recipe of every fine-tune. name: of their random numbers; counts: of "train" and "test"."""
+    fine_tunes = []
+    for kind, count in counts.items():
         test = kind == "test"
-        labels = pool(train, pool_of(test)).labels.cpu()
-        fine_tunes += [
-            draw_wide_fine_tune(f"{params.seed}/{name}-{kind}-{i}", test, recipe, labels) for i in range(count)
-        ]
+        labels = pool(images, pool_of(test)).labels.cpu()
+        fine_tunes += [draw_wide_fine_tune(f"{name}-{kind}-{i}", test, recipe, labels) for i in range(count)]
     return fine_tunes
 
 
@@ -105,22 +103,18 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
 
 
 def build(
-    name: str, fine_tunes: list[WideFineTune], params: Params, objective: Objective, images: PatchedImages
+    fine_tunes: list[WideFineTune],
+    objective: Objective,
+    images: PatchedImages,
+    stack: int,
+    work: Path,
+    origin: Metadata,
 ) -> Fleet:
-    """Return the fleet called `name`, trained; stacks that are finished are kept."""
-    base = BASES / params.dataset / "backbone.safetensors"
-    recipe = params.recipe_of(name).model_dump() | {
-        "fleet": name,
-        "seed": params.seed,
-        "stack": params.stack,
-        "mask": params.mask_ratio,
-    }
-    inputs = fingerprint(base, DATA / f"{params.dataset}.safetensors")
-    work = work_folder(f"vary_recipes/{name}", recipe | {"inputs": inputs, "references": params.references})
-    rows = stacks(fine_tunes, params.stack)
+    """Return a fleet, trained so many fine-tunes together; stacks that are finished wait in `work`. origin: of its images and base."""
+    rows = stacks(fine_tunes, stack)
     pieces = {work / f"{number}.safetensors": [fine_tunes[i] for i in places] for number, places in enumerate(rows)}
     finish_stack = partial(finish, objective=objective, images=images)
-    compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
+    compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {work.parent.name}")
     finished, back = [load_file(path) for path in pieces], np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
     keys = fine_tunes[0].characteristics
@@ -132,9 +126,9 @@ def build(
         mean_image=np.zeros((len(fine_tunes), 0), np.float32),
         test=np.array([f.test for f in fine_tunes]),
         metadata=objective.layout.metadata
-        | {"dataset": params.dataset, "base": str(base), "base_fingerprint": fingerprint(base)}
+        | origin
         | {
-            "answers": [len(objective.frozen["head.bias"]), params.references],
+            "answers": [len(objective.frozen["head.bias"]), len(images.references)],
             "recipe": list(fine_tunes[0].training.numbers),
         },
     )
@@ -145,13 +139,20 @@ def main() -> None:
     params = Params.load("vary_recipes")
     pin_threads()
     device = torch.device("cpu") if has_cluster() else pick_device()
-    base = load_base(BASES / params.dataset / "backbone.safetensors", device)
+    path = BASES / params.dataset / "backbone.safetensors"
+    base = load_base(path, device)
     train, test = load_images(params.dataset, device)
     objective = Objective(base, "labels", params.mask_ratio)
     images = patchify_pools(base, train, test, params.references, params.evaluation_images)
+    origin = {"dataset": params.dataset, "base": str(path), "base_fingerprint": fingerprint(path)}
+    settings = params.model_dump(include={"seed", "stack", "mask_ratio", "references"})
+    settings["inputs"] = fingerprint(path, DATA / f"{params.dataset}.safetensors")
     summary = {}
     for name, of in params.fleets.items():
-        fleet = build(name, draw_fleet(name, params, train), params, objective, images)
+        recipe, counts = params.recipe_of(name), {"train": of.train, "test": of.test}
+        fine_tunes = draw_fleet(f"{params.seed}/{name}", counts, recipe, train)
+        work = work_folder(f"vary_recipes/{name}", settings | {"recipe": recipe.model_dump(), "counts": counts})
+        fleet = build(fine_tunes, objective, images, params.stack, work, origin)
         fleet.metadata["classes"] = train.classes
         fleet.save_at(VARY_RECIPES / f"{name}.safetensors")
         acc = {when: mean_std(values.tolist()) for when, values in fleet.scores.items()}

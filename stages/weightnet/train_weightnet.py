@@ -13,22 +13,22 @@ itself and with less to learn from; all of them; and each of them, learned from 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self, TypedDict, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy.stats import kendalltau
 from torch import Tensor
 from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
 
-from stages.common.checkpoints import load_torch, save_torch
-from stages.common.files import save_csv, save_table
+from stages.common.checkpoints import Checkpoint, load_torch, save_torch
+from stages.common.files import Row, save_csv, save_table
 from stages.common.optim import require_convergence, set_learning_rate, warmup_times_cosine
 from stages.common.randomness import generator
 from stages.common.runtime import parallel_map, pin_threads
@@ -53,6 +53,7 @@ BLOCK = 64  # networks predicted at a time
 WARMUP_FRACTION = 0.15  # of the steps
 REMEDY = "lower train_weightnet.member.learning_rate"  # of training that diverges
 
+Values = dict[str, JsonValue]  # of a member, by their names
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -71,8 +72,25 @@ class Params(StageParams):
     exam: ExamParams
     tasks: TaskParams
     skipped: list[str]  # members that this data set does without
-    member: dict[str, Any]  # values of all members
-    variant: dict[Literal["members"], dict[str, dict[str, Any]]]  # predictors: changes of `member`
+    member: Values  # of all members
+    variant: dict[Literal["members"], dict[str, Values]]  # predictors: changes of `member`
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How predictors of all kinds are fitted: values of Params."""
+
+    batch_size: int
+    weight_decay: float
+    rescaling: float
+    boosting_rounds: int
+    trees: int
+    exam: ExamParams
+
+    @classmethod
+    def of(cls, params: StageParams) -> Self:
+        """Return those that a stage's params have."""
+        return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,39 @@ class Job:
     task_name: str
     task: Task
     split: int
+
+
+class Epoch(TypedDict):
+    """What there is to say of a predictor after an epoch."""
+
+    predictor: str
+    task: str
+    split: int
+    number: int
+    run: str
+    epoch: int
+    train_loss: float
+    val_tau: float
+
+
+class Table(TypedDict):
+    """What a predictor predicts of networks of one architecture in one part. rows: of the zoo; values: lower ends, centers, upper ends."""
+
+    predictor: str
+    part: str
+    architecture: str
+    measured: list[str]
+    rows: Rows
+    values: Float[Tensor, "3 n k"]
+
+
+class Result(TypedDict):
+    """What a job leaves. kept: what rebuilds its predictors, if they are to be kept; learned: from how many networks."""
+
+    tables: list[Table]
+    history: list[Epoch]
+    kept: Checkpoint | None
+    learned: int
 
 
 def mean_tau(truth: Float[Tensor, "n k"], predicted: Float[Tensor, "n k"]) -> float:
@@ -111,9 +162,7 @@ def predict(models: Sequence[Predictor], data: Data, rows: dict[str, Rows]) -> F
     return torch.cat(found)
 
 
-def train_predictor(
-    job: Job, number: int, data: Data, seed: int, *, batch_size: int, weight_decay: float, rescaling: float
-) -> tuple[Predictor, list[dict[str, Any]]]:
+def train_predictor(job: Job, number: int, data: Data, fitting: Fitting, seed: int) -> tuple[Predictor, list[Epoch]]:
     """Return one of a job's predictors at its best epoch on validation runs, and a history row for each epoch."""
     member = job.member
     seed = (seed + job.split) * job.task.seeds + number
@@ -122,21 +171,21 @@ def train_predictor(
     example = data.zoos[first].networks(data.split.train[first][:2])
     config = member.model_dump() | {"properties": len(data.measured)}
     model = Predictor(config, example, data.inputs[first].shape[1], seed)
-    steps = member.epochs * len(batches(data, batch_size, generator(0, "count")))
-    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=weight_decay)
+    steps = member.epochs * len(batches(data, fitting.batch_size, generator(0, "count")))
+    optimizer = torch.optim.AdamW(model.parameters(), member.learning_rate, weight_decay=fitting.weight_decay)
     rate = warmup_times_cosine(member.learning_rate, steps, WARMUP_FRACTION)
     truth = data.part(data.split.validation, data.targets)
-    step, best, history = 0, {}, []
+    step, best, history = 0, dict[str, Tensor](), list[Epoch]()
     for epoch in range(1, member.epochs + 1):
         model.train()
         total = 0.0
-        for name, rows in batches(data, batch_size, random):
+        for name, rows in batches(data, fitting.batch_size, random):
             set_learning_rate(optimizer, rate(step))
             optimizer.zero_grad()
             for part in rows.split(data.zoos[name].at_a_time(len(rows))):
                 networks = data.zoos[name].networks(part)
                 if member.augment:
-                    networks = augmented(networks, rescaling, random)
+                    networks = augmented(networks, fitting.rescaling, random)
                 loss = loss_on_known(model(networks, data.inputs[name][part]), data.targets[name][part])
                 (loss * (len(part) / len(rows))).backward()
                 total += loss.item() * len(part)
@@ -147,40 +196,59 @@ def train_predictor(
         if not history or tau > max(row["val_tau"] for row in history):
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         n = sum(len(rows) for rows in data.split.train.values())
-        who = {"predictor": job.name, "task": job.task_name, "split": job.split, "number": number}
-        who["run"] = " ".join(map(str, who.values()))
-        history.append(who | {"epoch": epoch, "train_loss": total / n, "val_tau": tau})
-        require_convergence(total / n, f"{who['run']}, epoch {epoch}", REMEDY, history[0]["train_loss"])
+        run = f"{job.name} {job.task_name} {job.split} {number}"
+        history.append(
+            {
+                "predictor": job.name,
+                "task": job.task_name,
+                "split": job.split,
+                "number": number,
+                "run": run,
+                "epoch": epoch,
+                "train_loss": total / n,
+                "val_tau": tau,
+            }
+        )
+        require_convergence(total / n, f"{run}, epoch {epoch}", REMEDY, history[0]["train_loss"])
     model.load_state_dict(best)
     return model, history
 
 
-def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, params: Params) -> dict[str, Any]:
+def train_and_predict(
+    job: Job,
+    zoos: dict[str, Zoo],
+    statistics: Statistics,
+    fitting: Fitting,
+    fractions: tuple[float, float],
+    snapshots: Sequence[str],
+    main: str,
+    seed: int,
+) -> Result:
     """Return what the predictors of a job predict, their history, and what is kept of them if they learned from all architectures.
 
-    tables: for each predictor, part and architecture, what it predicts of which rows of the zoo.
+    fractions: of the runs, to validate and to test; main: the task of which most is asked.
     """
-    task, fractions = job.task, (params.validation_fraction, params.test_fraction)
-    split = split_zoos(zoos, task.train, task.test, fractions, params.snapshots, task.share, params.seed + job.split)
+    task = job.task
+    split = split_zoos(zoos, task.train, task.test, fractions, snapshots, task.share, seed + job.split)
     data = prepare(zoos, split, job.member.kind, statistics, task.pooled)
-    history: list[dict[str, Any]] = []
-    kept, certainty = None, {}
+    history: list[Epoch] = []
+    kept: Checkpoint | None = None
+    certainty: dict[str, tuple[Pair, Float[Tensor, " k"]]] = {}
     match job.member.kind:
         case "exam":
-            main = job.task_name == params.tasks.main
-            found, deviation, examiner = examine(data, params.exam, params.trees, main, first=job.split == 0)
+            is_main, first = job.task_name == main, job.split == 0
+            found, deviation, examiner = examine(data, fitting.exam, fitting.trees, is_main, first)
             predictions = {job.name + name.removeprefix("exam"): pair for name, pair in found.items()}
             certainty[job.name] = (deviation, examiner.half_width(familiar=split.test.keys() <= split.train.keys()))
             kept = examiner.state()
         case "gbm":
-            predictions = {job.name: boost(data, params.boosting_rounds)}
+            predictions = {job.name: boost(data, fitting.boosting_rounds)}
         case "hyperparameters":
             predictions = {job.name: ridge_on_inputs(data)}
         case "nearest":
             predictions = {job.name: nearest(data)}
         case _:
-            settings = params.model_dump(include={"batch_size", "weight_decay", "rescaling"})
-            trained = [train_predictor(job, number, data, params.seed, **settings) for number in range(task.seeds)]
+            trained = [train_predictor(job, number, data, fitting, seed) for number in range(task.seeds)]
             models, history = [model for model, _ in trained], [row for _, rows in trained for row in rows]
             validation, test = (predict(models, data, rows) for rows in (split.validation, split.test))
             predictions = {job.name: (validation, test)}
@@ -197,37 +265,39 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
     return {"tables": tables, "history": history, "kept": kept, "learned": learned}
 
 
-def tabulate(
-    name: str, predicted: Pair, deviation: Pair, half: Float[Tensor, " k"], data: Data
-) -> list[dict[str, Any]]:
+def tabulate(name: str, predicted: Pair, deviation: Pair, half: Float[Tensor, " k"], data: Data) -> list[Table]:
     """Return lower ends, predictions and upper ends [3, n, k] of a predictor for each part and architecture, in their own units.
 
     half: of an interval's width where the deviation is 1.
     """
-    tables = []
+    tables: list[Table] = []
     for part, center, own in zip(("validation", "test"), predicted, deviation, strict=True):
         rows = getattr(data.split, part)
         three = (center - half * own, center, center + half * own)
         ends = torch.stack([own_units(end, data.scale, data.measured) for end in three])
         for architecture, block in zip(rows, ends.float().split([len(r) for r in rows.values()], 1), strict=True):
-            who = {"predictor": name, "part": part, "architecture": architecture, "measured": list(data.measured)}
-            tables.append(who | {"rows": rows[architecture], "values": block.contiguous()})
+            table = Table(
+                predictor=name,
+                part=part,
+                architecture=architecture,
+                measured=list(data.measured),
+                rows=rows[architecture],
+                values=block.contiguous(),
+            )
+            tables.append(table)
     return tables
 
 
-def table_rows(job: Job, result: dict[str, Any]) -> list[dict[str, Any]]:
+def table_rows(job: Job, result: Result) -> list[Row]:
     """Return a row for each network that a job's predictors predict."""
-    found = []
+    found: list[Row] = []
     for table in result["tables"]:
-        who = {"predictor": table["predictor"], "task": job.task_name, "split": job.split, "learned": result["learned"]}
-        for row, (low, value, high) in zip(
-            table["rows"].tolist(), table["values"].transpose(0, 1).tolist(), strict=True
-        ):
-            names = table["measured"]
-            ends = {f"{name}_low": x for name, x in zip(names, low, strict=True)}
-            ends |= {f"{name}_high": x for name, x in zip(names, high, strict=True)}
-            where = {"part": table["part"], "architecture": table["architecture"], "row": row}
-            found.append(who | where | dict(zip(names, value, strict=True)) | ends)
+        names = [f"{name}{end}" for end in ("", "_low", "_high") for name in table["measured"]]
+        values = table["values"][[1, 0, 2]].transpose(0, 1).flatten(1)
+        for row, numbers in zip(table["rows"].tolist(), values.tolist(), strict=True):
+            who: Row = {"predictor": table["predictor"], "task": job.task_name, "split": job.split}
+            who |= {"learned": result["learned"], "part": table["part"], "architecture": table["architecture"]}
+            found.append(who | {"row": row} | dict(zip(names, numbers, strict=True)))
     return found
 
 
@@ -241,23 +311,30 @@ def job_folder(job: Job, recipe: dict[str, object], data: str) -> Path:
     return work_folder(f"train_weightnet/{job.name}-{job.task_name}-{job.split}", recipe | of_job)
 
 
-def parse_members(params: Params, dataset: str, family: str) -> dict[str, Member]:
-    """Return a family's members; InputError names the key of params.yaml at which the user made a mistake."""
+def parse_members(member: Values, changes: dict[str, Values], dataset: str, family: str) -> dict[str, Member]:
+    """Return a family's members, of whose values some are their own; InputError names the key of params.yaml of a mistake."""
 
     def where(label: str, path: list[str]) -> str:
         key = ["variants", family, "members", label, *path]
-        if not path or path[0] not in params.variant["members"][label]:
+        if not path or path[0] not in changes[label]:
             key = ["member", *path]
-        node: Any = lookup(f"train_weightnet.overrides.{dataset}")
+        node: object = lookup(f"train_weightnet.overrides.{dataset}")
         for part in key:
             node = node.get(part) if isinstance(node, dict) else None
         return ".".join(["train_weightnet", *([] if node is None else ["overrides", dataset]), *key])
 
-    return {
-        label: Member.parse(params.member | changes, partial(where, label))
-        for label, changes in params.variant["members"].items()
-        if label not in params.skipped
-    }
+    return {label: Member.parse(member | of_label, partial(where, label)) for label, of_label in changes.items()}
+
+
+def plan_jobs(members: dict[str, Member], tasks: dict[str, Task], main: str) -> list[Job]:
+    """Return what is to be trained: members on all tasks or on the main one, on each split."""
+    return [
+        Job(label, member, task_name, task, split)
+        for label, member in members.items()
+        for task_name, task in tasks.items()
+        if member.tasks == "all" or task_name == main
+        for split in range(task.splits)
+    ]
 
 
 def main() -> None:
@@ -267,30 +344,27 @@ def main() -> None:
     params = Params.load("train_weightnet", OWN if own else dataset, arguments.variant)
     pin_threads()
     tasks = plan_own(own["architectures"], own["held_out"], params.tasks) if own else plan_tasks(params.tasks)
-    members = parse_members(params, OWN if own else dataset, arguments.variant)
+    changes = {label: of for label, of in params.variant["members"].items() if label not in params.skipped}
+    members = parse_members(params.member, changes, OWN if own else dataset, arguments.variant)
     if own and not own["hyperparameters"]:
         members = {label: member for label, member in members.items() if member.kind != "hyperparameters"}
-    jobs = [
-        Job(label, member, task_name, task, split)
-        for label, member in members.items()
-        for task_name, task in tasks.items()
-        if member.tasks == "all" or task_name == params.tasks.main
-        for split in range(task.splits)
-    ]
+    jobs = plan_jobs(members, tasks, params.tasks.main)
     needed = {(name, job.task.pooled) for job in jobs for name in [*job.task.train, *job.task.test]}
     zoos = {architecture: load_zoo(dataset, architecture) for architecture in sorted({name for name, _ in needed})}
     statistics = {(name, pooled): statistics_of(zoos[name], pooled) for name, pooled in sorted(needed)}
     data = fingerprint(*(path for zoo in zoos.values() for path in zoo.files))
 
     recipe = params.model_dump(exclude={"variant", "tasks", "member", "skipped"})
-    paths = [
-        job_folder(job, recipe, data) / "result.pt" for job in jobs
-    ]  # now: threads import modules while they train
+    # now: threads import modules while they train
+    paths = [job_folder(job, recipe, data) / "result.pt" for job in jobs]
 
-    def finish(place: int) -> dict[str, Any]:
+    fitting, fractions = Fitting.of(params), (params.validation_fraction, params.test_fraction)
+    settings = (fitting, fractions, params.snapshots, params.tasks.main, params.seed)
+
+    def finish(place: int) -> Result:
         if not paths[place].is_file():
-            save_torch(paths[place], train_and_predict(jobs[place], zoos, statistics, params))
-        return load_torch(paths[place], {"tables", "history", "kept", "learned"})
+            save_torch(paths[place], dict(train_and_predict(jobs[place], zoos, statistics, *settings)))
+        return cast(Result, load_torch(paths[place], set(Result.__annotations__)))
 
     results = parallel_map(finish, range(len(jobs)), torch.device("cpu"), f"train {name}")
     both = list(zip(jobs, results, strict=True))
@@ -302,7 +376,7 @@ def main() -> None:
     print(f"{name}: {len(jobs)} predictors of {', '.join(dict.fromkeys(job.name for job in jobs))}")
 
 
-def describe_zoo(data: Data, statistics: Statistics) -> dict[str, Any]:
+def describe_zoo(data: Data, statistics: Statistics) -> Checkpoint:
     """Return what is kept of the zoo that a predictor learned from: its images' shape, its classes, what its weights are like."""
     program = data.zoos[next(iter(data.split.train))].program
     read = torch.cat([statistics[name, True][rows] for name, rows in data.split.train.items()])
@@ -310,7 +384,7 @@ def describe_zoo(data: Data, statistics: Statistics) -> dict[str, Any]:
     return {"input_shape": list(program.input_shape), "classes": classes, "ranges": range_of_statistics(read)}
 
 
-def keep(job: Job, models: list[Predictor], data: Data, validation: Float[Tensor, "v k"]) -> dict[str, Any]:
+def keep(job: Job, models: list[Predictor], data: Data, validation: Float[Tensor, "v k"]) -> Checkpoint:
     """Return what rebuilds predictors: their weights, their units, and errors on validation runs, for intervals."""
     return {
         "config": job.member.model_dump() | {"properties": len(data.measured)},

@@ -194,7 +194,7 @@ def test_test_images_are_asked_only_where_validation_images_say_so_and_weights_s
     before = weights_of(network)
     for test_from, test in ((1.0, 1.0), (1.1, None)):
         clock = Clock({"training": 2.0})
-        (row,) = evaluate(network, {"a": reader}, data, test_from, clock)
+        (row,) = evaluate(1, network, {"a": reader}, data, test_from, clock)
         assert (row["method"], row["validation"], row["test"]) == ("a", 1.0, test)
         assert row["seconds"] == clock.spent["training"] + clock.spent["a"]
         assert reaches(row, "validation", 1.0) and reaches(row, "test", 1.0) == (test is not None)

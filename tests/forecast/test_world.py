@@ -41,8 +41,12 @@ def params(tmp_path, monkeypatch) -> Params:
     return Params.load("train_world", "digits")
 
 
+def draw(params: Params, dataset: str) -> dict[str, Recipe]:
+    return draw_recipes(dataset, **params.model_dump(exclude={"train_images", "test_images"}))
+
+
 def test_every_network_is_trained_with_every_optimiser_within_the_ranges(params):
-    recipes = draw_recipes(params, "digits")
+    recipes = draw(params, "digits")
     assert {(r.network, r.optimizer) for r in recipes.values()} == {
         (n, o) for n in NETWORKS for o in params.learning_rates
     }
@@ -50,8 +54,8 @@ def test_every_network_is_trained_with_every_optimiser_within_the_ranges(params)
         low, high = params.learning_rates[r.optimizer]
         assert low <= r.learning_rate <= high
         assert r.steps % params.snapshot_every == 0
-    assert recipes == draw_recipes(params, "digits")
-    assert recipes != draw_recipes(params, "mnist")
+    assert recipes == draw(params, "digits")
+    assert recipes != draw(params, "mnist")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -88,7 +92,7 @@ def test_images_are_standardised_by_channel():
 
 def test_a_run_ends_where_its_recipe_trains_to(params):
     images, labels = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
-    recipe = draw_recipes(params, "digits")["perceptron-adam-0"]
+    recipe = draw(params, "digits")["perceptron-adam-0"]
     run = train_run(recipe, (images, labels), (images, labels), 10, 5)
     assert run["weights"].shape[0] == recipe.steps // 5 + 1
     first = torch.cat([p.flatten() for p in build_network(recipe, 1, 10).parameters()])
@@ -130,7 +134,7 @@ def test_the_world_is_trained_and_learned_from(params, monkeypatch):  # noqa: AR
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
 def test_what_is_kept_of_an_optimiser_is_the_direction_of_its_next_step(params, optimizer):
     """In the order of the weights, though Muon shares them with AdamW; where the gradient is 0 from now on, the step goes that way."""
-    recipe = draw_recipes(params, "digits")[f"residual-{optimizer}-0"].model_copy(update={"schedule": "constant"})
+    recipe = draw(params, "digits")[f"residual-{optimizer}-0"].model_copy(update={"schedule": "constant"})
     network = build_network(recipe, 1, 3)
     optimizers = build_optimizers(network, recipe)
     assert not directions_of(network, optimizers).any()

@@ -17,9 +17,15 @@ from stages.weightnet.predictors.ensemble import Ensemble
 from stages.weightnet.predictors.intervals import conformal_quantile
 from stages.weightnet.predictors.splits import ALL, Task, split_zoos
 from stages.weightnet.predictors.targets import from_scale
-from stages.weightnet.train_weightnet import Job, train_and_predict
+from stages.weightnet.train_weightnet import Fitting, Job, train_and_predict
 from stages.weightnet.train_weightnet import Params as TrainParams
 from stages.weightnet.zoo.properties import PROPERTIES
+
+
+def settings_of(params: TrainParams) -> tuple:
+    """What train_and_predict takes from a stage's params."""
+    fractions = (params.validation_fraction, params.test_fraction)
+    return Fitting.of(params), fractions, params.snapshots, params.tasks.main, params.seed
 
 
 @pytest.mark.parametrize("n", [9, 16, 27])
@@ -35,12 +41,12 @@ def test_several_predictors_predict_their_mean_from_first_weights_of_their_own(b
     params = TrainParams.load("train_weightnet", "digits", "baselines")
     task, statistics = Task(["cnn3"], ["cnn3"], seeds=2), {("cnn3", True): statistics_of(zoos["cnn3"], True)}
     job = Job("it", member("stats"), ALL, task, 0)
-    result = train_and_predict(job, zoos, statistics, params)
+    result = train_and_predict(job, zoos, statistics, *settings_of(params))
     fractions = (params.validation_fraction, params.test_fraction)
     split = split_zoos(zoos, ["cnn3"], ["cnn3"], fractions, params.snapshots, 1.0, params.seed)
     data = prepare(zoos, split, "stats", statistics, pooled=True)
-    settings = {"batch_size": params.batch_size, "weight_decay": params.weight_decay, "rescaling": params.rescaling}
-    models = [train_weightnet.train_predictor(job, number, data, params.seed, **settings)[0] for number in range(2)]
+    fitting = Fitting.of(params)
+    models = [train_weightnet.train_predictor(job, number, data, fitting, params.seed)[0] for number in range(2)]
     alone = torch.stack([train_weightnet.predict([model], data, split.test) for model in models])
     assert (alone[0] - alone[1]).abs().min() > 0
     mean = from_scale(alone.mean(0) * data.scale["target_std"] + data.scale["target_mean"])
@@ -66,7 +72,7 @@ def test_large_networks_are_read_and_learnt_from_in_parts_as_if_at_once(built, m
         monkeypatch.setattr("stages.weightnet.zoo.reading.MOST_PAIRS", most)
         statistics = {("cnn3", False): statistics_of(zoo, False)}
         assert zoo.at_a_time(32) == (32 if most > 2100 else 3)
-        found.append(train_and_predict(job, {"cnn3": zoo}, statistics, params)["tables"])
+        found.append(train_and_predict(job, {"cnn3": zoo}, statistics, *settings_of(params))["tables"])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one["values"], other["values"], rtol=1e-3, atol=1e-4)
 
@@ -82,7 +88,7 @@ def test_scrambled_metadata_changes_no_prediction_from_weights(built, kind):
     params = TrainParams.load("train_weightnet", "digits", "baselines")
     job = Job("it", member(kind), "cnn3", Task(["cnn3"], ["cnn3"], pooled=False), 0)
     results = [
-        train_and_predict(job, {"cnn3": z}, {("cnn3", False): statistics_of(z, False)}, params)["tables"]
+        train_and_predict(job, {"cnn3": z}, {("cnn3", False): statistics_of(z, False)}, *settings_of(params))["tables"]
         for z in (zoo, scrambled)
     ]
     assert len(results[0]) == len(results[1]) == 2
@@ -130,4 +136,4 @@ def test_a_mistake_in_a_member_is_named_where_it_was_made(project, setting, key)
     set_params(project / "params.yaml", [f"train_weightnet.{setting}"])
     params = TrainParams.load("train_weightnet", "digits", "baselines")
     with pytest.raises(InputError, match=rf"^params.yaml: train_weightnet.{key}: "):
-        train_weightnet.parse_members(params, "digits", "baselines")
+        train_weightnet.parse_members(params.member, params.variant["members"], "digits", "baselines")

@@ -1,5 +1,6 @@
 """Which networks a predictor learns from, is chosen on, and is tested on: split by run, never by snapshot."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -87,7 +88,7 @@ class Split:
     test: dict[str, Rows]
 
 
-def rows_of(zoo: Zoo, runs: Int[Tensor, " r"], snapshots: list[str]) -> Rows:
+def rows_of(zoo: Zoo, runs: Int[Tensor, " r"], snapshots: Sequence[str]) -> Rows:
     """Return the rows of some runs at some snapshots."""
     wanted = torch.tensor([name in snapshots for name in zoo.snapshot])
     return (torch.isin(zoo.run, runs) & wanted).nonzero()[:, 0]
@@ -98,7 +99,7 @@ def split_zoos(
     train: list[str],
     test: list[str],
     fractions: tuple[float, float],
-    snapshots: list[str],
+    snapshots: Sequence[str],
     share: float,
     seed: int,
 ) -> Split:
