@@ -110,9 +110,11 @@ class Params(StageParams):
     ]  # images on which a method has to reach the target before it stops
     test_images: PositiveInt
     decay: PositiveFloat  # of the exponential average
+    rates: list[PositiveFloat]  # constant ones that race beside the task's own, in times of that
     latest: tuple[PositiveInt, PositiveInt]  # snapshots averaged, and steps between them
     cosine: list[tuple[PositiveInt, PositiveFloat]]  # lengths, and times the task's learning rate
     forecast: tuple[PositiveInt, PositiveInt]  # steps between snapshots, and how many of these ahead
+    far_forecast: tuple[PositiveInt, PositiveInt, PositiveFloat]  # the same of a longer average, and its decay
     nowcast_every: PositiveInt  # steps between the snapshots of NowcastOptimizer
     choice_images: PositiveInt  # held-out images by which it chooses
     nino_every: PositiveInt  # steps between NiNo's states
@@ -135,11 +137,12 @@ class Data:
 class Method:
     """What sets a run apart: who reads its weights, and what moves them beside AdamW at a constant rate.
 
-    schedule: a cosine's length, and its peak in times the task's learning rate. wrap: makes an optimiser of the bare one, a network and
-    validation images.
+    rate: a constant one, in times the task's. schedule: a cosine's length, and its peak in the same unit. wrap: makes an optimiser of
+    the bare one, a network and validation images.
     """
 
     readers: Readers
+    rate: float = 1.0
     schedule: tuple[int, float] | None = None
     wrap: Callable[[torch.optim.Optimizer, nn.Module, Images], NowcastOptimizer] | None = None
     mover: Callable[[Layout], Mover] = lambda _: lambda _step, _network: False
@@ -282,7 +285,7 @@ def train(
     layout = Layout.of(dict(network.named_parameters()))
     readers, moves, clock = method.readers(layout), method.mover(layout), Clock()
     history: list[Point] = []
-    length, peak = method.schedule or (steps, 1.0)
+    length, peak = method.schedule or (steps, method.rate)
     bare = torch.optim.AdamW(network.parameters(), task.learning_rate * peak, weight_decay=0.0, fused=True)
     factor = warmup_cosine(length, WARMUP_FRACTION) if method.schedule else lambda _: 1.0
     optimizer = method.wrap(bare, network, data.validation) if method.wrap else bare
@@ -315,7 +318,12 @@ def train(
 
 
 def readers_beside(
-    prefix: str, model: LayerForecaster, decay: float, latest: tuple[int, int], forecast: tuple[int, int]
+    prefix: str,
+    model: LayerForecaster,
+    decay: float,
+    latest: tuple[int, int],
+    forecast: tuple[int, int],
+    far_forecast: tuple[int, int, float],
 ) -> Readers:
     """Return the readers of a run whose training they leave alone: its weights, two averages, and forecasts."""
     every, ahead = forecast
@@ -328,6 +336,7 @@ def readers_beside(
             f"{prefix}, mean of latest": LatestAverage(between, snapshots),
             f"{prefix}, forecast": Forecast(model, layout, every, ahead),
             f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, decay),
+            f"{prefix}, far forecast of average": Forecast(model, layout, *far_forecast),
         }
 
     return build
@@ -378,10 +387,17 @@ def parse() -> argparse.Namespace:
 
 
 def methods_of(
-    beside: Callable[[str], Readers], cosine: list[tuple[int, float]], nino: Method | None, nowcast: Method
+    beside: Callable[[str], Readers],
+    rates: list[float],
+    cosine: list[tuple[int, float]],
+    nino: Method | None,
+    nowcast: Method,
 ) -> dict[str, Method]:
     """Return all methods by name, in the order in which they race. beside: readers of a run that they leave alone."""
     methods = {"adamw": Method(beside("adamw"))} | ({"nino": nino} if nino else {})
+    for rate in rates:
+        name = f"adamw x {rate:g}"
+        methods[name] = Method(beside(name), rate=rate)
     for length, peak in cosine:
         name = f"cosine {length} x {peak:g}"
         methods[name] = Method(beside(name), schedule=(length, peak))
@@ -401,13 +417,14 @@ def main() -> None:
     pin_threads()
     model, proposer = (load_released(path)[0] for path in (RELEASED, OUTPUTS))
     steps, decay, target = params.steps, params.decay, params.variant.target
-    beside = partial(readers_beside, model=model, decay=decay, latest=params.latest, forecast=params.forecast)
+    read_by = params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
+    beside = partial(readers_beside, model=model, **read_by)
     nowcast = nowcast_method(proposer, decay, params.nowcast_every, steps, params.choice_images)
     nino, peer = None, {}
     if arguments.nino:
         nino = nino_method(Nino(arguments.nino), decay, params.nino_every, params.nino_horizons)
         peer["nino"] = f"-{fingerprint(arguments.nino)[:8]}"  # other runs are the same without it
-    methods = methods_of(beside, params.cosine, nino, nowcast)
+    methods = methods_of(beside, params.rates, params.cosine, nino, nowcast)
     settings = params.model_dump(include={"steps", "batch_size", "evaluate_every", "evaluate_from", "judged_on"})
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]
     work = work_folder(

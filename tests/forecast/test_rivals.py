@@ -11,7 +11,7 @@ from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer, expected_gain
-from stages.forecast.race_to_target import Clock, Data, evaluate, reached_at, reaches, weights_of
+from stages.forecast.race_to_target import Clock, Data, Method, Task, evaluate, reached_at, reaches, train, weights_of
 from stages.forecast.rivals import ExponentialAverage, Forecast, Last, LatestAverage, Nino
 from stages.forecast.trajectory import WINDOW, Trajectory
 
@@ -199,3 +199,19 @@ def test_test_images_are_asked_only_where_validation_images_say_so_and_weights_s
         assert row["seconds"] == clock.spent["training"] + clock.spent["a"]
         assert reaches(row, "validation", 1.0) and reaches(row, "test", 1.0) == (test is not None)
     assert torch.equal(weights_of(network), before)
+
+
+def test_a_rate_is_that_of_a_task_with_as_much():
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(40, 1, 28, 28, generator=random), torch.randint(3, (40,), generator=random)
+    data = Data(images, images, images, channels=1, classes=3)
+
+    def raced(times: float, learning_rate: float) -> torch.Tensor:
+        last = Last()
+        task = Task(dataset="fashion_mnist", width=4, learning_rate=learning_rate, target=2.0)
+        judged = {"evaluate_every": 5, "evaluate_from": 5, "judged_on": ["validation"]}
+        train(data, Method(lambda _: {"a": last}, rate=times), 0, task, steps=5, batch_size=8, **judged)
+        return last.weights()
+
+    assert torch.equal(raced(2.0, 1e-3), raced(1.0, 2e-3))
+    assert not torch.equal(raced(2.0, 1e-3), raced(1.0, 1e-3))
