@@ -155,7 +155,7 @@ def check_ranks(name: str, forms: Mapping[str, Canonical]) -> None:
 
     Of a sum of two adapters the ranks add up where both lie, so they differ unless both are put on the same matrices.
     """
-    ranks = {key: len(form.s) for key, form in forms.items() if len(form.s)}
+    ranks = {key: rank_of(key, form) for key, form in forms.items() if len(form.s)}
     most = max(ranks.values(), default=0)
     for key, rank in ranks.items():
         if rank < min(most, len(forms[key].u), len(forms[key].v)):
@@ -163,6 +163,19 @@ def check_ranks(name: str, forms: Mapping[str, Canonical]) -> None:
                 f"{name}: its change of {key} has rank {rank}, of other matrices {most}: it is a mixture of adapters, or was made with "
                 "peft's rank_pattern, which the auditor does not know; give one adapter as training left it"
             )
+
+
+def rank_of(name: str, form: Canonical) -> int:
+    """Return the rank of the adapter that made a change.
+
+    Queries, keys and values are one matrix here. Where each third has directions of its own, so that their ranks add up to the whole's,
+    each had an adapter of its own, as transformers' networks have: then it is the largest of theirs.
+    """
+    if not name.endswith(f"{MATRICES[0]}.weight"):
+        return len(form.s)
+    parts = [np.linalg.svd(part * form.s, compute_uv=False) for part in np.split(form.u, 3)]
+    ranks = [int((values > NEGLIGIBLE * form.s[0]).sum()) for values in parts]
+    return max(ranks) if sum(ranks) == len(form.s) else len(form.s)
 
 
 def dense(adapters: Mapping[str, Canonical], layout: Layout) -> Float[np.ndarray, " w"]:

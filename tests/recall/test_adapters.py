@@ -126,6 +126,19 @@ def test_ranks_of_one_adapter_agree_and_of_a_sum_of_two_on_other_matrices_do_not
         check_ranks("two", forms_of((one + other) / 2, LAYOUT))
 
 
+def test_adapters_of_queries_and_values_apart_have_the_rank_of_each():
+    proj = canonical(draw(16, 3), draw(3, 16, seed=1))
+    apart = np.zeros((48, 6))
+    apart[:16, :3], apart[32:, 3:] = draw(16, 3, seed=2), draw(16, 3, seed=3)
+    forms = {QKV: canonical(apart, draw(6, 16, seed=4)), QKV.replace("qkv", "proj"): proj}
+    check_ranks("one", forms)
+    together = canonical(
+        draw(48, 6, seed=5), draw(6, 16, seed=6)
+    )  # its thirds share directions: one adapter of rank 6, or a sum
+    with pytest.raises(InputError, match="it is a mixture of adapters"):
+        check_ranks("two", forms | {QKV: together})
+
+
 def test_a_saved_adapter_is_read_as_the_same_change_from_either_file(tmp_path):
     save_adapter(tmp_path / "a", adapters())
     read, notes = load_adapter(tmp_path / "a", LAYOUT)
