@@ -5,9 +5,9 @@ the zoo (one of torchvision's too: by its name alone, for the zoo's images and c
 come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]}, of torch.nn's layers one after the
 other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
 --allow-probe runs the network on the inputs of an exam that the zoo wrote for itself (no image of a data set), which tells far more,
-of any architecture of the zoo's images and classes, also where its symmetry is not known. Of the usual scalings of pixels it takes
-the one with which the network's answers are most like the zoo's, and says which, and where another is about as likely; --pixels MEAN
-STD settles it. Released are exams of digits and mnist: --dataset says which, where the shape of images leaves it open.
+of any architecture of the zoo's images and classes, also where its symmetry is not known. How the network's pixels were scaled is
+found out, and said (`pixels`); where several of the usual scalings are plausible, intervals hold for either, and --pixels MEAN STD
+settles it. Released are exams of digits, mnist and fashion_mnist: --dataset says which, where the shape of images leaves it open.
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
@@ -41,6 +41,7 @@ from stages.common.files import load_json
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
+from stages.weightnet.pixels import UNSCALED, Scaling, hull, plausible, told_by_weights, usual_scalings, what_is_said
 from stages.weightnet.predictors.ensemble import Ensemble, revive
 from stages.weightnet.predictors.exam import mark
 from stages.weightnet.predictors.examiner import Examiner
@@ -64,16 +65,12 @@ if TYPE_CHECKING:
 
 PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
 LEAST = 1e-7  # probability, in float32
-SURE = 1.1  # times as uncertain as by the first scaling of pixels the answers by the second must be, for no doubt
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
 NEAREST = 3  # networks of the zoo that are named
 WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
 SEEN = ("relu", "tanh")  # the activations of the zoo's networks
 DEFAULT = "digits"
-UNSCALED = (0.0, 1.0)
 WARNING = "do not trust this"
-# mean and deviation of the pixels of a zoo's images, where they go from 0 to 1
-PIXELS = {"digits": (0.305, 0.376), "mnist": (0.1307, 0.3081), "fashion_mnist": (0.286, 0.353)}
 
 
 class OnPixels(nn.Module):
@@ -87,38 +84,28 @@ class OnPixels(nn.Module):
         return self.network(images * self.std + self.mean)
 
 
-def usual_scalings(known: "Known") -> dict[str, tuple[float, float]]:
-    """Return mean and deviation of a zoo's pixels as people scale them, by name; what they are in the zoo comes first."""
-    if known.dataset not in PIXELS:
-        return {"standardised": UNSCALED}
-    mean, std = PIXELS[known.dataset]
-    return {
-        "standardised": UNSCALED,
-        "from 0 to 1": (mean, std),
-        "from -1 to 1": (2 * mean - 1, 2 * std),
-        "from 0 to 255": (255 * mean, 255 * std),
-    }
+def find_marks(
+    known: "Known",
+    asked: "Asked",
+    examiner: Examiner,
+    scaled: Callable[[float, float], Networks | nn.Module],
+    network: Networks | None = None,
+) -> tuple[Float[Tensor, "p r"], list[str]]:
+    """Return a network's marks for every plausible scaling of its pixels, the most plausible first, and what is said of that.
 
-
-def find_scaling(
-    known: "Known", asked: "Asked", examiner: Examiner, scaled: Callable[[float, float], Networks | nn.Module]
-) -> tuple[Networks | nn.Module, list[str]]:
-    """Return a network as it is for the zoo's pixels, and what was assumed of its own: as its answers are most like the zoo's.
-
-    scaled: gives the network for pixels of a mean and a deviation.
+    scaled: gives the network for pixels of a mean and a deviation; network: itself, if its steps are known.
     """
-    if asked.pixels is not None:
-        return scaled(*asked.pixels), []
-    scalings = usual_scalings(known)
-    if len(scalings) == 1:
-        return scaled(*UNSCALED), []
-    far = {name: examiner.uncertainty(scaled(*ends)).item() for name, ends in scalings.items()}
-    best, second = sorted(far, key=lambda name: far[name])[:2]
-    said = f"pixels: taken to be {best}, by its answers (--pixels says otherwise)"
-    if far[second] < SURE * far[best]:
-        mean, std = scalings[second]
-        said = f"pixels: taken to be {best}, but they may be {second}: if so, say --pixels {mean:.4g} {std:.4g}"
-    return scaled(*scalings[best]), [said]
+
+    def marks_for(ends: Scaling) -> Float[Tensor, "1 r"]:
+        return mark(examiner.exam, scaled(*ends)).flatten(1)
+
+    scalings = usual_scalings(known.dataset)
+    if asked.pixels is not None or len(scalings) == 1:
+        return marks_for(asked.pixels or UNSCALED), []
+    left, told_by = told_by_weights(network, scalings, known.mean_image)
+    marks = {name: marks_for(scalings[name]) for name in left}
+    names = plausible(examiner, marks)
+    return torch.cat([marks[name] for name in names]), [what_is_said(names, scalings, told_by)]
 
 
 class Logarithm(nn.Module):
@@ -134,8 +121,8 @@ class Logarithm(nn.Module):
 
 def user_marks(
     known: "Known", examiner: Examiner, path: Path, arch: str, asked: "Asked"
-) -> tuple[Float[Tensor, "1 m"], list[str]]:
-    """Return the marks of a network whose steps are not known, by its outputs alone, and notes; InputError if they are none."""
+) -> tuple[Float[Tensor, "p m"], list[str]]:
+    """Return the marks of a network whose steps are not known, by its outputs alone, as `find_marks` does; InputError if they are none."""
     exam = examiner.exam
     shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
 
@@ -155,8 +142,8 @@ def user_marks(
                 Logarithm(module),
                 [*notes, "its outputs are probabilities: their logarithms were taken for logits"],
             )
-        scaled, said = find_scaling(known, asked, examiner, partial(OnPixels, module))
-        return mark(exam, scaled).flatten(1).tolist(), [*notes, *said]
+        marks, said = find_marks(known, asked, examiner, partial(OnPixels, module))
+        return marks.tolist(), [*notes, *said]
 
     marks, notes = in_own_process(ask_module, arch)
     return torch.tensor(marks), notes
@@ -244,6 +231,7 @@ class Known:
     shape: tuple[int, ...]  # of images
     classes: int
     ranges: Float[Tensor, "2 f"]  # of statistics of weights
+    mean_image: Float[Tensor, "c h w"] | None = None  # of the data set, in the zoo's units
 
     @property
     def dataset(self) -> str:
@@ -279,7 +267,8 @@ def load_known(path: Path, family: str) -> Known:
     program, symmetry = zoo_program(next(iter(ARCHITECTURES)), shape[0], classes, shape[1])
     zeros = {key: torch.zeros(1, *size) for key, size in program.layout.shapes.items()}
     example = Networks(program, symmetry, zeros, torch.tensor([False]))
-    return Known(path, family, revive(state, example), shape, classes, state["ranges"])
+    mean_image = state["mean_image"].float() if "mean_image" in state else None
+    return Known(path, family, revive(state, example), shape, classes, state["ranges"], mean_image)
 
 
 def nearest_networks(known: Known, distances: Float[Tensor, " n"]) -> list[dict[str, Any]]:
@@ -298,7 +287,7 @@ def nearest_networks(known: Known, distances: Float[Tensor, " n"]) -> list[dict[
 
 
 def describe(
-    known: Known, intervals: Float[Tensor, "3 1 k"], read: Float[Tensor, "1 r"], outside: list[str], notes: list[str]
+    known: Known, intervals: Float[Tensor, "3 k"], read: Float[Tensor, "1 r"], outside: list[str], notes: list[str]
 ) -> dict[str, Any]:
     """Return the predictions for one network, and by what was read of it, which of the zoo's networks it is like and how unlike."""
     predictor = known.predictor
@@ -306,7 +295,7 @@ def describe(
         raise InputError("its weights are so large that the predictions are no finite numbers")
     properties = {
         name: inside(range_of(name), *ends, edge=EDGE * name.endswith("_acc"))
-        for name, *ends in zip(predictor.measured, *intervals[:, 0].tolist(), strict=True)
+        for name, *ends in zip(predictor.measured, *intervals.tolist(), strict=True)
     }
     distances = torch.cdist(read.to(predictor.inputs), predictor.inputs)[0]
     unlike = predictor.unlike(read.to(predictor.inputs))
@@ -329,19 +318,28 @@ def describe(
     }
 
 
-def describe_networks(known: Known, networks: Networks, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what is said of one network whose steps are known; notes: more that people should know of it."""
+def describe_networks(
+    known: Known, networks: Networks, marks: Float[Tensor, "p r"] | None = None, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what is said of one network whose steps are known.
+
+    marks: of an exam, for every plausible scaling of its pixels; notes: more that people should know of it.
+    """
     shape, zoo = ("x".join(map(str, images)) for images in (networks.program.input_shape, known.shape))
     outside = what_is_outside(pooled_statistics(networks)[0], known.ranges)
     outside += [f"images of {shape}, the zoo's {zoo}"] if shape != zoo else []
+    notes = [*list_notes(networks.program), *notes]
+    if marks is not None and isinstance(known.predictor, Examiner):
+        return describe_marks(known, known.predictor, marks, outside, notes)
     intervals, read = known.predictor.intervals(networks), known.predictor.read(networks)
-    return describe(known, intervals, read, outside, [*list_notes(networks.program), *notes])
+    return describe(known, intervals[:, 0], read, outside, notes)
 
 
-def describe_outputs(known: Known, examiner: Examiner, path: Path, arch: str, asked: "Asked") -> dict[str, Any]:
-    """Return what is said of one network whose steps are not known: by its outputs alone."""
-    marks, notes = user_marks(known, examiner, path, arch, asked)
-    return describe(known, examiner.intervals_by(marks), examiner.ridge.standardised(marks), [], notes)
+def describe_marks(
+    known: Known, examiner: Examiner, marks: Float[Tensor, "p r"], outside: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """Return what is said of one network by its marks for every plausible scaling of its pixels."""
+    return describe(known, hull(examiner.intervals_by(marks)), examiner.ridge.standardised(marks[:1]), outside, notes)
 
 
 def predict_one(
@@ -352,7 +350,8 @@ def predict_one(
     if isinstance(program, InputError):
         if examiner is None:
             raise program
-        return describe_outputs(known, examiner, path, arch, asked)
+        marks, notes = user_marks(known, examiner, path, arch, asked)
+        return describe_marks(known, examiner, marks, [], notes)
     if examiner is None:
         return describe_networks(
             known, read_network(path, arch, rescaled_input(program, *asked.pixels or UNSCALED), tanh)
@@ -366,7 +365,8 @@ def predict_one(
     def scaled(mean: float, std: float) -> Networks:
         return replace(network, program=rescaled_input(program, mean, std))
 
-    return describe_networks(known, *find_scaling(known, asked, examiner, scaled))
+    marks, notes = find_marks(known, asked, examiner, scaled, network)
+    return describe_networks(known, network, marks, notes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
-from stages.weightnet.predict import Asked, describe_networks, find_scaling, load_known, usual_scalings
+from stages.weightnet.predict import describe_networks, load_known
 from stages.weightnet.predictors.data import augmented
 from stages.weightnet.predictors.exam import (
     AGREEMENT,
@@ -271,18 +271,6 @@ def test_a_zoo_s_networks_are_uncertain_as_if_their_own_architectures_were_not_k
     assert several.unlike(one.inputs[:1]) == 0 and several.unlike(one.inputs[:1] + 100) == 1
 
 
-@pytest.mark.parametrize(("second", "doubt"), [(1.09, True), (1.11, False)])
-def test_pixels_are_taken_to_be_as_is_least_uncertain_and_doubt_is_said(second, doubt):
-    known = SimpleNamespace(dataset="mnist", shape=(1, 28, 28))
-    scalings = usual_scalings(known)
-    far = dict.fromkeys(scalings.values(), 2.0) | {scalings["from 0 to 1"]: 1.0, scalings["from -1 to 1"]: second}
-    examiner = SimpleNamespace(uncertainty=lambda ends: torch.tensor([far[ends]]))
-    chosen, (note,) = find_scaling(known, Asked(), examiner, lambda *ends: ends)
-    assert chosen == scalings["from 0 to 1"] and "taken to be from 0 to 1" in note
-    assert note.endswith("but they may be from -1 to 1: if so, say --pixels -0.7386 0.6162") == doubt
-    assert find_scaling(known, Asked(pixels=(3.0, 2.0)), examiner, lambda *ends: ends) == ((3.0, 2.0), [])
-
-
 def test_a_network_of_other_pixels_gets_the_marks_of_the_same_network_on_the_zoo_s():
     networks, (mean, std) = zoo_networks("flat", 2), (-0.7386, 0.6162)
     exam = exam_by(zoo_networks("cnn3", 8))
@@ -363,7 +351,9 @@ def test_a_network_that_cannot_be_followed_is_judged_by_its_outputs(project, mon
         ask(monkeypatch, capsys, *words)
 
 
-@pytest.mark.parametrize(("name", "side"), [("digits-exam", 8), ("digits-weightnet", 8), ("mnist-exam", 28)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("digits-exam", 8), ("digits-weightnet", 8), ("mnist-exam", 28), ("fashion_mnist-exam", 28)]
+)
 def test_a_released_predictor_is_as_small_as_it_says_and_answers(name, side):
     card = json.loads((ROOT / f"models/released/{name}.json").read_text())
     path, family = ROOT / "models/released" / card["file"], name.rpartition("-")[2]

@@ -118,8 +118,11 @@ class Zoo:
         return torch.from_numpy(np.stack([self.column(name) for name in self.measured], 1)).float()[rows]
 
     def name_of(self, row: int) -> str:
-        """Return a network's name: its run's, or its file's in a zoo of one's own."""
-        return str(self.index["file"][row]) if "file" in self.index else f"{self.architecture}-{self.run[row]}"
+        """Return a network's name: its run's, with its snapshot if that is not the last, or its file's in a zoo of one's own."""
+        if "file" in self.index:
+            return str(self.index["file"][row])
+        snapshot = self.snapshot[row]
+        return f"{self.architecture}-{self.run[row]}" + ("" if snapshot == "final" else f" ({snapshot})")
 
 
 def own_zoo_path(name: str) -> Path:
