@@ -27,7 +27,7 @@ from stages.common.metrics import mean_std
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
-from stages.recall.fleet import PatchedImages, patchify_pools, pool_of
+from stages.recall.fleet import PatchedImages, held_out_loss, patchify_pools, pool_of, require_learned
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import load_base
 from stages.recall.objective import Objective
@@ -83,7 +83,7 @@ def draw_fleet(name: str, params: Params, train: ImageSet) -> list[WideFineTune]
 
 @torch.no_grad()
 def finish(fine_tunes: list[WideFineTune], objective: Objective, images: PatchedImages) -> dict[str, np.ndarray]:
-    """Train a stack of fine-tunes and run them: changes, responses, and accuracy before and after on images of classes present."""
+    """Train a stack of fine-tunes and run them: changes, responses, and on images of classes present accuracy and loss before and after."""
     change = train_wide_fine_tunes(fine_tunes, objective, images)
     frozen = {name: w.expand(len(change), *w.shape) for name, w in objective.frozen.items()}
     x, y = images.evaluation
@@ -94,12 +94,15 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
         right = vmap(objective.scores, in_dims=(0, 0, None, None, None))(networks, frozen, x, y, unmasked)
         return (right * present).sum(1) / present.sum(1)
 
-    after = objective.start + change
+    before, after = objective.start.expand_as(change), objective.start + change
+    held_out = (frozen, x, y.expand(len(change), -1), present, unmasked)
     arrays = {
         "change": change,
         "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
-        "score_before": score(objective.start.expand_as(after)),
+        "score_before": score(before),
         "score_after": score(after),
+        "loss_before": held_out_loss(objective, before, *held_out),
+        "loss_after": held_out_loss(objective, after, *held_out),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
@@ -109,8 +112,10 @@ def build(
 ) -> Fleet:
     """Return the fleet called `name`, trained; stacks that are finished are kept."""
     base = BASES / params.dataset / "backbone.safetensors"
+    of = params.fleets[name]
     recipe = params.recipe_of(name).model_dump() | {
         "fleet": name,
+        "counts": [of.train, of.test],  # with others, a stack has other members
         "seed": params.seed,
         "stack": params.stack,
         "mask": params.mask_ratio,
@@ -123,6 +128,9 @@ def build(
     compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
     finished, back = [load_file(path) for path in pieces], np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
+    untrained = {} if of.train else {"loss_before": np.array([np.inf])}  # outside the ranges: a number, however large
+    remedy = f"lower learning_rate of vary_recipes.recipes.{of.recipe}, or of the fleet's change"
+    require_learned(trained | untrained, objective, f"fleet {name}", remedy)
     keys = fine_tunes[0].characteristics
     return Fleet(
         change=trained["change"],
