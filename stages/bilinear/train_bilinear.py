@@ -4,9 +4,13 @@ Reads   data/<dataset>.safetensors
 Writes  models/train_bilinear/<dataset>/<variant>/seed<seed>/{best.pt, latest.pt, metrics.csv, summary.json}
         reports/train_bilinear/<dataset>/metrics.csv    a row for each run and epoch
         reports/train_bilinear/<dataset>/summary.json   accuracy over seeds of each variant beside the largest class's
+
+Finished runs wait in .work/train_bilinear/ until all are, so that a stage that was killed goes on where it was.
 """
 
 import shutil
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +18,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from stages.bilinear.model import Config
 from stages.bilinear.training import TrainedRun, train_run
+from stages.common.checkpoints import load_torch, save_torch
 from stages.common.files import Summary, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import majority_accuracy, mean_std
 from stages.common.runtime import parallel_map, pick_device, pin_threads
 from stages.common.stage import StageParams, parse_arguments, run
+from stages.common.work import fingerprint, work_folder
 
 MODELS = Path("models/train_bilinear")
 REPORTS = Path("reports/train_bilinear")
@@ -81,6 +87,14 @@ class Params(StageParams):
         }
 
 
+def trained_once(config: Config, work: Path) -> TrainedRun:
+    """Return the run that waits in `work`; if there is none, train it by `config` and leave it there."""
+    path = work / f"{'-'.join(Path(config['run_dir']).parts[-2:])}.pt"  # variant and seed
+    if not path.is_file():
+        save_torch(path, vars(train_run(config)))
+    return TrainedRun(**load_torch(path, {field.name for field in fields(TrainedRun)}))
+
+
 def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> Summary:
     """Return each variant's accuracies over seeds, beside that of always answering the largest class."""
     accuracies = {
@@ -100,7 +114,9 @@ def main() -> None:
     device = pick_device()
     train, test = load_images(dataset, device)
     configs = [params.config(dataset, name, seed) for name in params.variants for seed in params.seeds]
-    trained = parallel_map(train_run, configs, device, f"train {dataset}")
+    recipe = params.model_dump() | {"images": fingerprint(Path(f"data/{dataset}.safetensors"))}
+    work = work_folder(f"train_bilinear/{dataset}", recipe)
+    trained = parallel_map(partial(trained_once, work=work), configs, device, f"train {dataset}")
 
     shutil.rmtree(MODELS / dataset, ignore_errors=True)  # only now: an interrupted run loses nothing
     for config, one in zip(configs, trained, strict=True):
@@ -116,6 +132,7 @@ def main() -> None:
     ]
     save_csv(REPORTS / dataset / "metrics.csv", rows)
     save_json(REPORTS / dataset / "summary.json", summary)
+    shutil.rmtree(work)
     shown = ", ".join(f"{name} {summary[name]['test_acc']['mean']:.2%}" for name in runs)
     print(f"{dataset}: test accuracy {shown}; the largest class alone {summary['majority_acc']:.2%}")
 

@@ -33,7 +33,14 @@ from stages.common.stage import StageParams, parse_arguments, run
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.recall import pictures
 from stages.recall.fine_tunes import CELLS, FineTune, Recipe, draw_fine_tune, draw_rule_fine_tune, split_rules
-from stages.recall.fleet import PatchedImages, patchify_pools, pool_of, train_fine_tunes
+from stages.recall.fleet import (
+    PatchedImages,
+    held_out_loss,
+    patchify_pools,
+    pool_of,
+    require_learned,
+    train_fine_tunes,
+)
 from stages.recall.fleet_files import BUILD_FLEET, Fleet
 from stages.recall.functional_vit import Base, load_base
 from stages.recall.objective import Learns, Objective
@@ -103,7 +110,7 @@ def finish(
     own_base_steps: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Train a stack of fine-tunes and run them: their changes, responses, and scores before and after on images not seen."""
+    """Train a stack of fine-tunes and run them: their changes, responses, and scores and losses before and after on images not seen."""
     before, after, frozen = train_fine_tunes(fine_tunes, objective, images, batch_size, own_base_steps)
     x, y = images.evaluation
     noise = torch.rand(len(x), objective.base.patches, generator=generator(seed, "evaluation")).to(x)
@@ -115,11 +122,14 @@ def finish(
         scores = vmap(objective.scores, in_dims=(0, 0, None, 0, None))(networks, frozen, x, labels, noise)
         return (scores * counted).sum(1) / counted.sum(1)
 
+    held_out = (frozen, x, labels, counted, noise)
     arrays = {
         "change": after - before,
         "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
         "score_before": score(before),
         "score_after": score(after),
+        "loss_before": held_out_loss(objective, before, *held_out),
+        "loss_after": held_out_loss(objective, after, *held_out),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
@@ -173,6 +183,7 @@ def main() -> None:
     settings = {"batch_size": variant.batch_size, "own_base_steps": variant.own_base_steps, "seed": params.seed}
     finish_stack = partial(finish, objective=objective, images=images, **settings)
     trained = train_fleet(fine_tunes, params.stack, work, finish_stack, device)
+    require_learned(trained, objective, f"fleet {name}", f"lower build_fleet.variants.{name}.recipe.learning_rate")
     keys = fine_tunes[0].characteristics
     fleet = Fleet(
         change=trained["change"],

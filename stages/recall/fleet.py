@@ -4,6 +4,7 @@ Axes: m networks of a stack, w weights of a network, n images of a pool, e image
 q pixels of a patch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from stages.common.images import ImageSet
+from stages.common.optim import require_convergence
 from stages.common.runtime import parallel_map
 from stages.recall.fine_tunes import FineTune
 from stages.recall.functional_vit import FIXED, HEAD, Base, Weights
@@ -24,6 +26,7 @@ BETAS = (0.9, 0.99)  # of Adam: a fine-tune has some tens of steps
 OWN_BASE_RATE = (
     3.0e-3  # of Adam, while a base of one's own is trained: the lower of those that classify_masked chooses from
 )
+IGNORED = -100  # by cross_entropy
 STACK = 20  # networks that are run or trained together: what fits into a processor's cache
 
 
@@ -137,6 +140,33 @@ def train_own_bases(
 
     rates = torch.full((m,), OWN_BASE_RATE).to(x)
     return train_stack(objective.loss, first, frozen, batch, rates, torch.full((m,), steps).to(y)), frozen
+
+
+def held_out_loss(
+    objective: Objective,
+    networks: Float[Tensor, "m w"],
+    frozen: Weights,
+    images: Float[Tensor, "e p q"],
+    labels: Int[Tensor, "m e"],
+    counted: Float[Tensor, "m e"],
+    noise: Float[Tensor, "e p"],
+) -> Float[Tensor, " m"]:
+    """Return the loss of each network on images that it was not trained on, of those that are counted."""
+    labels = labels.masked_fill(counted == 0, IGNORED)
+    return vmap(objective.loss, in_dims=(0, 0, None, 0, None))(networks, frozen, images, labels, noise)
+
+
+def require_learned(trained: dict[str, np.ndarray], objective: Objective, where: str, remedy: str) -> None:
+    """InputError if a fleet has diverged: its mean loss is no number, or twice that of its start and of guessing.
+
+    A base that knows the images has less than guessing has, and its fine-tunes, on few images and wrong labels, may have more than it.
+    trained: `loss_before` and `loss_after` of each fine-tune.
+    """
+    before, after = (float(trained[f"loss_{when}"].mean()) for when in ("before", "after"))
+    answers = max(2, len(objective.frozen.get("head.bias", [])))
+    require_convergence(
+        after, where, remedy, before if objective.learns == "pixels" else max(before, math.log(answers))
+    )
 
 
 def accuracy(

@@ -27,7 +27,7 @@ from stages.common.metrics import mean_std
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
-from stages.recall.fleet import PatchedImages, patchify_pools, pool_of
+from stages.recall.fleet import PatchedImages, held_out_loss, patchify_pools, pool_of, require_learned
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import load_base
 from stages.recall.objective import Objective
@@ -81,7 +81,7 @@ def draw_fleet(name: str, counts: dict[str, int], recipe: WideRecipe, images: Im
 
 @torch.no_grad()
 def finish(fine_tunes: list[WideFineTune], objective: Objective, images: PatchedImages) -> dict[str, np.ndarray]:
-    """Train a stack of fine-tunes and run them: changes, responses, and accuracy before and after on images of classes present."""
+    """Train a stack of fine-tunes and run them: changes, responses, and on images of classes present accuracy and loss before and after."""
     change = train_wide_fine_tunes(fine_tunes, objective, images)
     frozen = {name: w.expand(len(change), *w.shape) for name, w in objective.frozen.items()}
     x, y = images.evaluation
@@ -92,12 +92,15 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
         right = vmap(objective.scores, in_dims=(0, 0, None, None, None))(networks, frozen, x, y, unmasked)
         return (right * present).sum(1) / present.sum(1)
 
-    after = objective.start + change
+    before, after = objective.start.expand_as(change), objective.start + change
+    held_out = (frozen, x, y.expand(len(change), -1), present, unmasked)
     arrays = {
         "change": change,
         "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
-        "score_before": score(objective.start.expand_as(after)),
+        "score_before": score(before),
         "score_after": score(after),
+        "loss_before": held_out_loss(objective, before, *held_out),
+        "loss_after": held_out_loss(objective, after, *held_out),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
@@ -117,6 +120,10 @@ def build(
     compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {work.parent.name}")
     finished, back = [load_file(path) for path in pieces], np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
+    if all(f.test for f in fine_tunes):  # by recipes outside the ranges: any loss that is a number is a result
+        trained["loss_before"] = np.array([np.inf])
+    remedy = "lower the learning_rate of its recipe in vary_recipes"
+    require_learned(trained, objective, f"fleet {work.parent.name}", remedy)
     keys = fine_tunes[0].characteristics
     return Fleet(
         change=trained["change"],

@@ -1,9 +1,15 @@
-"""The stage that trains bilinear classifiers: what its params become."""
+"""The stage that trains bilinear classifiers: what its params become, and that a kill costs no finished run."""
+
+from pathlib import Path
 
 import pytest
+import yaml
 
+from stages.bilinear import train_bilinear as stage
 from stages.bilinear.train_bilinear import Params
+from stages.common.files import save_arrays
 from stages.common.stage import InputError
+from stages.datasets.fetch_data import Digits, fetch_digits
 
 
 @pytest.mark.usefixtures("project")
@@ -29,3 +35,49 @@ def test_a_seed_that_is_named_twice_is_an_error():
     values = Params.load("train_bilinear", "digits").model_dump()
     with pytest.raises(InputError, match=r"train_bilinear.seeds: .*a seed is named twice"):
         Params.parse(values | {"seeds": [1, 1]}, lambda path: f"train_bilinear.{'.'.join(path)}")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_stage_that_was_killed_trains_only_the_rest_and_ends_with_the_same_bytes(project, monkeypatch):
+    (train_x, train_y), (test_x, test_y), classes = fetch_digits(Digits(kind="digits", test_fraction=0.2, seed=0))
+    arrays = {"train_images": train_x, "train_labels": train_y, "test_images": test_x, "test_labels": test_y}
+    save_arrays(project / "data/digits.safetensors", arrays, {"classes": classes})
+    monkeypatch.setattr("sys.argv", ["train_bilinear", "--dataset", "digits"])
+    monkeypatch.setattr(stage, "parallel_map", lambda function, items, *_: list(map(function, items)))
+    original, trained = stage.train_run, []
+
+    def train_run(config):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(config["run_dir"])
+        return original(config)
+
+    monkeypatch.setattr(stage, "train_run", train_run)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main()
+    assert not stage.MODELS.exists()  # nothing that is half there
+    again = []
+    monkeypatch.setattr(stage, "train_run", lambda config: again.append(config["run_dir"]) or original(config))
+    stage.main()
+    params = yaml.safe_load((project / "params.yaml").read_text())["train_bilinear"]
+    assert len(trained) + len(again) == len(set(trained + again)) == len(params["variants"]) * len(params["seeds"])
+    resumed = contents(stage.MODELS) | contents(stage.REPORTS)
+    assert not any((project / ".work/train_bilinear/digits").iterdir())
+
+    for run_dir in trained[:2]:  # written without having waited
+        folder = project / "alone"
+        original(config_of(run_dir)).write(folder)
+        written = {
+            name: value for name, value in resumed.items() if name.startswith(str(Path(*Path(run_dir).parts[2:])))
+        }
+        assert list(contents(folder).values()) == list(written.values())
+
+
+def config_of(run_dir: str) -> dict:
+    """Return the config of the run that is kept in a folder."""
+    dataset, variant, seed = Path(run_dir).parts[-3:]
+    return Params.load("train_bilinear", dataset).config(dataset, variant, int(seed.removeprefix("seed")))

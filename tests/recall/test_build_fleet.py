@@ -17,12 +17,12 @@ from torch.nn.functional import linear
 from stages.common.backbone import build_vit, load_backbone
 from stages.common.files import load_metadata
 from stages.common.mae import MaskedAutoencoder
-from stages.common.stage import Loader
+from stages.common.stage import InputError, Loader
 from stages.common.vectors import Layout
 from stages.recall import build_fleet
 from stages.recall.build_fleet import Variant
 from stages.recall.fine_tunes import FineTune, Recipe, split_rules
-from stages.recall.fleet import patchify_pools, train_own_bases
+from stages.recall.fleet import held_out_loss, patchify_pools, require_learned, train_own_bases
 from stages.recall.functional_vit import FIXED, HEAD, load_base
 from stages.recall.objective import Objective
 from stages.recall.pools import pool
@@ -208,3 +208,37 @@ def test_a_killed_fleet_trains_only_the_rest_and_ends_with_the_same_bytes(inputs
     build(monkeypatch, "classes")
     assert len(trained) == 7
     assert fleet.read_bytes() == resumed
+
+
+@pytest.mark.usefixtures("inputs")
+@pytest.mark.parametrize("variant", ["classes", "rules", "unlabelled"])
+def test_a_fleet_that_diverges_is_named_and_leaves_no_result(monkeypatch, variant):
+    params = yaml.load(Path("params.yaml").read_text(), Loader)
+    params["build_fleet"]["variants"][variant]["recipe"]["learning_rate"] = [1e30, 1e30]
+    Path("params.yaml").write_text(yaml.dump(params))
+    remedy = f"lower build_fleet.variants.{variant}.recipe.learning_rate"
+    with pytest.raises(InputError, match=rf"^fleet {variant}: training diverged, its loss is not finite: {remedy}$"):
+        build(monkeypatch, variant)
+    assert not Path(f"models/build_fleet/{variant}").exists()
+    assert not Path(f"reports/build_fleet/{variant}").exists()
+
+
+@torch.no_grad()
+def test_the_held_out_loss_is_that_of_the_images_that_count(base, images):
+    objective, (x, y) = Objective(base, "labels", 0.0), images.evaluation
+    frozen = {name: w[None] for name, w in objective.frozen.items()}
+    counted, noise = (y < 3).float()[None], torch.zeros(len(x), base.patches)
+    found = held_out_loss(objective, objective.start[None], frozen, x, y[None], counted, noise)
+    alone = objective.loss(objective.start, objective.frozen, x[y < 3], y[y < 3], noise[y < 3])
+    assert_near(found[0], alone)
+
+
+def test_fine_tunes_may_lose_what_guessing_loses_but_not_twice_as_much(base):
+    objective = Objective(base, "labels", 0.0)
+    losses = {"loss_before": np.array([0.1, 0.3]), "loss_after": np.array([2.0, 3.0])}
+    require_learned(losses, objective, "fleet", "lower it")  # eight classes: guessing loses 2.1
+    for after in (np.array([4.0, 5.0]), np.array([1.0, np.nan])):
+        with pytest.raises(InputError, match=r"fleet: training diverged, its loss is .*: lower it"):
+            require_learned(losses | {"loss_after": after}, objective, "fleet", "lower it")
+    with pytest.raises(InputError, match="diverged"):  # of pixels nothing is guessed
+        require_learned(losses, Objective(base, "pixels", 0.75), "fleet", "lower it")
