@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import dependencies
 import numpy as np
 import opened
-import yaml
 from dvc.utils.hydra import apply_overrides
 from tqdm import tqdm
 
@@ -139,8 +139,7 @@ def set_params(path: Path, settings: list[str]) -> None:
 
 def built_zoos() -> list[str]:
     """Return the architectures whose zoos params.yaml has the pipeline build."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    return list(params["train_weightnet"]["tasks"]["architectures"])
+    return list(dependencies.lookup(dependencies.read_params(), "train_weightnet.tasks.architectures"))
 
 
 def command(folder: Path, *words: str) -> str:
