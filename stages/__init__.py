@@ -6,12 +6,14 @@ them again and again takes a fifth of the time of all imports or more. Under `st
 already takes over. Where this is imported, nothing is changed.
 """
 
+import ast
 import gc
 import json
 import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 FORK_SERVER = "WEIGHTLENS_FORK_SERVER"  # in the environment: where it listens
 
@@ -32,7 +34,27 @@ def hand_over(address: str) -> None:
     os._exit(status[0] if status else 1)
 
 
+def answer_early(source: Path) -> None:
+    """Answer `--help` and mistakes in the command line of the stage that lies in `source`, before its imports, which take seconds.
+
+    What it says to parse_arguments is read from its text; scripts with parsers of their own answer for themselves.
+    """
+    tree = ast.parse(source.read_text())
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "parse_arguments":
+            from stages.common.stage import parse_arguments
+
+            sys.argv[0] = str(source)
+            parse_arguments(
+                ast.get_docstring(tree), **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+            )
+            sys.argv[0] = "-m"
+
+
 if sys.argv[:1] == ["-m"]:
     gc.disable()
-    if FORK_SERVER in os.environ and sys.orig_argv[1:2] == ["-m"]:
+    module = sys.orig_argv[2] if sys.orig_argv[1] == "-m" else ""  # "": Python itself was given options
+    if FORK_SERVER in os.environ and module:
         hand_over(os.environ[FORK_SERVER])
+    if (script := Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")).is_file():
+        answer_early(script)
