@@ -24,15 +24,17 @@ from torch.func import vmap
 from stages.common.files import save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
+from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.recall.fleet import PatchedImages, patchify_pools, pool_of
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
-from stages.recall.functional_vit import load_base
+from stages.recall.functional_vit import Base, load_base
 from stages.recall.objective import Objective
 from stages.recall.pools import pool
-from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, stacks, train_wide_fine_tunes
+from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, pick, stacks, train_wide_fine_tunes
 
 BASES = Path("models/classify_masked")
 REPORTS = Path("reports/vary_recipes")
@@ -55,7 +57,8 @@ class Params(StageParams):
     stack: PositiveInt  # fine-tunes that train together
     references: PositiveInt  # inputs whose responses are kept, of the test images
     evaluation_images: PositiveInt
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # while training
+    # of a fine-tune's images while it trains: one is drawn for each
+    mask_ratios: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
     recipes: dict[str, WideRecipe]
     fleets: dict[str, FleetParams]
 
@@ -104,38 +107,43 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
-def build(
-    name: str, fine_tunes: list[WideFineTune], params: Params, objective: Objective, images: PatchedImages
-) -> Fleet:
+def hidden_shares(fine_tunes: list[WideFineTune], ratios: list[float]) -> list[float]:
+    """Return which share of each image's patches fine-tunes hide while they train, drawn apart from all else."""
+    return [pick(generator(0, f"{f.name}: mask ratio"), ratios) for f in fine_tunes]
+
+
+def build(name: str, fine_tunes: list[WideFineTune], params: Params, base: Base, images: PatchedImages) -> Fleet:
     """Return the fleet called `name`, trained; stacks that are finished are kept."""
-    base = BASES / params.dataset / "backbone.safetensors"
-    recipe = params.recipe_of(name).model_dump() | {
-        "fleet": name,
-        "seed": params.seed,
-        "stack": params.stack,
-        "mask": params.mask_ratio,
-    }
-    inputs = fingerprint(base, DATA / f"{params.dataset}.safetensors")
-    work = work_folder(f"vary_recipes/{name}", recipe | {"inputs": inputs, "references": params.references})
-    rows = stacks(fine_tunes, params.stack)
-    pieces = {work / f"{number}.safetensors": [fine_tunes[i] for i in places] for number, places in enumerate(rows)}
-    finish_stack = partial(finish, objective=objective, images=images)
-    compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
-    finished, back = [load_file(path) for path in pieces], np.argsort(np.concatenate(rows))
+    path = BASES / params.dataset / "backbone.safetensors"
+    settings = params.recipe_of(name).model_dump() | {"fleet": name, "seed": params.seed, "stack": params.stack}
+    inputs = fingerprint(path, DATA / f"{params.dataset}.safetensors")
+    settings |= {"inputs": inputs, "references": params.references}
+    rows, finished, hidden = [], [], hidden_shares(fine_tunes, params.mask_ratios)
+    for ratio in dict.fromkeys(hidden):
+        objective, places = Objective(base, "labels", ratio), [i for i, own in enumerate(hidden) if own == ratio]
+        stacked = [[places[i] for i in stack] for stack in stacks([fine_tunes[i] for i in places], params.stack)]
+        work = work_folder(f"vary_recipes/{name}", settings | {"mask": ratio})
+        pieces = {work / f"{k}.safetensors": [fine_tunes[i] for i in stack] for k, stack in enumerate(stacked)}
+        finish_stack = partial(finish, objective=objective, images=images)
+        compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
+        rows += stacked
+        finished += [load_file(piece) for piece in pieces]
+    back = np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
-    keys = fine_tunes[0].characteristics
+    truth = {key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in fine_tunes[0].characteristics}
+    truth["recipe"] = np.column_stack([truth["recipe"], np.array(hidden, np.float32)])
     return Fleet(
         change=trained["change"],
         responses=trained["responses"],
         scores={when: trained[f"score_{when}"] for when in ("before", "after")},
-        truth={key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in keys},
+        truth=truth,
         mean_image=np.zeros((len(fine_tunes), 0), np.float32),
         test=np.array([f.test for f in fine_tunes]),
-        metadata=objective.layout.metadata
-        | {"dataset": params.dataset, "base": str(base), "base_fingerprint": fingerprint(base)}
+        metadata=Layout.of(base.trained).metadata
+        | {"dataset": params.dataset, "base": str(path), "base_fingerprint": fingerprint(path)}
         | {
-            "answers": [len(objective.frozen["head.bias"]), params.references],
-            "recipe": list(fine_tunes[0].training.numbers),
+            "answers": [len(base.decoder["head.bias"]), params.references],
+            "recipe": [*fine_tunes[0].training.numbers, "mask ratio"],
         },
     )
 
@@ -147,11 +155,10 @@ def main() -> None:
     device = torch.device("cpu") if has_cluster() else pick_device()
     base = load_base(BASES / params.dataset / "backbone.safetensors", device)
     train, test = load_images(params.dataset, device)
-    objective = Objective(base, "labels", params.mask_ratio)
     images = patchify_pools(base, train, test, params.references, params.evaluation_images)
     summary = {}
     for name, of in params.fleets.items():
-        fleet = build(name, draw_fleet(name, params, train), params, objective, images)
+        fleet = build(name, draw_fleet(name, params, train), params, base, images)
         fleet.metadata["classes"] = train.classes
         fleet.save_at(VARY_RECIPES / f"{name}.safetensors")
         acc = {when: mean_std(values.tolist()) for when, values in fleet.scores.items()}
