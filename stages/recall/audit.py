@@ -88,7 +88,8 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     state, notes = load_weights(path, base.layout.shapes, BESIDE, torch.float32, "the base")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
-    if FIXED in state and not torch.equal(state[FIXED], base.encoder[FIXED]):
+    fixed = base.encoder[FIXED]
+    if FIXED in state and not (torch.equal(state[FIXED], fixed) or is_rounded(state[FIXED], fixed)):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
     return moved(path, {name: state[name] for name in base.trained}, base)
 

@@ -24,15 +24,17 @@ from torch.func import vmap
 from stages.common.files import Metadata, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
+from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
+from stages.common.vectors import Layout
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.recall.fleet import PatchedImages, held_out_loss, patchify_pools, pool_of, require_learned
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
-from stages.recall.functional_vit import load_base
+from stages.recall.functional_vit import Base, load_base
 from stages.recall.objective import Objective
 from stages.recall.pools import pool
-from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, stacks, train_wide_fine_tunes
+from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, pick, stacks, train_wide_fine_tunes
 
 BASES = Path("models/classify_masked")
 REPORTS = Path("reports/vary_recipes")
@@ -55,7 +57,8 @@ class Params(StageParams):
     stack: PositiveInt  # fine-tunes that train together
     references: PositiveInt  # inputs whose responses are kept, of the test images
     evaluation_images: PositiveInt
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # while training
+    # of a fine-tune's images while it trains: one is drawn for each
+    mask_ratios: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
     recipes: dict[str, WideRecipe]
     fleets: dict[str, FleetParams]
 
@@ -105,38 +108,52 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
+def hidden_shares(fine_tunes: list[WideFineTune], ratios: list[float]) -> list[float]:
+    """Return which share of each image's patches fine-tunes hide while they train, drawn apart from all else."""
+    return [pick(generator(0, f"{f.name}: mask ratio"), ratios) for f in fine_tunes]
+
+
 def build(
     fine_tunes: list[WideFineTune],
-    objective: Objective,
+    hidden: list[float],
+    base: Base,
     images: PatchedImages,
     stack: int,
     work: Path,
     origin: Metadata,
 ) -> Fleet:
-    """Return a fleet, trained so many fine-tunes together; stacks that are finished wait in `work`. origin: of its images and base."""
-    rows = stacks(fine_tunes, stack)
-    pieces = {work / f"{number}.safetensors": [fine_tunes[i] for i in places] for number, places in enumerate(rows)}
-    finish_stack = partial(finish, objective=objective, images=images)
-    compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {work.parent.name}")
-    finished, back = [load_file(path) for path in pieces], np.argsort(np.concatenate(rows))
+    """Return a fleet, trained so many fine-tunes together; stacks that are finished wait in `work`.
+
+    hidden: the share of patches that each fine-tune hides; origin: of its images and base.
+    """
+    rows, finished, name = [], [], work.parent.name
+    for ratio in dict.fromkeys(hidden):
+        objective, places = Objective(base, "labels", ratio), [i for i, own in enumerate(hidden) if own == ratio]
+        stacked = [[places[i] for i in row] for row in stacks([fine_tunes[i] for i in places], stack)]
+        pieces = {work / f"{ratio:g}-{k}.safetensors": [fine_tunes[i] for i in row] for k, row in enumerate(stacked)}
+        finish_stack = partial(finish, objective=objective, images=images)
+        compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
+        rows += stacked
+        finished += [load_file(piece) for piece in pieces]
+    back = np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
     if all(f.test for f in fine_tunes):  # by recipes outside the ranges: any loss that is a number is a result
         trained["loss_before"] = np.array([np.inf])
-    remedy = "lower the learning_rate of its recipe in vary_recipes"
-    require_learned(trained, objective, f"fleet {work.parent.name}", remedy)
-    keys = fine_tunes[0].characteristics
+    require_learned(trained, objective, f"fleet {name}", "lower the learning_rate of its recipe in vary_recipes")
+    truth = {key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in fine_tunes[0].characteristics}
+    truth["recipe"] = np.column_stack([truth["recipe"], np.array(hidden, np.float32)])
     return Fleet(
         change=trained["change"],
         responses=trained["responses"],
         scores={when: trained[f"score_{when}"] for when in ("before", "after")},
-        truth={key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in keys},
+        truth=truth,
         mean_image=np.zeros((len(fine_tunes), 0), np.float32),
         test=np.array([f.test for f in fine_tunes]),
-        metadata=objective.layout.metadata
+        metadata=Layout.of(base.trained).metadata
         | origin
         | {
-            "answers": [len(objective.frozen["head.bias"]), len(images.references)],
-            "recipe": list(fine_tunes[0].training.numbers),
+            "answers": [len(base.decoder["head.bias"]), len(images.references)],
+            "recipe": [*fine_tunes[0].training.numbers, "mask ratio"],
         },
     )
 
@@ -149,17 +166,17 @@ def main() -> None:
     path = BASES / params.dataset / "backbone.safetensors"
     base = load_base(path, device)
     train, test = load_images(params.dataset, device)
-    objective = Objective(base, "labels", params.mask_ratio)
     images = patchify_pools(base, train, test, params.references, params.evaluation_images)
     origin = {"dataset": params.dataset, "base": str(path), "base_fingerprint": fingerprint(path)}
-    settings = params.model_dump(include={"seed", "stack", "mask_ratio", "references"})
+    settings = params.model_dump(include={"seed", "stack", "mask_ratios", "references"})
     settings["inputs"] = fingerprint(path, DATA / f"{params.dataset}.safetensors")
     summary = {}
     for name, of in params.fleets.items():
         recipe, counts = params.recipe_of(name), {"train": of.train, "test": of.test}
         fine_tunes = draw_fleet(f"{params.seed}/{name}", counts, recipe, train)
+        hidden = hidden_shares(fine_tunes, params.mask_ratios)
         work = work_folder(f"vary_recipes/{name}", settings | {"recipe": recipe.model_dump(), "counts": counts})
-        fleet = build(fine_tunes, objective, images, params.stack, work, origin)
+        fleet = build(fine_tunes, hidden, base, images, params.stack, work, origin)
         fleet.metadata["classes"] = train.classes
         fleet.save_at(VARY_RECIPES / f"{name}.safetensors")
         acc = {when: mean_std(values.tolist()) for when, values in fleet.scores.items()}

@@ -1,13 +1,20 @@
-"""Fleets whose recipes vary: those that are learned from must have learned."""
+"""Fleets whose recipes vary: those that are learned from must have learned, and what is hidden of images is drawn apart from all else."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from reproduction import ROOT
 from running import start
+from tiny_vit import TEST, TRAIN, save_inputs
 
 from stages.common.stage import InputError, Loader
 from stages.recall import vary_recipes
+from stages.recall.fleet import patchify_pools
+from stages.recall.functional_vit import load_base
+from stages.recall.objective import Objective
 
 
 def fleets_with(learning_rate: float, train: int) -> None:
@@ -31,7 +38,7 @@ def fleets_with(learning_rate: float, train: int) -> None:
 def test_a_fleet_that_diverges_is_named_and_leaves_no_result(monkeypatch):
     for train in (0, 2):
         fleets_with(1e30, train)
-        remedy = "lower learning_rate of vary_recipes.recipes.whole, or of the fleet's change"
+        remedy = "lower the learning_rate of its recipe in vary_recipes"
         with pytest.raises(InputError, match=f"^fleet some: training diverged, its loss is not finite: {remedy}$"):
             start(monkeypatch, vary_recipes)
     assert not Path("models/vary_recipes").exists()
@@ -51,3 +58,44 @@ def test_fine_tunes_outside_the_ranges_alone_may_lose_what_they_knew(monkeypatch
         InputError, match=r"^fleet some: training diverged, its loss is \S+ and was 2.08 untrained: lower"
     ):
         start(monkeypatch, vary_recipes)
+
+
+@pytest.fixture
+def params(tmp_path: Path, monkeypatch) -> vary_recipes.Params:
+    """Parameters of a fleet of twelve, in a folder with a base."""
+    monkeypatch.chdir(tmp_path)
+    save_inputs("classify_masked")
+    values = yaml.load((ROOT / "params.yaml").read_text(), Loader)["vary_recipes"]
+    values |= {"dataset": "tiny", "references": 8, "evaluation_images": 8, "stack": 4, "mask_ratios": [0.75, 0.0]}
+    values["recipes"]["whole"] |= {"steps": [2, 4], "n_images": [16, 32], "batch_sizes": [8]}
+    values["fleets"]["whole"] |= {"train": 10, "test": 2}
+    return vary_recipes.Params(**values)
+
+
+def drawn(params: vary_recipes.Params) -> list[vary_recipes.WideFineTune]:
+    fleet = params.fleets["whole"]
+    return vary_recipes.draw_fleet(
+        "0/whole", {"train": fleet.train, "test": fleet.test}, params.recipe_of("whole"), TRAIN
+    )
+
+
+def test_each_fine_tune_hides_its_own_share_and_stands_in_its_own_place(params):
+    fine_tunes = drawn(params)
+    shares = vary_recipes.hidden_shares(fine_tunes, params.mask_ratios)
+    base = load_base(vary_recipes.BASES / "tiny/backbone.safetensors")
+    images = patchify_pools(base, TRAIN, TEST, params.references, params.evaluation_images)
+    fleet = vary_recipes.build(fine_tunes, shares, base, images, params.stack, Path("work/whole/1"), {})
+    hidden = fleet.truth["recipe"][:, fleet.metadata["recipe"].index("mask ratio")]
+    assert set(hidden.tolist()) == {0.75, 0.0}
+    assert hidden.tolist() == shares
+    for place, one in enumerate(fine_tunes):
+        alone = vary_recipes.finish([one], Objective(base, "labels", float(hidden[place])), images)
+        assert np.allclose(fleet.change[place], alone["change"][0], rtol=1e-3, atol=1e-7), place
+        other = vary_recipes.finish([one], Objective(base, "labels", 0.75 - float(hidden[place])), images)
+        assert not np.allclose(fleet.change[place], other["change"][0], rtol=1e-3, atol=1e-7), place
+    assert torch.equal(torch.from_numpy(fleet.test), torch.tensor([one.test for one in fine_tunes]))
+
+
+def test_of_one_share_all_hide_it(params):
+    fine_tunes = drawn(params)
+    assert vary_recipes.hidden_shares(fine_tunes, [0.5]) == [0.5] * len(fine_tunes)
