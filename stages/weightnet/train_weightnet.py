@@ -165,10 +165,11 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
     data = prepare(zoos, split, job.member.kind, statistics, task.pooled)
     history: list[dict[str, Any]] = []
     kept, certainty = None, {}
+    keeps = job.task_name == ALL and job.split == 0
     match job.member.kind:
         case "exam":
             main = job.task_name == params.tasks.main
-            found, deviation, examiner = examine(data, params.exam, params.trees, main, first=job.split == 0)
+            found, deviation, examiner = examine(data, params.exam, params.trees, main, job.split == 0, keeps=keeps)
             predictions = {job.name + name.removeprefix("exam"): pair for name, pair in found.items()}
             certainty[job.name] = (deviation, examiner.half_width(familiar=split.test.keys() <= split.train.keys()))
             kept = examiner.state()
@@ -189,7 +190,7 @@ def train_and_predict(job: Job, zoos: dict[str, Zoo], statistics: Statistics, pa
         errors = pair[0] - data.part(split.validation, data.targets)
         certainty.setdefault(name, ((torch.ones_like(pair[0]), torch.ones_like(pair[1])), conformal_quantile(errors)))
     tables = [table for name, pair in predictions.items() for table in tabulate(name, pair, *certainty[name], data)]
-    if job.task_name != ALL or job.split > 0:
+    if not keeps:
         kept = None
     elif kept is not None:
         kept |= describe_zoo(data, statistics)
