@@ -234,10 +234,11 @@ def train_and_predict(
     history: list[Epoch] = []
     kept: Checkpoint | None = None
     certainty: dict[str, tuple[Pair, Float[Tensor, " k"]]] = {}
+    keeps = job.task_name == ALL and job.split == 0
     match job.member.kind:
         case "exam":
             is_main, first = job.task_name == main, job.split == 0
-            found, deviation, examiner = examine(data, fitting.exam, fitting.trees, is_main, first)
+            found, deviation, examiner = examine(data, fitting.exam, fitting.trees, is_main, first, keeps=keeps)
             predictions = {job.name + name.removeprefix("exam"): pair for name, pair in found.items()}
             certainty[job.name] = (deviation, examiner.half_width(familiar=split.test.keys() <= split.train.keys()))
             kept = examiner.state()
@@ -257,7 +258,7 @@ def train_and_predict(
         errors = pair[0] - data.part(split.validation, data.targets)
         certainty.setdefault(name, ((torch.ones_like(pair[0]), torch.ones_like(pair[1])), conformal_quantile(errors)))
     tables = [table for name, pair in predictions.items() for table in tabulate(name, pair, *certainty[name], data)]
-    if job.task_name != ALL or job.split > 0:
+    if not keeps:
         kept = None
     elif kept is not None:
         kept |= describe_zoo(data, statistics)

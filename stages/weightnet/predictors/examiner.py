@@ -114,12 +114,13 @@ def errors_elsewhere(
 
 
 def examine(
-    data: Data, params: ExamParams, trees: int, main: bool, first: bool
+    data: Data, params: ExamParams, trees: int, main: bool, first: bool, keeps: bool
 ) -> tuple[dict[str, Pair], Pair, "Examiner"]:
     """Draw, let sit, mark and learn: return the predictions of the exam and of what it is compared with, how uncertain the exam's
     are, and the examiner.
 
     data.inputs: hyper-parameters. main: also tell what parts of the marks would have told; and on the first split, other drawings.
+    keeps: also tell, for an examiner that is kept, which inputs tell most.
     """
     split, parts = data.split, (data.split.train, data.split.validation, data.split.test)
     targets, truth, _ = (data.part(rows, data.targets) for rows in parts)
@@ -150,7 +151,7 @@ def examine(
     deviation = (ridge.deviation(whole[1]), ridge.deviation(whole[2]))
     errors, sizes = (own[0] - truth) / deviation[0], [len(rows) for rows in split.train.values()]
     elsewhere = errors_elsewhere(whole[0], targets, sizes) if len(sizes) > 1 else (errors, torch.ones(len(errors)))
-    telling = how_telling(exam, data.zoos, split.train)
+    telling = how_telling(exam, data.zoos, split.train) if keeps else torch.zeros(0)
     kept = Examiner(exam, ridge, data.scale, errors, *elsewhere, data.names, targets, telling, data.measured)
     return found, deviation, kept
 

@@ -340,4 +340,10 @@ def _relu_or_tanh(x: Tensor, tanh: Bool[Tensor, " n"], overwrite: bool) -> Tenso
         return x.tanh_() if overwrite else x.tanh()
     if not tanh.any():
         return x.relu_() if overwrite else x.relu()
-    return torch.where(tanh.view(-1, *[1] * (x.dim() - 1)), torch.tanh(x), torch.relu(x))
+    kinds, counts = torch.unique_consecutive(
+        tanh, return_counts=True
+    )  # each of those that lie together once, not both of all
+    in_place = overwrite and len(x) == len(tanh) and not x.requires_grad
+    parts = x.expand(len(tanh), *x.shape[1:]).split(counts.tolist())
+    results = [_relu_or_tanh(part, is_tanh[None], in_place) for part, is_tanh in zip(parts, kinds, strict=True)]
+    return x if in_place else torch.cat(results)
