@@ -78,7 +78,7 @@ def test_predictions_as_a_table_are_those_that_the_command_prints(tmp_path, monk
     (tmp_path / "spec.json").write_text(json.dumps({"layers": layers}))
     files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     with pytest.raises(
-        InputError, match="the zoos of digits, mnist: say which it learned by --dataset"
+        InputError, match="the zoos of digits, fashion_mnist, mnist: say which it learned by --dataset"
     ):  # of any images
         predict.predict(files, "spec.json", allow_probe=True)
     table = predict.predict(files, "spec.json", dataset="digits", allow_probe=True)
