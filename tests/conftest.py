@@ -10,6 +10,13 @@ from reproduction import ROOT, scale_overrides, set_params
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
 
+LONGEST = ("test_stages_run.py", "test_dvc.py", "test_documents.py")  # a minute and more, each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first: begun last, one would go on alone on one core."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
