@@ -29,10 +29,10 @@ LONGEST_ADDRESS = 100  # bytes: of a socket's path, all systems take so many
 
 @contextmanager
 def fork_server() -> Iterator[dict[str, str]]:
-    """Serve while the context lasts; give the environment in which stages find it, empty where there can't be one."""
+    """Serve while the context lasts; give the environment in which stages find it, empty where there is none: then they import."""
     with tempfile.TemporaryDirectory(prefix="weightlens-") as folder:
         address = f"{folder}/socket"
-        if not hasattr(os, "fork") or len(os.fsencode(address)) > LONGEST_ADDRESS:
+        if sys.platform != "linux" or len(os.fsencode(address)) > LONGEST_ADDRESS:  # macOS's libraries bear no fork
             yield {}
             return
         watched, owned = os.pipe()  # whoever reads `watched` hears when this process ends, however it does
