@@ -27,7 +27,7 @@ def hand_over(address: str) -> None:
             return
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the copy hears itself
         environment = {name: value for name, value in os.environ.items() if name != FORK_SERVER}
-        request = {"words": sys.orig_argv, "folder": os.getcwd(), "environment": environment}  # noqa: PTH109 (no pathlib yet)
+        request = {"words": sys.orig_argv, "folder": str(Path.cwd()), "environment": environment}
         socket.send_fds(server, [b"\n"], [0, 1, 2])
         server.sendall(json.dumps(request).encode() + b"\n")
         status = server.recv(1)
@@ -53,8 +53,10 @@ def answer_early(source: Path) -> None:
 
 if sys.argv[:1] == ["-m"]:
     gc.disable()
-    module = sys.orig_argv[2] if sys.orig_argv[1] == "-m" else ""  # "": Python itself was given options
-    if FORK_SERVER in os.environ and module:
-        hand_over(os.environ[FORK_SERVER])
-    if (script := Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")).is_file():
-        answer_early(script)
+    _, option, module, *_ = *sys.orig_argv, ""
+    if option == "-m" and module.startswith("stages."):  # and Python itself was given no options
+        if address := os.environ.get(FORK_SERVER):
+            hand_over(address)
+        script = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        if script.is_file():
+            answer_early(script)
