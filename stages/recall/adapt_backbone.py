@@ -30,7 +30,6 @@ from stages.recall.auditor import KINDS, Kind, base_sha256, responses_of
 from stages.recall.fleet import PatchedImages, patchify_pools, pool_of, split_test
 from stages.recall.fleet_files import ADAPT_BACKBONE, Arrays, with_prefix
 from stages.recall.functional_vit import Base
-from stages.recall.objective import Objective
 from stages.recall.own_base import read_own_base, with_head
 from stages.recall.own_fleet import Tuning, finish, fit_head
 from stages.recall.pools import pool
@@ -119,7 +118,7 @@ def build(
 def beside(base: Base, test: ImageSet, references: int) -> Arrays:
     """Return what an auditor needs of the base beside its weights: its head, the reference inputs and how it answers them."""
     chosen, _ = split_test(test, references)
-    start = torch.zeros(Objective(base, "labels", 0.0).layout.size, device=chosen.images.device)
+    start = torch.zeros(base.layout.size, device=chosen.images.device)
     head = {key: tensor.cpu().numpy() for key, tensor in base.decoder.items()}
     inputs = {"images": chosen.images.cpu().numpy(), "labels": chosen.labels.cpu().numpy()}
     return head | inputs | {"base_responses": responses_of(base, chosen.images, start)}

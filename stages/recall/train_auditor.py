@@ -33,7 +33,6 @@ from stages.recall.fleet_files import BUILD_FLEET, VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
 from stages.recall.honesty import alter, folds_of
 from stages.recall.measures import from_recipe_alone, measure_of, recalled, refusals, run_networks
-from stages.recall.objective import Objective
 from stages.recall.reading import References
 from stages.recall.tampering import alterations
 
@@ -73,8 +72,7 @@ def save_adapter_example(folder: Path, fleet: Fleet, place: int) -> None:
 
 def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet]) -> dict[str, Metadata]:
     """Write fine-tunes never seen, the first that pass; return what they were trained on, or why one must be refused."""
-    objective, examples = Objective(base, "labels", 0.0), {}
-    layout = objective.layout
+    examples = {}
     for kind, fleet in fleets.items():
         rows = fleet.held_out
         part = auditor.parts[kind]
@@ -89,7 +87,7 @@ def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind,
             save_adapter_example(folder / kind, fleet, place)
             continue
         for name, factor in ((kind, 1.0), ("negated", -1.0)):
-            network = layout.unflatten(objective.start + factor * torch.from_numpy(fleet.change[place]))
+            network = base.layout.unflatten(base.start + factor * torch.from_numpy(fleet.change[place]))
             save_arrays(folder / f"{name}.safetensors", {k: w.numpy() for k, w in network.items()}, {})
     return examples | {"negated": {"refused": "the change of `whole`, taken away from the base instead of added"}}
 

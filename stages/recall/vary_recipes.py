@@ -27,7 +27,6 @@ from stages.common.metrics import mean_std
 from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
-from stages.common.vectors import Layout
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
 from stages.recall.fleet import PatchedImages, held_out_loss, patchify_pools, pool_of, require_learned
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
@@ -149,7 +148,7 @@ def build(
         truth=truth,
         mean_image=np.zeros((len(fine_tunes), 0), np.float32),
         test=np.array([f.test for f in fine_tunes]),
-        metadata=Layout.of(base.trained).metadata
+        metadata=base.layout.metadata
         | origin
         | {
             "answers": [len(base.decoder["head.bias"]), len(images.references)],

@@ -195,10 +195,6 @@ class Examiner:
             found[out] = self.ridge.without(out).deviation_at(self.inputs[out])[:, self.skill]
         return found
 
-    def uncertainty(self, networks: Networks | nn.Module) -> Float[Tensor, " n"]:
-        """Return how uncertain the predicted accuracies of some networks are: how far their marks are from those that are known."""
-        return self.ridge.deviation_at(self.read(networks))[:, self.skill]
-
     def unlike(self, read: Float[Tensor, "1 r"]) -> float:
         """Return for how many of the networks that it learned from accuracy would be less uncertain, were their architecture new.
 
