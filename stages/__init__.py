@@ -49,6 +49,7 @@ def answer_early(source: Path) -> None:
                 ast.get_docstring(tree), **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
             )
             sys.argv[0] = "-m"
+            return
 
 
 if sys.argv[:1] == ["-m"]:

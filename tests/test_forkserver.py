@@ -47,10 +47,10 @@ def served():
     assert server.returncode == 0
 
 
-def start(project: Path, environment: dict[str, str], *words: str) -> subprocess.Popen:
+def start(project: Path, environment: dict[str, str], *words: str, module: str = "stage") -> subprocess.Popen:
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "stages.stage", *words]
-    environment = os.environ | {"COLOUR": words[0]} | environment
+    command = [sys.executable, "-m", f"stages.{module}", *words]
+    environment = os.environ | {"COLOUR": "red"} | environment
     return subprocess.Popen(command, cwd=project, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
@@ -66,23 +66,14 @@ def test_it_prints_reads_and_ends_as_by_itself(project, served, words):
 def test_it_runs_the_code_that_lies_there_at_the_time(project, served):
     for text in ("one", "another"):
         (project / "stages/changing.py").write_text(f"print('{text}')")
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.changing"],
-            cwd=project,
-            env=os.environ | served,
-            capture_output=True,
-            check=True,
-        )
-        assert done.stdout.decode() == f"{text}\n"
+        assert start(project, served, module="changing").communicate()[0] == f"{text}\n"
 
 
 def test_libraries_are_imported_already(project, served):
     (project / "stages/asking.py").write_text(
         "import sys; print('torch' in sys.modules, 'stages.forkserver' in sys.modules)"
     )
-    words = [sys.executable, "-m", "stages.asking"]
-    done = subprocess.run(words, cwd=project, env=os.environ | served, capture_output=True, check=True)
-    assert done.stdout.decode() == "True False\n"
+    assert start(project, served, module="asking").communicate()[0] == "True False\n"
 
 
 def test_a_signal_that_ends_it_is_told_as_shells_tell_it(project, served):

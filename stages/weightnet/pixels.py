@@ -9,6 +9,7 @@ What they leave open stays open: the answer is then the hull of the intervals fo
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -104,11 +105,8 @@ def told_by_weights(
     """Return the scalings that one network's weights leave possible, and what of it tells; all of them, if they say nothing."""
     if networks is None or mean_image is None:
         return list(scalings), "answers"
-    program, weights = networks.program, networks.weights
     errors = {
-        name: norm_error(
-            Networks(rescaled_input(program, *ends), networks.symmetry, weights, networks.tanh), mean_image
-        )
+        name: norm_error(replace(networks, program=rescaled_input(networks.program, *ends)), mean_image)
         for name, ends in scalings.items()
     }
     if (least := min(errors.values())) < FAR:

@@ -446,9 +446,8 @@ def answer_for(paths: Sequence[Path], dataset: str | None, allow_probe: bool, as
     """Return everything that is said of some networks, as --json prints it."""
     family = "exam" if allow_probe else "weightnet"
     models = {file: said for path in paths for file, said in list_models(path).items()}
-    follow = cache(
-        partial(user_program, allow_code=asked.allow_code)
-    )  # others' code runs once for each shape of images
+    # Others' code runs once for each shape of images.
+    follow = cache(partial(user_program, allow_code=asked.allow_code))
     dataset = dataset or fitting_dataset(models, family, asked, follow)
     known = load_known(published(find_predictor(dataset, family)), family)
     results = predict_all(known, models, asked, follow)

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from running import start
 
 from stages.bilinear import train_bilinear as stage
 from stages.bilinear.train_bilinear import Params
-from stages.common.files import save_arrays
 from stages.common.stage import InputError
-from stages.datasets.fetch_data import Digits, fetch_digits
 
 
 @pytest.mark.usefixtures("project")
@@ -42,11 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_stage_that_was_killed_trains_only_the_rest_and_ends_with_the_same_bytes(project, monkeypatch):
-    (train_x, train_y), (test_x, test_y), classes = fetch_digits(Digits(kind="digits", test_fraction=0.2, seed=0))
-    arrays = {"train_images": train_x, "train_labels": train_y, "test_images": test_x, "test_labels": test_y}
-    save_arrays(project / "data/digits.safetensors", arrays, {"classes": classes})
-    monkeypatch.setattr("sys.argv", ["train_bilinear", "--dataset", "digits"])
+def test_a_stage_that_was_killed_trains_only_the_rest_and_ends_with_the_same_bytes(digits, monkeypatch):
     monkeypatch.setattr(stage, "parallel_map", lambda function, items, *_: list(map(function, items)))
     original, trained = stage.train_run, []
 
@@ -58,18 +53,18 @@ def test_a_stage_that_was_killed_trains_only_the_rest_and_ends_with_the_same_byt
 
     monkeypatch.setattr(stage, "train_run", train_run)
     with pytest.raises(KeyboardInterrupt):
-        stage.main()
+        start(monkeypatch, stage, dataset="digits")
     assert not stage.MODELS.exists()  # nothing that is half there
     again = []
     monkeypatch.setattr(stage, "train_run", lambda config: again.append(config["run_dir"]) or original(config))
-    stage.main()
-    params = yaml.safe_load((project / "params.yaml").read_text())["train_bilinear"]
+    start(monkeypatch, stage, dataset="digits")
+    params = yaml.safe_load((digits / "params.yaml").read_text())["train_bilinear"]
     assert len(trained) + len(again) == len(set(trained + again)) == len(params["variants"]) * len(params["seeds"])
     resumed = contents(stage.MODELS) | contents(stage.REPORTS)
-    assert not any((project / ".work/train_bilinear/digits").iterdir())
+    assert not any((digits / ".work/train_bilinear/digits").iterdir())
 
     for run_dir in trained[:2]:  # written without having waited
-        folder = project / "alone"
+        folder = digits / "alone"
         original(config_of(run_dir)).write(folder)
         written = {
             name: value for name, value in resumed.items() if name.startswith(str(Path(*Path(run_dir).parts[2:])))

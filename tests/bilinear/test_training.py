@@ -17,20 +17,15 @@ from stages.bilinear.training import (
     load_model,
     train_image_experiment,
 )
-from stages.common.files import save_arrays
 from stages.common.images import load_images
 from stages.common.runtime import autocast, resolve_device
 from stages.common.stage import InputError
-from stages.datasets.fetch_data import Digits, fetch_digits
 
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr"]
 
 
 @pytest.fixture
-def config(project):
-    (train_x, train_y), (test_x, test_y), classes = fetch_digits(Digits(kind="digits", test_fraction=0.2, seed=0))
-    arrays = {"train_images": train_x, "train_labels": train_y, "test_images": test_x, "test_labels": test_y}
-    save_arrays(project / "data/digits.safetensors", arrays, {"classes": classes})
+def config(digits):
     return {
         "dataset": {"name": "digits", "validation_fraction": 0.2, "split_seed": 0},
         "model": {"d_hidden": 16, "n_layer": 1, "bias": False, "residual": False},
@@ -44,7 +39,7 @@ def config(project):
             "input_noise": 0.1,
         },
         "seed": 0,
-        "run_dir": str(project / "run"),
+        "run_dir": str(digits / "run"),
     }
 
 

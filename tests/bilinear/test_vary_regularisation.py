@@ -9,25 +9,20 @@ import yaml
 
 from stages.bilinear import vary_regularisation as stage
 from stages.bilinear.model import BilinearImageClassifier
-from stages.common.files import save_arrays
 from stages.common.images import load_images
 from stages.common.metrics import accuracy
-from stages.datasets.fetch_data import Digits, fetch_digits
 
 
 @pytest.fixture
-def digits(project):
-    (train_x, train_y), (test_x, test_y), classes = fetch_digits(Digits(kind="digits", test_fraction=0.2, seed=0))
-    arrays = {"train_images": train_x, "train_labels": train_y, "test_images": test_x, "test_labels": test_y}
-    save_arrays(project / "data/digits.safetensors", arrays, {"classes": classes})
-    values = yaml.safe_load((project / "params.yaml").read_text())
+def small(digits):
+    values = yaml.safe_load((digits / "params.yaml").read_text())
     values["vary_regularisation"] |= {"d_hidden": 16, "seeds": [0, 1, 2]}
     values["vary_regularisation"]["overrides"]["digits"] = {"epochs": 2, "batch_size": 128, "learning_rate": 0.02}
-    (project / "params.yaml").write_text(yaml.safe_dump(values))
-    return project
+    (digits / "params.yaml").write_text(yaml.safe_dump(values))
+    return digits
 
 
-def test_every_combination_is_measured_and_a_run_that_was_killed_goes_on(digits, monkeypatch):
+def test_every_combination_is_measured_and_a_run_that_was_killed_goes_on(small, monkeypatch):
     monkeypatch.setattr("sys.argv", ["vary_regularisation", "--dataset", "digits"])
     trained = []
 
@@ -44,7 +39,7 @@ def test_every_combination_is_measured_and_a_run_that_was_killed_goes_on(digits,
         stage.main()
     stage.main()
     assert len(trained) == 8 * 3 + 1  # four were kept
-    reports = digits / "reports/vary_regularisation/digits"
+    reports = small / "reports/vary_regularisation/digits"
     table = pd.read_csv(reports / "conditions.csv")
     assert len(table) == 8 * 5
     summary = json.loads((reports / "summary.json").read_text())

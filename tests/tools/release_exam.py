@@ -4,8 +4,6 @@ Reads models/train_weightnet/<dataset>-exam/predictors.pt and data/<dataset>.saf
 the sum in its card: the drawn inputs in halves, and beside them the data set's mean image, by which batch norms tell of pixels.
 """
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +11,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from stages.common.checkpoints import load_torch, save_torch
+from stages.common.files import load_json, save_json
 from stages.common.images import load_images
+from stages.common.work import fingerprint
 from stages.weightnet.pixels import PIXELS
 
 
@@ -29,8 +29,7 @@ def release(dataset: str) -> Path:
     save_torch(path, state)
     card = path.with_suffix(".json")
     if card.is_file():
-        said = json.loads(card.read_text()) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        card.write_text(json.dumps(said, indent=2) + "\n")
+        save_json(card, load_json(card) | {"sha256": fingerprint(path)})
     return path
 
 
