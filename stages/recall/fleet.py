@@ -156,17 +156,18 @@ def held_out_loss(
     return vmap(objective.loss, in_dims=(0, 0, None, 0, None))(networks, frozen, images, labels, noise)
 
 
-def require_learned(trained: dict[str, np.ndarray], objective: Objective, where: str, remedy: str) -> None:
-    """InputError if a fleet has diverged: its mean loss is no number, or twice that of its start and of guessing.
+def require_learned(
+    trained: dict[str, np.ndarray], objective: Objective, where: str, remedy: str, bounded: bool = True
+) -> None:
+    """InputError if a fleet has diverged: its mean loss is no number or, where it is bounded, twice that of its start and of guessing.
 
     A base that knows the images has less than guessing has, and its fine-tunes, on few images and wrong labels, may have more than it.
     trained: `loss_before` and `loss_after` of each fine-tune.
     """
     before, after = (float(trained[f"loss_{when}"].mean()) for when in ("before", "after"))
     answers = max(2, len(objective.frozen.get("head.bias", [])))
-    require_convergence(
-        after, where, remedy, before if objective.learns == "pixels" else max(before, math.log(answers))
-    )
+    bound = before if objective.learns == "pixels" else max(before, math.log(answers))
+    require_convergence(after, where, remedy, bound if bounded else math.inf)
 
 
 def accuracy(

@@ -136,9 +136,10 @@ def build(
         finished += [load_file(piece) for piece in pieces]
     back = np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
-    if all(f.test for f in fine_tunes):  # by recipes outside the ranges: any loss that is a number is a result
-        trained["loss_before"] = np.array([np.inf])
-    require_learned(trained, objective, f"fleet {name}", "lower the learning_rate of its recipe in vary_recipes")
+    # Of a fleet by recipes outside the ranges, from which nothing is learned, any loss that is a number is a result.
+    learned_from = not all(f.test for f in fine_tunes)
+    remedy = "lower the learning_rate of its recipe in vary_recipes"
+    require_learned(trained, objective, f"fleet {name}", remedy, bounded=learned_from)
     truth = {key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in fine_tunes[0].characteristics}
     truth["recipe"] = np.column_stack([truth["recipe"], np.array(hidden, np.float32)])
     return Fleet(
