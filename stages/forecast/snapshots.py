@@ -41,6 +41,12 @@ USUAL = (  # files of weights in the folder of a checkpoint
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+CONVERTED = "convert them to .safetensors, a file for each snapshot"
+OTHERS = {  # endings of files of weights that are not read: what is to be done
+    **dict.fromkeys((".h5", ".hdf5", ".keras", ".tflite", ".onnx", ".gguf", ".index"), CONVERTED),
+    **dict.fromkeys((".npz", ".npy", ".msgpack", ".pkl", ".pickle", ".joblib"), CONVERTED),
+    ".distcp": "convert each by torch.distributed.checkpoint.format_utils.dcp_to_torch_save",
+}
 JITTER = Fraction(1, 20)  # by which intervals may differ and still count as even: of rounded numbers
 MOST = 2000  # snapshots among which an even subset is sought: the search takes their square
 
@@ -93,16 +99,15 @@ class Snapshots:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """Return the file of weights in the folder of one checkpoint; None if there is none, or several and no usual one.
-
-    InputError if its weights are spread over several files.
-    """
+    """Return the file of weights in the folder of one checkpoint, or the index of their shards; None if there is none, or several and
+    no usual one."""
     files = {path.name: path for path in folder.iterdir() if is_weights(path)}
     files = {name: path for name, path in files.items() if not COMPANIONS & set(words_in(stem(name)))}
     if usual := [files[name] for name in USUAL if name in files]:
         return usual[0]
-    if index := sorted(path.name for path in folder.glob("*.index.json")):
-        raise InputError(f"{folder}: weights in several files ({index[0]}) cannot be read: save them as one")
+    for name in USUAL:
+        if (index := folder / f"{name}.index.json").is_file():
+            return index
     return next(iter(files.values())) if len(files) == 1 else None
 
 
@@ -160,6 +165,12 @@ def require_count(folder: Path, snapshots: list[Snapshot], least: int) -> None:
         if path.is_dir() and sum(map(is_weights, path.iterdir())) >= least:
             remedy = f"hand over the folder that holds them, such as {path}"
             break
+    else:
+        others = [
+            path.name for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if path.suffix.lower() in OTHERS
+        ]
+        if not snapshots and others:
+            remedy = f"{others[0]} is none that can be read: {OTHERS[Path(others[0]).suffix.lower()]}"
     raise InputError(
         f"{folder}: expected {least} snapshots or more ({', '.join(SUFFIXES)}), got {len(snapshots)}: {remedy}"
     )

@@ -170,8 +170,7 @@ def test_folders_of_checkpoints_are_ordered_by_their_names_and_give_their_weight
     assert {path.name for path in found.paths} == {"model.safetensors", "pytorch_model.bin"}
     (tmp_path / "checkpoint-0/pytorch_model.bin").unlink()
     write(tmp_path, ["checkpoint-0/model-1-of-2.safetensors", "checkpoint-0/model.safetensors.index.json"])
-    with pytest.raises(InputError, match=r"checkpoint-0: weights in several files \(model.safetensors.index.json\)"):
-        find_snapshots(tmp_path, LEAST)
+    assert find_snapshots(tmp_path, LEAST).paths[0].name == "model.safetensors.index.json"  # of shards
 
 
 def test_too_few_say_where_there_are_more(tmp_path):
@@ -182,6 +181,20 @@ def test_too_few_say_where_there_are_more(tmp_path):
         find_snapshots(tmp_path, LEAST)
     write(tmp_path, [f"run/step_{i}.pt" for i in range(N)])
     with pytest.raises(InputError, match=r"got 3: hand over the folder that holds them, such as .*/run"):
+        find_snapshots(tmp_path, LEAST)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("weights.{}.h5", "convert them to .safetensors"),
+        ("{}.ONNX", "convert them to .safetensors"),
+        ("step-{}/__0_0.distcp", "dcp_to_torch_save"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, name, remedy):
+    write(tmp_path, [name.format(i) for i in range(N)])
+    with pytest.raises(InputError, match=f"got 0: {Path(name).name.format(0)} is none .*{remedy}"):
         find_snapshots(tmp_path, LEAST)
 
 
