@@ -2,7 +2,8 @@
 
 Reads   PATH/*, files of weights (.pt, .pth, .ckpt, .safetensors, ...) or folders checkpoint-<n>/ with one each, of one run
         models/released/forecaster.safetensors, or models/train_forecaster/<dataset>/weights_only/forecaster.pt, which read no
-        optimiser's state
+        optimiser's state; models/released/forecaster-state.safetensors where all snapshots carry it, beside the weights (as in
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict()}) or in optimizer.pt of their folder
 Writes  OUTPUT/forecast-<h>.safetensors   the state_dict h snapshots after the last one, moved no further than the past trusts it
         OUTPUT/errors.csv                 squared error over persistence's, where the future is known: of forecasts as they are,
                                           shrunk by what was known at the time, and of linear extrapolation
@@ -16,7 +17,7 @@ Of a curve of measurements (--curve), such as test loss at each snapshot, it say
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ from stages.forecast.baselines import Extrapolation
 from stages.forecast.curves import Curve, carry_on, read_curve, worth
 from stages.forecast.forecasters import load_forecaster
 from stages.forecast.layerwise import LayerForecaster
-from stages.forecast.released import RELEASED, load_released
+from stages.forecast.optimizer_states import read_directions, states_beside
+from stages.forecast.released import RELEASED, STATE, ByHorizon, load_released, load_with_state
 from stages.forecast.shared import SharedForecaster
 from stages.forecast.shrinkage import Agreement, Prior, causal_shrinkage, compare_with_past, shrinkage, trust
 from stages.forecast.snapshots import Snapshots, find_snapshots
@@ -48,15 +50,18 @@ if TYPE_CHECKING:
 RUNNING = ("running_mean", "running_var")
 
 State = dict[str, Tensor]
+AnyNetwork = SharedForecaster | LayerForecaster | ByHorizon  # forecasters that serve it
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run read from its snapshots. last: the whole last one; ties: tensors that are always equal to another, and to which."""
+    """A run read from its snapshots. last: the whole last one; ties: tensors that are always equal to another, and to which; averaged:
+    whether the weights are a moving average, which no optimiser steps."""
 
     trajectory: Trajectory
     last: State
     ties: dict[str, str]
+    averaged: bool
 
 
 def weights_of(state: State) -> State:
@@ -98,7 +103,7 @@ def read_trajectory(paths: list[Path]) -> Recorded:
             f"{paths[-1]}: no weight differs from those of the {WINDOW} snapshots before: copy each state_dict when it is taken"
         )
     ties = find_ties(run)
-    return Recorded(without(run, ties), last, ties)
+    return Recorded(without(run, ties), last, ties, any("moving average" in note for note in said))
 
 
 def find_ties(run: Trajectory) -> dict[str, str]:
@@ -125,7 +130,7 @@ def without(run: Trajectory, names: dict[str, str]) -> Trajectory:
     return Trajectory(Layout(kept), weights, None)
 
 
-def forecast(model: SharedForecaster | LayerForecaster, run: Trajectory, t: int) -> Forecast:
+def forecast(model: AnyNetwork, run: Trajectory, t: int) -> Forecast:
     """Return the weights at t + h for every horizon; those that stand still, as frozen and pruned ones do, stay."""
     ahead, moved = model.predict(run, t), moved_lately(run, t)
     for row in ahead:
@@ -182,7 +187,8 @@ def parse() -> argparse.Namespace:
         "--output", type=Path, default=Path("forecasts"), help="folder to write to (default: forecasts)"
     )
     of_yours = "or one that train_forecaster made, of weights alone"
-    parser.add_argument("--forecaster", type=Path, default=RELEASED, help=f"default: {RELEASED}; {of_yours}")
+    best = f"{STATE} where snapshots carry the optimiser's state, else {RELEASED}"
+    parser.add_argument("--forecaster", type=Path, help=f"default: {best}; {of_yours}")
     parser.add_argument(
         "--raw", action="store_true", help="write forecasts as they are, however little the past trusts them"
     )
@@ -202,22 +208,51 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_weights_forecaster(
-    path: Path, horizons: list[int] | None
-) -> tuple[SharedForecaster | LayerForecaster, Prior, list[int]]:
-    """Return a forecaster that reads weights alone, of any network, its prior, and the horizons asked for; InputError if it is another."""
+def load_any(path: Path, horizons: list[int] | None) -> tuple[AnyNetwork, Prior, list[int]]:
+    """Return a forecaster of any network, its prior, and the horizons asked for; InputError if it is another."""
     model: Any
-    if path.suffix == ".safetensors":
+    if path.name == STATE.name:
+        model, prior, _ = load_with_state(path)
+        fits = True  # `choose` sees to the state
+    elif path.suffix == ".safetensors":
         model, prior, card = load_released(path)
-        config = card["config"]
+        fits = not card["config"]["with_state"]
     else:
         model, config = load_forecaster(path)
         prior = Prior.sceptical(len(config["horizons"]))
-    if not isinstance(model, (SharedForecaster, LayerForecaster)) or config["kind"] == "ridge" or config["with_state"]:
-        raise InputError(f"{path}: expected a forecaster that reads weights alone, of any network")
+        fits = isinstance(model, SharedForecaster) and config["kind"] != "ridge" and not config["with_state"]
+    if not fits:
+        raise InputError(f"{path}: expected a forecaster that reads weights alone, of any network, or {STATE}")
     if unknown := sorted(set(horizons or []) - set(model.horizons)):
         raise InputError(f"--horizons: {unknown[0]} is not among those trained: {', '.join(map(str, model.horizons))}")
     return model, prior, horizons or list(model.horizons)
+
+
+def choose(recorded: Recorded, paths: list[Path], forecaster: Path | None) -> tuple[Recorded, Path]:
+    """Return the run with the optimiser's directions, if they are to be read, and the forecaster's file.
+
+    forecaster: None for the best one that the snapshots allow; standard error says why an optimiser's state is not read. InputError if
+    one is asked for that reads it, and cannot.
+    """
+    if forecaster is not None and forecaster.name != STATE.name:
+        return recorded, forecaster
+    run = recorded.trajectory
+    try:
+        if recorded.averaged and states_beside(paths[-1]):
+            raise InputError(f"{paths[-1]}: the weights are a moving average, of which no optimiser keeps a state")
+        directions = read_directions(paths, run.layout)
+        if directions is None and forecaster is not None:
+            raise InputError(
+                f"{paths[-1]}: {forecaster} reads the optimiser's state, of which there is none: leave --forecaster out"
+            )
+    except InputError as error:
+        if forecaster is not None:
+            raise
+        print(f"{error}; weights alone are read", file=sys.stderr)
+        directions = None
+    if directions is None:
+        return recorded, RELEASED
+    return replace(recorded, trajectory=replace(run, state=directions)), forecaster or STATE
 
 
 def print_errors(rows: Rows, snapshots: int) -> None:
@@ -252,6 +287,7 @@ class Forecasts:
     """What is forecast of one run, and how well that would have worked so far."""
 
     recorded: Recorded
+    forecaster: Path
     horizons: list[int]  # snapshots ahead
     weights: dict[int, Float[Tensor, " p"]]  # by horizon
     errors: Rows  # see errors_so_far
@@ -267,23 +303,27 @@ class Forecasts:
         return run.layout.size - int(moved_lately(run, len(run) - 1).sum())
 
 
-def forecasts_of(snapshots: Snapshots, forecaster: Path, horizons: list[int] | None, raw: bool) -> Forecasts:
-    """Return the forecasts of a folder's snapshots; raw: as they are, however little the run's own past trusts them."""
-    model, prior, asked = load_weights_forecaster(published(forecaster), horizons)
-    recorded = read_trajectory(snapshots.paths)
+def forecasts_of(snapshots: Snapshots, forecaster: Path | None, horizons: list[int] | None, raw: bool) -> Forecasts:
+    """Return the forecasts of a folder's snapshots; raw: as they are, however little the run's own past trusts them.
+
+    forecaster: None for the best one that the snapshots allow.
+    """
+    load_any(published(forecaster or RELEASED), horizons)  # what is wrong with it is said before all snapshots are read
+    recorded, forecaster = choose(read_trajectory(snapshots.paths), snapshots.paths, forecaster)
+    model, prior, asked = load_any(published(forecaster), horizons)
     run = recorded.trajectory
     agreement = compare_with_past(model, run)
     ahead = forecast(model, run, len(run) - 1)
     if not raw:
         ahead = shrink(ahead, run, shrinkage(agreement, prior))
     weights = {h: ahead[model.horizons.index(h)] for h in asked}
-    return Forecasts(recorded, asked, weights, errors_so_far(agreement, run, prior))
+    return Forecasts(recorded, forecaster, asked, weights, errors_so_far(agreement, run, prior))
 
 
 def forecast_snapshots(
     path: str | Path,
     *,
-    forecaster: str | Path = RELEASED,
+    forecaster: str | Path | None = None,
     horizons: list[int] | None = None,
     order: str | None = None,
     even: bool = False,
@@ -300,7 +340,8 @@ def forecast_snapshots(
     """
     import pandas as pd
 
-    found = forecasts_of(find_snapshots(Path(path), WINDOW + 1, order, even), Path(forecaster), horizons, raw)
+    chosen = None if forecaster is None else Path(forecaster)
+    found = forecasts_of(find_snapshots(Path(path), WINDOW + 1, order, even), chosen, horizons, raw)
     columns = ["h", "forecast", "shrunk", "linear", "origins"]
     return pd.DataFrame(found.errors, columns=columns), {h: found.state(h) for h in found.horizons}
 
@@ -317,7 +358,7 @@ def main() -> None:
             save_file(found.state(h), temporary)
     run = found.recorded.trajectory
     print(
-        f"{run.layout.size:,} weights to forecast by {arguments.forecaster}, of which {found.standing:,} stand still and are kept"
+        f"{run.layout.size:,} weights to forecast by {found.forecaster}, of which {found.standing:,} stand still and are kept"
     )
     if found.errors:
         save_csv(arguments.output / "errors.csv", found.errors)

@@ -9,7 +9,8 @@ A forecaster is learned for the squared error of weights, or of outputs on train
 set, a network or an optimiser, where errors are those that it is learned for; or a data set, a network and a third of the strides at
 once. In the last case forecasts are also shrunk, as far as what the run's own past says of them, with a prior from the other held-out
 runs, and judged as functions: `logits` is the error of outputs on test images, from a few origins. To release what was learned, copy
-both files to models/released/ by hand.
+both files to models/released/ by hand; of one that reads the optimiser's state, write into the card which horizons it `serves`: those
+at which it is better than the one of weights alone.
 """
 
 import statistics

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from reproduction import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,13 +15,15 @@ from stages.common.work import fingerprint
 from stages.forecast.forecast_snapshots import (
     errors_so_far,
     forecast,
-    load_weights_forecaster,
+    forecasts_of,
+    load_any,
     main,
     read_trajectory,
     state_ahead,
 )
 from stages.forecast.forecasters import build_forecaster
 from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.released import RELEASED, STATE, load_with_state
 from stages.forecast.shrinkage import Prior, compare_with_past
 from stages.forecast.snapshots import find_snapshots
 from stages.forecast.trajectory import WINDOW
@@ -254,9 +257,82 @@ def test_a_run_that_does_not_move_is_refused(tmp_path):
         recorded(tmp_path, [state | {"steps": torch.tensor(t)} for t in range(10)])
 
 
+@pytest.fixture
+def with_state(tmp_path):
+    """Snapshots of a network and of its optimiser."""
+    path, model = tmp_path / "with state", nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    path.mkdir()
+    optimizer, random = torch.optim.Adam(model.parameters(), 1e-2), torch.Generator().manual_seed(0)
+    for t in range(12):
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path / f"step{t}.pt")
+        for _ in range(5):
+            model.zero_grad()
+            x = torch.randn(8, 6, generator=random)
+            (model(x) - x[:, :3]).square().mean().backward()
+            optimizer.step()
+    return path
+
+
+def without_state(folder, tmp_path):
+    """Return a folder of the same weights alone."""
+    path = tmp_path / "without"
+    path.mkdir()
+    for file in folder.iterdir():
+        torch.save(torch.load(file)["model"], path / file.name)
+    return path
+
+
+def test_an_optimisers_state_is_read_with_the_weights_where_it_helps(with_state, tmp_path):
+    """Horizons that the forecaster with state does not serve are those of the one of weights alone; of the others, it has its own past."""
+    serves = load_with_state(ROOT / STATE)[2]["serves"]
+    assert serves
+    found = [
+        forecasts_of(find_snapshots(path, 7), None, None, True)
+        for path in (with_state, without_state(with_state, tmp_path))
+    ]
+    assert [f.forecaster for f in found] == [STATE, RELEASED]
+    for h in found[0].horizons:
+        assert torch.equal(*(f.weights[h] for f in found)) == (h not in serves)
+    asked = forecasts_of(find_snapshots(with_state, 7), STATE, None, True)
+    assert torch.equal(asked.weights[serves[0]], found[0].weights[serves[0]])
+    model, run = load_any(ROOT / STATE, None)[0], asked.recorded.trajectory
+    index = torch.arange(3, run.layout.size, 2)
+    moved = model.predict(run, len(run) - 1) - run.weights[-1]
+    assert torch.allclose(model.movements(run, len(run) - 1, index), moved[:, index], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none in one", "of another network", "moving average"])
+def test_a_state_that_cannot_be_read_is_said_in_one_line_and_weights_alone_are_read(with_state, tmp_path, capsys, kind):
+    spoilt = torch.load(with_state / "step5.pt")
+    moments = {"step": 1, "exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.ones(2, 2)}
+    match kind:
+        case "none in one":
+            torch.save({"model": spoilt["model"]}, with_state / "step5.pt")
+        case "of another network":
+            spoilt["optimizer"]["state"] = dict.fromkeys(range(4), moments)
+            torch.save(spoilt, with_state / "step5.pt")
+        case _:
+            for file in with_state.iterdir():
+                snapshot = torch.load(file)
+                torch.save(snapshot | {"ema": snapshot["model"]}, file)
+    found, alone = (
+        forecasts_of(find_snapshots(path, 7), None, None, False)
+        for path in (with_state, without_state(with_state, tmp_path))
+    )
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("; weights alone are read")]
+    assert len(lines) == 1 and found.forecaster == RELEASED
+    assert all(torch.equal(found.weights[h], alone.weights[h]) for h in found.horizons)
+    with pytest.raises(InputError):
+        forecasts_of(find_snapshots(with_state, 7), STATE, None, False)
+
+
+def test_a_forecaster_with_state_asks_for_one(folder):
+    with pytest.raises(InputError, match="reads the optimiser's state, of which there is none: leave --forecaster out"):
+        forecasts_of(find_snapshots(folder, 7), STATE, None, False)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_forecaster_that_reads_the_optimisers_state_is_refused(tmp_path, suffix):
-    """A folder of snapshots holds none."""
+def test_another_forecaster_that_reads_the_optimisers_state_is_refused(tmp_path, suffix):
     file, config = tmp_path / f"forecaster{suffix}", CONFIG | {"with_state": True}
     if suffix == ".pt":
         save_torch(file, {"config": config, "state_dict": build_forecaster(config | {"n_layers": 1}).state_dict()})
@@ -266,4 +342,4 @@ def test_a_forecaster_that_reads_the_optimisers_state_is_refused(tmp_path, suffi
         card = {"config": config | {"kind": "layerwise"}, "prior": prior, "sha256": fingerprint(file)}
         file.with_suffix(".json").write_text(json.dumps(card))
     with pytest.raises(InputError, match="expected a forecaster that reads weights alone, of any network"):
-        load_weights_forecaster(file, None)
+        load_any(file, None)

@@ -9,13 +9,13 @@ from reproduction import ROOT
 
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
-from stages.forecast.released import OUTPUTS, RELEASED, default_forecaster, load_released
+from stages.forecast.released import OUTPUTS, RELEASED, STATE, default_forecaster, load_released, load_with_state
 from stages.forecast.trajectory import Trajectory
 
 LAYOUT = Layout({"a.weight": (40, 50), "a.bias": (40,)})
 
 
-@pytest.mark.parametrize("path", [RELEASED, OUTPUTS])
+@pytest.mark.parametrize("path", [RELEASED, OUTPUTS, STATE])
 def test_the_file_and_its_card_belong_together(path):
     model, prior, card = load_released(ROOT / path)
     assert (ROOT / path).stat().st_size < 300_000 and card["file"] == path.name
@@ -36,6 +36,14 @@ def test_it_takes_back_noise_and_goes_on_with_what_goes_on():
         assert (errors < most).all(), errors
 
 
+def test_what_is_believed_of_each_horizon_is_believed_of_the_forecaster_that_serves_it():
+    model, prior, card = load_with_state(ROOT / STATE)
+    believed = {path: load_released(ROOT / path)[1] for path in (RELEASED, STATE)}
+    for i, h in enumerate(model.horizons):
+        own = believed[STATE if h in card["serves"] else RELEASED]
+        assert (prior.factor[i], prior.spread[i]) == (own.factor[i], own.spread[i])
+
+
 def test_it_serves_a_loop_that_runs_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert default_forecaster().gains == load_released(ROOT / OUTPUTS)[0].gains
@@ -51,6 +59,9 @@ def test_what_does_not_belong_together_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="is no card of a forecaster: it has no 'prior'"):
         load_released(file)
     described = json.loads((ROOT / RELEASED).with_suffix(".json").read_text())
+    card.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="expected a forecaster that reads the optimiser's state"):
+        load_with_state(file)
     card.write_text(json.dumps(described | {"sha256": "0" * 64}))
     with pytest.raises(InputError, match="its SHA-256 is another"):
         load_released(file)
