@@ -242,14 +242,28 @@ def without_unused(program: Program, output: int) -> Program:
 
 
 def logits_of(program: Program) -> Program:
-    """Return a program without a softmax at its end."""
+    """Return a program without a softmax, or sigmoids, at its end; of a softmax's logarithm without an exponential, too."""
     last = program.steps[-1]
-    if last.kind not in SOFTMAX or last.options["dim"] != len(last.shape) - 1:
+    if last.kind in SOFTMAX:
+        ends = last.options["dim"] == len(last.shape) - 1
+    else:
+        ends = last.kind == "sigmoid" or (last.kind == "exp" and program.steps[last.inputs[0]].kind == "log_softmax")
+    if not ends:
         return program
     note = f"{last.kind} at the end left out: the properties are those of the logits"
     return logits_of(
         replace(without_unused(program, last.inputs[0]), unused=program.unused, notes=(*program.notes, note))
     )
+
+
+def logarithm_of(program: Program, least: float) -> Program:
+    """Return a program of the logarithms of a program's outputs, none of them taken for less than `least`."""
+    last, end = program.steps[-1], len(program.steps)
+    more = [
+        Step("clamp", "logarithm", (end - 1,), last.shape, {"min": least, "max": None}),
+        Step("log", "logarithm", (end,), last.shape),
+    ]
+    return replace(program, steps=(*program.steps, *more))
 
 
 def rescaled_input(program: Program, mean: float, std: float) -> Program:
