@@ -24,6 +24,7 @@ from stages.weightnet.tracing.attention import write_out_attention
 from stages.weightnet.tracing.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
 from stages.weightnet.tracing.readers import READERS
 from stages.weightnet.tracing.recording import ALONG_ROWS, Recorder, plain
+from stages.weightnet.tracing.recurrence import write_out_recurrence
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 
@@ -114,6 +115,7 @@ def copied(model: nn.Module) -> nn.Module:
     except RuntimeError as error:
         raise InputError(f"it cannot be copied ({plain(error)}): take weight norms and the like off first") from None
     write_out_attention(own)
+    write_out_recurrence(own)
     return own
 
 
