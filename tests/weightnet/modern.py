@@ -247,6 +247,26 @@ def of_kernels(convolution=nn.Conv2d, change=lambda layer: layer) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+class GroupedKernels(nn.Module):
+    """Kernels with norms, in groups, and of each channel alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 12, 3, groups=4),
+            nn.Conv2d(12, 12, 3, groups=12),
+            nn.Conv2d(12, 6, 1),
+        )
+        self.layers = nn.ModuleList(nn.utils.parametrizations.weight_norm(layer) for layer in convolutions)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
 class Cosine(nn.Module):
     """Classes by their cosines."""
 
@@ -316,6 +336,7 @@ MODERN = {
     "spectral norm": lambda: of_kernels(change=nn.utils.parametrizations.spectral_norm),
     "standardised": lambda: of_kernels(Standardised),
     "normalised kernels": lambda: of_kernels(NormalisedKernel),
+    "kernels in groups": GroupedKernels,
     "cosines": Cosine,
     "patches": Patches,
     "LSTM": lambda: Recurrent(nn.LSTM, False, num_layers=2),

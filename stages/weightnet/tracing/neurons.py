@@ -371,19 +371,18 @@ def follow_kernel(d: Derivation, step: Step, x: Numbers, _kernel: Numbers) -> Nu
     alone = conv and 1 < groups == kernel[0] == input_shape(d, step)[0]
     if alone:
         d.tie(ids.expand(kernel[0]), neurons)
-    elif groups > 1:
-        d.pin(x)
-        ids = torch.full((kernel[1],), NOBODY)
-    columns, pixels = ids.expand(kernel[1]), int(np.prod(kernel[2:]))
+    columns, pixels = ids.expand(kernel[1] * groups) if len(ids) == 1 else ids, int(np.prod(kernel[2:]))
     for name in sorted(tensors_behind(d.program, step.inputs[1])):
         shape = shapes[name]
         if shape == kernel:
             d.add_axis(name, 0, neurons, "writes")
             if not alone:
-                d.add_axis(name, 1, columns, "reads", x)
+                d.add_axis(name, 1, columns, "reads", x, groups)
+            if groups > 1 and not alone:
+                d.add_members(d.blocks(d.axes[name, 1, groups].ids.view(groups, -1), [1]), neurons.view(groups, -1))
         elif shape and int(np.prod(shape)) == kernel[0] == max(shape):
             d.add_axis(name, shape.index(kernel[0]), neurons, "scales")
-        elif shape == (kernel[1] * pixels,) and not alone:
+        elif shape == (kernel[1] * pixels,) and groups == 1:
             d.add_axis(name, 0, columns.repeat_interleave(pixels), "scales")
         elif int(np.prod(shape)) > 1:
             d.pin(x, Numbers(neurons))
