@@ -267,6 +267,20 @@ class GroupedKernels(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class ResizedPlaces(nn.Module):
+    """An embedding of places that is resized to the image, and one of windows that is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 10)
+        self.places, self.windows = nn.Parameter(torch.randn(1, 8, 3, 3)), nn.Parameter(torch.randn(1, 8, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = F.interpolate(self.places, size=(8, 8), mode="bicubic")
+        x = torch.relu(self.stem(x) + places + self.windows.tile(1, 1, 4, 4))
+        return self.head(x.mean((2, 3)))
+
+
 class Cosine(nn.Module):
     """Classes by their cosines."""
 
@@ -337,6 +351,7 @@ MODERN = {
     "standardised": lambda: of_kernels(Standardised),
     "normalised kernels": lambda: of_kernels(NormalisedKernel),
     "kernels in groups": GroupedKernels,
+    "resized places": ResizedPlaces,
     "cosines": Cosine,
     "patches": Patches,
     "LSTM": lambda: Recurrent(nn.LSTM, False, num_layers=2),

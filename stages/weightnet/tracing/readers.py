@@ -778,11 +778,16 @@ def with_options(kind: str, **options: object) -> Callable[..., None]:
     signature = Signature([*names, Parameter("inplace", Parameter.POSITIONAL_OR_KEYWORD, default=False)])
 
     def read(r: Recorder, y: Tensor, x: Operand, *args: object, **kwargs: object) -> None:
-        if kind in POOLS:
-            _plain(x)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        r.add(kind, [x], y, {name: bound.arguments[name] for name in options})
+        given = {name: bound.arguments[name] for name in options}
+        if kind in POOLS and x.batch.axis is None and x.shape[0] == 1:  # of no image: it is given to all of them later
+            alone = r.add("reshape", [x], x.tensor.detach().squeeze(0))
+            r.add("reshape", [r.add(kind, [alone], y.squeeze(0), given)], y)
+            return
+        if kind in POOLS:
+            _plain(x)
+        r.add(kind, [x], y, given)
 
     return read
 
@@ -828,7 +833,7 @@ READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("reshape_as", "ravel"), read_reshape),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), read_mean),
     **dict.fromkeys(("max", "min"), read_max),
-    "repeat": read_repeat,
+    **dict.fromkeys(("repeat", "tile"), read_repeat),
     **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), read_norm),
     **dict.fromkeys(("std", "var"), read_spread),
     "weight_norm": read_weight_norm,
