@@ -323,7 +323,7 @@ class RowsFirst(Recurrent):
     """The same with the batch as the second axis, and a state that it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
-        zeros = torch.zeros(1, len(x), 6)
+        zeros = torch.zeros(1, len(x), 6, dtype=x.dtype)
         outputs, _ = self.layer(x.transpose(1, 2).flatten(2).transpose(0, 1), zeros)
         return self.head(outputs[-1])
 
