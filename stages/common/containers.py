@@ -116,6 +116,8 @@ def _what_else(path: Path, head: bytes) -> str:
         if head.startswith(start):
             return text
     name = shown(path.name)
+    if name.lower().endswith(".onnx"):
+        return "is ONNX, without names of a network's tensors: take the file of weights that it was exported from"
     if head[257:262] == b"ustar":
         return "is a tar archive: unpack it first"
     if re.match(rb"\s*<(!doctype|html|\?xml|head)", head, re.IGNORECASE):
@@ -178,6 +180,10 @@ def _read_zip(path: Path, file: BinaryIO, map_location: str | torch.device, shel
     if any("/code/" in name or name.endswith("constants.pkl") for name in names):
         raise InputError(
             f"{shown(path)} is TorchScript, which holds code: save torch.jit.load('{shown(path.name)}').state_dict() with torch.save"
+        )
+    if any(name.endswith("models/model.json") for name in names):
+        raise InputError(
+            f"{shown(path)} is a program of torch.export: save torch.export.load('{shown(path.name)}').state_dict with torch.save"
         )
     if names and all(name.endswith(".npy") for name in names):
         raise InputError(

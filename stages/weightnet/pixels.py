@@ -24,7 +24,7 @@ Scaling = tuple[float, float]  # mean and deviation of the pixels, as the networ
 UNSCALED = (0.0, 1.0)
 # mean and deviation of the pixels of a zoo's images, where they go from 0 to 1
 PIXELS = {"digits": (0.305, 0.376), "mnist": (0.1307, 0.3081), "fashion_mnist": (0.286, 0.353)}
-LINEAR = ("input", "constant", "add", "conv", "linear", "flatten", "reshape")
+LINEAR = ("input", "constant", "add", "conv", "linear", "flatten", "reshape", "expand", "interpolate")
 TWICE, NEAR = 2.0, 0.02  # a batch norm's error may be so many times the least, and deviations more
 FAR = 0.5  # deviations: a batch norm that no scaling comes nearer to tells nothing
 BLACK = 1e-2  # deviations of pixels around the least of the mean image: black in all images
@@ -143,7 +143,8 @@ def what_is_said(names: list[str], scalings: dict[str, Scaling], told_by: str) -
     if len(names) == 1:
         return f"pixels: taken to be {names[0]}, by its {told_by} (--pixels says otherwise)"
     ends = [" ".join(f"{number:.4g}" for number in scalings[name]) for name in names]
+    either = "either of them" if len(names) == 2 else f"each of the {len(names)}"
     return (
-        f"pixels: {' or '.join(names)}, not told apart: intervals are for either; "
+        f"pixels: probably {', '.join(names[:-1])} or {names[-1]}, not told apart, and intervals hold for {either}; "
         f"say which by --pixels {', or '.join(ends)}"
     )

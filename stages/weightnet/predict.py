@@ -3,11 +3,13 @@
 A model is a file of weights, a folder of save_pretrained, or a folder of such files. --arch says what it is: an architecture of
 the zoo (one of torchvision's too: by its name alone, for the zoo's images and classes); torchvision:<name> or timm:<name>, as they
 come; a .json file, {"layers": [{"kind": "Conv2d", "in_channels": 1, ...}, {"kind": "ReLU"}]}, of torch.nn's layers one after the
-other; or, with --allow-code, package.module:function, which is called without arguments. By default weights alone are read.
+other; or, with --allow-code, package.module:name or file.py:name, a network, or what makes one when it is called without arguments.
+By default weights alone are read.
 --allow-probe runs the network on the inputs of an exam that the zoo wrote for itself (no image of a data set), which tells far more,
-of any architecture of the zoo's images and classes, also where its symmetry is not known. How the network's pixels were scaled is
-found out, and said (`pixels`); where several of the usual scalings are plausible, intervals hold for either, and --pixels MEAN STD
-settles it. Released are exams of digits, mnist and fashion_mnist: --dataset says which, where the shape of images leaves it open.
+of any architecture of the zoo's images and classes, also where its symmetry is not known. It may take them flat, of three channels, or
+resized (tried out; --input-shape says it), and return logits, probabilities or their logarithms, alone or beside others. How pixels were
+scaled is found out, and said (`pixels`); where several of the usual scalings are plausible, intervals hold for each of them, and --pixels
+MEAN STD settles it. Released are exams of digits, mnist and fashion_mnist: --dataset says which, where the shape of images leaves it open.
 
 A folder may be a zoo of your own: its metadata.json says for each file what it is and what you measured of it,
 {"a.safetensors": {"arch": "cnn3", "activation": "tanh", "test_acc": 0.91}}. Then predictions are compared with measurements. Files
@@ -41,20 +43,22 @@ from stages.common.files import load_json
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
+from stages.weightnet.as_classifier import Shape, described
 from stages.weightnet.pixels import UNSCALED, Scaling, hull, plausible, told_by_weights, usual_scalings, what_is_said
 from stages.weightnet.predictors.ensemble import Ensemble, revive
-from stages.weightnet.predictors.exam import mark
+from stages.weightnet.predictors.exam import asker, mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import EDGE, own_units
-from stages.weightnet.tracing.program import Program, rescaled_input
+from stages.weightnet.tracing.program import Program, logarithm_of, rescaled_input
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.user_networks import (
     add_network_arguments,
-    build_user_network,
+    build_classifier,
     in_own_process,
     read_network,
     user_program,
+    zoos_that_fit,
 )
 from stages.weightnet.zoo.architectures import ARCHITECTURES, zoo_program
 from stages.weightnet.zoo.networks import Networks
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
 
 PREDICTORS, RELEASED = Path("models/train_weightnet"), Path("models/released")
 LEAST = 1e-7  # probability, in float32
+PROBABILITIES = "its outputs are probabilities: their logarithms were taken for logits"
 TRUSTED = 0.95  # of the zoo's networks that lie nearer to their own neighbours: above, what was learned says little
 NEAREST = 3  # networks of the zoo that are named
 WORST_LOSS = 20.0  # nats, of a network that is sure and wrong: there is no upper end
@@ -108,6 +113,11 @@ def find_marks(
     return torch.cat([marks[name] for name in names]), [what_is_said(names, scalings, told_by)]
 
 
+def are_probabilities(outputs: Float[Tensor, "... k"]) -> bool:
+    """Return whether rows of outputs are probabilities, not logits."""
+    return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(-1), torch.ones_like(outputs[..., 0]), atol=1e-4)
+
+
 class Logarithm(nn.Module):
     """The logarithm of a network's probabilities: its logits, but for a constant."""
 
@@ -127,21 +137,23 @@ def user_marks(
     shape, classes = tuple(exam.inputs.shape[2:]), exam.consensus.shape[-1]
 
     def ask_module() -> tuple[list[list[float]], list[str]]:
-        module = build_user_network(arch, shape, classes, asked.allow_code).eval()
+        module, given = build_classifier(arch, shape, classes, asked.allow_code, asked.input_shape)
         own = {name: tuple(t.shape) for name, t in module.state_dict().items() if t.is_floating_point()}
         found, _ = load_weights(path, own, (), torch.float32, f"--arch {arch}")
         module.load_state_dict(found, strict=False)  # it counts batches
-        with torch.no_grad():
-            outputs = module(exam.inputs[0])
+        try:
+            with torch.no_grad():
+                outputs = module(exam.inputs[0])
+        except Exception as error:  # others' code may raise anything
+            takes = list(asked.input_shape or shape)
+            why = f"cannot run on images {takes} ({plain(error)}): is that their shape (--input-shape)?"
+            raise InputError(f"--arch {arch} {why}") from None
         if not isinstance(outputs, Tensor) or outputs.shape != (len(exam.inputs[0]), classes):
-            got = list(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
+            got = list(outputs.shape[1:]) if isinstance(outputs, Tensor) else described(outputs)
             raise InputError(f"{path}: the exam needs {classes} logits for an image, and {arch} gives {got}")
-        notes = ["its steps cannot be followed: judged by its outputs alone"]
-        if (outputs >= 0).all() and torch.allclose(outputs.sum(1), torch.ones(len(outputs))):
-            module, notes = (
-                Logarithm(module),
-                [*notes, "its outputs are probabilities: their logarithms were taken for logits"],
-            )
+        notes = ["its steps cannot be followed: judged by its outputs alone", *given]
+        if are_probabilities(outputs):
+            module, notes = Logarithm(module), [*notes, PROBABILITIES]
         marks, said = find_marks(known, asked, examiner, partial(OnPixels, module))
         return marks.tolist(), [*notes, *said]
 
@@ -361,6 +373,9 @@ def predict_one(
         got = ", ".join(map(str, outputs))
         raise InputError(f"the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out")
     network = read_network(path, arch, program, tanh, run=True)
+    if are_probabilities(asker(network)(examiner.exam.inputs[0])):
+        program = logarithm_of(replace(program, notes=(*program.notes, PROBABILITIES)), LEAST)
+        network = replace(network, program=program)
 
     def scaled(mean: float, std: float) -> Networks:
         return replace(network, program=rescaled_input(program, mean, std))
@@ -374,7 +389,7 @@ class Asked:
     """What a user says of the networks that are to be predicted."""
 
     arch: str | None = None  # unless a metadata.json says it
-    input_shape: tuple[int, int, int] | None = None  # channels, height and width, if not the zoo's
+    input_shape: Shape | None = None  # of an image as the network takes it, if not the zoo's
     tanh: bool = False  # a zoo architecture with tanh in place of ReLU
     allow_code: bool = False  # to import and call package.module:function
     pixels: tuple[float, float] | None = (
@@ -382,22 +397,17 @@ class Asked:
     )
 
 
-Follow = Callable[[str, tuple[int, ...], int], Program]  # an architecture, for images of a shape and so many classes
-
-
-def predict_all(
-    known: Known, models: dict[Path, dict[str, Any]], asked: Asked, follow: Follow
-) -> dict[str, dict[str, Any]]:
+def predict_all(known: Known, models: dict[Path, dict[str, Any]], asked: Asked) -> dict[str, dict[str, Any]]:
     """Return what is predicted of each model, with what was measured of it."""
-    shape = tuple(asked.input_shape or known.shape)
-    if isinstance(known.predictor, Examiner) and shape != known.shape:
-        raise InputError(f"the exam's inputs have the zoo's shape {known.shape}, not {shape}: leave --allow-probe out")
+    shape, takes = tuple(asked.input_shape or known.shape), None
+    if isinstance(known.predictor, Examiner):  # whose inputs are the zoo's images, whatever the network takes
+        shape, takes = known.shape, asked.input_shape
     results: dict[str, dict[str, Any]] = {}
 
     @cache
     def program_of(arch: str) -> Program | InputError:
         try:
-            return follow(arch, shape, known.classes)
+            return user_program(arch, shape, known.classes, asked.allow_code, takes)
         except InputError as error:
             return error
 
@@ -416,41 +426,39 @@ def predict_all(
     return results
 
 
-def fitting_dataset(models: dict[Path, dict[str, Any]], family: str, asked: Asked, follow: Follow) -> str:
-    """Return the one data set with a predictor whose images and classes the first network takes; InputError if there are several.
+def fitting_dataset(models: dict[Path, dict[str, Any]], family: str, asked: Asked) -> str:
+    """Return the one data set with a predictor whose images and classes the first network takes; InputError if not one does.
 
-    The default one's where a network names no images of its own: weights alone are read, it is an architecture of the zoo, or
-    cannot be followed.
+    The default one's where a network names no images of its own: weights alone are read, or it is an architecture of the zoo.
     """
     arch = next(iter(models.values())).get("arch", asked.arch)
-    if family != "exam" or arch is None or arch in ARCHITECTURES:
+    if family != "exam" or arch is None or (":" not in arch and not arch.endswith(".json")):
         return DEFAULT
-    fitting = []
+    zoos = {}
     for dataset in there(family):
         known = load_known(published(find_predictor(dataset, family)), family)
-        if asked.input_shape not in (None, known.shape):
-            continue
-        try:
-            program = follow(arch, known.shape, known.classes)
-        except InputError:
-            continue
-        fitting += [dataset] if program.steps[-1].shape == (known.classes,) else []
+        zoos[dataset] = (known.shape, known.classes)
+    fitting = zoos_that_fit(arch, zoos, asked.allow_code, asked.input_shape) if zoos else [DEFAULT]
     if len(fitting) > 1:
         raise InputError(
             f"--arch {arch} takes the images of the zoos of {', '.join(fitting)}: say which it learned by --dataset"
         )
-    return fitting[0] if fitting else DEFAULT
+    if not fitting:
+        have = ", ".join(f"{name} {'x'.join(map(str, shape))}, {k} classes" for name, (shape, k) in zoos.items())
+        raise InputError(
+            f"--arch {arch} gives no logits for the images of a zoo ({have}): say which it learned by --dataset and what it takes "
+            "by --input-shape, or leave --allow-probe out"
+        )
+    return fitting[0]
 
 
 def answer_for(paths: Sequence[Path], dataset: str | None, allow_probe: bool, asked: Asked) -> dict[str, Any]:
     """Return everything that is said of some networks, as --json prints it."""
     family = "exam" if allow_probe else "weightnet"
     models = {file: said for path in paths for file, said in list_models(path).items()}
-    # Others' code runs once for each shape of images.
-    follow = cache(partial(user_program, allow_code=asked.allow_code))
-    dataset = dataset or fitting_dataset(models, family, asked, follow)
+    dataset = dataset or fitting_dataset(models, family, asked)
     known = load_known(published(find_predictor(dataset, family)), family)
-    results = predict_all(known, models, asked, follow)
+    results = predict_all(known, models, asked)
     return {
         "predictor": family,
         "file": str(known.file),
@@ -467,7 +475,7 @@ def predict(
     *,
     dataset: str | None = None,
     allow_probe: bool = False,
-    input_shape: tuple[int, int, int] | None = None,
+    input_shape: tuple[int, ...] | None = None,
     tanh: bool = False,
     allow_code: bool = False,
     pixels: tuple[float, float] | None = None,
@@ -531,7 +539,11 @@ def main() -> None:
     parser.add_argument("--arch", help="what they are, unless a metadata.json says it")
     parser.add_argument("--dataset", help="the zoo's images (default: those that fit the network, else digits)")
     parser.add_argument(
-        "--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image, if not the zoo's"
+        "--input-shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of an image as the network takes it: C H W, H W, or a number in a row",
     )
     parser.add_argument("--tanh", action="store_true", help="a zoo architecture with tanh in place of ReLU")
     parser.add_argument("--allow-probe", action="store_true", help="run the network on the inputs of the zoo's exam")

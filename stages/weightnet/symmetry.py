@@ -117,7 +117,9 @@ def main() -> None:
     """Read the command line, and print the symmetry or what an alignment changes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", required=True, help="what the network is")
-    parser.add_argument("--input-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image")
+    parser.add_argument(
+        "--input-shape", type=int, nargs="+", metavar="N", help="of an image: C H W, H W, or a number in a row"
+    )
     parser.add_argument("--allow-code", action="store_true", help="import and call package.module:function")
     parser.add_argument("--align", type=Path, nargs=2, metavar=("A", "B"), help="files of weights")
     parser.add_argument("--dataset", help="the images of the loss barrier, as the zoo's networks see them")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import multiprocessing
 import signal
@@ -9,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from stages.common.checkpoints import load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.stage import InputError
+from stages.weightnet.as_classifier import TRIED, Shape, as_classifier, how_given
 from stages.weightnet.tracing.program import ROUNDING, Program, trace
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
@@ -55,16 +58,76 @@ def build_user_network(arch: str, shape: tuple[int, ...], classes: int, allow_co
         return importlib.import_module("timm").create_model(name, pretrained=False)
     if not allow_code:
         raise InputError(f"--arch {arch} runs code of yours: allow it by --allow-code")
-    return getattr(importlib.import_module(origin), name)()
+    return build_by_code(arch, origin, name)
 
 
-def user_program(arch: str, shape: tuple[int, ...], classes: int, allow_code: bool) -> Program:
-    """Return the program of the architecture that `arch` names, for images [c, h, w]; InputError if there is none."""
+def build_by_code(arch: str, origin: str, name: str) -> nn.Module:
+    """Return the network that others' code holds, or makes when it is called without arguments; origin: a module, or its file."""
+    if origin.endswith(".py"):
+        sys.path.insert(0, str(Path(origin).parent))  # of the process that runs it
+        origin = Path(origin).stem
+    made = getattr(importlib.import_module(origin), name)
+    if not isinstance(made, nn.Module):
+        try:
+            inspect.signature(made).bind()
+        except TypeError as error:
+            how = "give them defaults, or name a function that returns the network"
+            raise InputError(f"--arch {arch} is called without arguments ({plain(error)}): {how}") from None
+        except ValueError:  # a function whose arguments are not known
+            pass
+        made = made()
+    if not isinstance(made, nn.Module):
+        raise InputError(f"--arch {arch} is a {type(made).__name__}: expected a torch.nn.Module, or what returns one")
+    return made
+
+
+def build_classifier(
+    arch: str, shape: Shape, classes: int, allow_code: bool, takes: Shape | None
+) -> tuple[nn.Module, list[str]]:
+    """Return the same for images of `shape`, whatever it takes (`as_classifier`), and notes for people; a zoo's takes its images."""
+    module = build_user_network(arch, shape, classes, allow_code)
+    if ":" not in arch and not arch.endswith(".json"):
+        return module.eval(), []
+    module = as_classifier(module, shape, classes, takes)
+    return module, how_given(module, shape)
+
+
+def user_program(arch: str, shape: Shape, classes: int, allow_code: bool, takes: Shape | None = None) -> Program:
+    """Return the program of the architecture that `arch` names, for images of `shape`; InputError if there is none.
+
+    takes: the shape in which the network is given them, if not as they are; None: found out.
+    """
 
     def follow() -> Program:
-        return trace(build_user_network(arch, shape, classes, allow_code), shape)
+        module, notes = build_classifier(arch, shape, classes, allow_code, takes)
+        program = trace(module, shape)
+        return replace(program, notes=(*program.notes, *notes))
 
     return follow() if arch in ARCHITECTURES else in_own_process(follow, arch)
+
+
+def zoos_that_fit(
+    arch: str, zoos: dict[str, tuple[Shape, int]], allow_code: bool, takes: Shape | None = None
+) -> list[str]:
+    """Return the zoos whose images and classes a network takes, as they are; if there are none, in another shape.
+
+    zoos: the shape of an image and the number of classes by name; takes: the shape that the network was made for, if that is known.
+    """
+
+    def fits(shape: Shape, classes: int, given: Shape | None) -> bool:
+        try:
+            module, _ = build_classifier(arch, shape, classes, allow_code, given)
+            outputs = module(torch.zeros(TRIED, *shape))
+        except Exception:  # others' code may raise anything
+            return False
+        return isinstance(outputs, torch.Tensor) and outputs.shape == (TRIED, classes)
+
+    def try_all() -> list[str]:
+        build_user_network(arch, *next(iter(zoos.values())), allow_code)  # what it raises is told
+        exactly = [name for name, (shape, k) in zoos.items() if takes in (None, shape) and fits(shape, k, shape)]
+        return exactly or [name for name, (shape, k) in zoos.items() if fits(shape, k, takes)]
+
+    return in_own_process(try_all, arch)
 
 
 def in_own_process(compute: Callable[[], T], arch: str) -> T:

@@ -532,6 +532,15 @@ REFUSED = {
         "would unfold from {size} bytes to 4294967296: not read; save tensors that are not expanded",
     ),
 }
+
+
+def exported(path: Path) -> None:
+    """The parts of a file of torch.export.save that tell what it is."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data/weights/weight_0", "models/model.json", "archive_format"):
+            archive.writestr(f"a/{name}", "{}")
+
+
 WRITTEN = {
     "script.pt": (
         scripted,
@@ -570,6 +579,14 @@ WRITTEN = {
         f"is no file of torch.save or .safetensors, or its start is damaged: {AGAIN}",
     ),
     "a.gz": (lambda path: path.write_bytes(b"\x1f\x8b\x08\x00"), "is compressed (gzip): unpack it first"),
+    "a.onnx": (
+        lambda path: path.write_bytes(b"\x08\x09\x12\x07pytorch\x1a\x052.0.0:\xf0\xff"),
+        "is ONNX, without names of a network's tensors: take the file of weights that it was exported from",
+    ),
+    "a.pt2": (
+        exported,
+        "is a program of torch.export: save torch.export.load('a.pt2').state_dict with torch.save",
+    ),
     "folder.zip": (zipped, "is a zip archive of run/a.pt, run/b.pt: unpack it first"),
     "archive.tar": (
         lambda path: shutil.make_archive(str(path.with_suffix("")), "tar", path.parent / "nothing"),

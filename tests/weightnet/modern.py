@@ -206,6 +206,134 @@ class LinearAttention(nn.Module):
         return self.head(torch.bmm(F.relu(q), torch.bmm(F.relu(k).transpose(1, 2), v)).mean(1))
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose kernels have mean zero and deviation one (Qiao et al. 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        spread = centred.flatten(1).std(1).view(-1, 1, 1, 1) + 1e-5
+        return F.conv2d(x, centred / spread, self.bias, self.stride, self.padding)
+
+
+class NormalisedKernel(nn.Conv2d):
+    """The same by a batch norm of kernels, with a gain for each, as in networks without norms (Brock et al. 2021)."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = (self.gain * 0.1).view(-1)
+        kernel = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=1e-6).reshape_as(
+            self.weight
+        )
+        return F.conv2d(x, kernel, self.bias, self.stride, self.padding)
+
+
+def of_kernels(convolution=nn.Conv2d, change=lambda layer: layer) -> nn.Module:
+    """A network whose kernels are made of others."""
+    first, second, hidden = convolution(3, 6, 3, 2), convolution(6, 8, 3, 2), nn.Linear(72, 12)
+    layers = [
+        change(first),
+        nn.ReLU(),
+        change(second),
+        nn.Tanh(),
+        nn.Flatten(),
+        change(hidden),
+        nn.ReLU(),
+        nn.Linear(12, 10),
+    ]
+    return nn.Sequential(*layers)
+
+
+class GroupedKernels(nn.Module):
+    """Kernels with norms, in groups, and of each channel alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 12, 3, groups=4),
+            nn.Conv2d(12, 12, 3, groups=12),
+            nn.Conv2d(12, 6, 1),
+        )
+        self.layers = nn.ModuleList(nn.utils.parametrizations.weight_norm(layer) for layer in convolutions)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+class ResizedPlaces(nn.Module):
+    """An embedding of places that is resized to the image, and one of windows that is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 10)
+        self.places, self.windows = nn.Parameter(torch.randn(1, 8, 3, 3)), nn.Parameter(torch.randn(1, 8, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = F.interpolate(self.places, size=(8, 8), mode="bicubic")
+        x = torch.relu(self.stem(x) + places + self.windows.tile(1, 1, 4, 4))
+        return self.head(x.mean((2, 3)))
+
+
+class Cosine(nn.Module):
+    """Classes by their cosines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.directions = nn.Linear(768, 12), nn.Parameter(torch.randn(10, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 8 * F.linear(F.normalize(torch.relu(self.body(x.flatten(1)))), F.normalize(self.directions))
+
+
+class Patches(nn.Module):
+    """Patches that overlap, by unfold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3 * 15, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, (5, 3), dilation=(1, 2), padding=(0, 1), stride=(3, 2)).transpose(1, 2)
+        return self.head(torch.relu(self.embed(patches)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """Rows of pixels one after the other."""
+
+    def __init__(self, layer: type[nn.RNNBase], last: bool, **options: bool | int) -> None:
+        super().__init__()
+        self.layer, self.last = layer(48, 6, batch_first=True, **options), last
+        self.head = nn.Linear(12 if options.get("bidirectional") else 6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, state = self.layer(x.transpose(1, 2).flatten(2))
+        state = state[0] if isinstance(state, tuple) else state
+        ends = state[-2:].transpose(0, 1).flatten(1) if self.layer.bidirectional else state[-1]
+        return self.head(ends if self.last else outputs[:, -1])
+
+
+class RowsFirst(Recurrent):
+    """The same with the batch as the second axis, and a state that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = torch.zeros(1, len(x), 6, dtype=x.dtype)
+        outputs, _ = self.layer(x.transpose(1, 2).flatten(2).transpose(0, 1), zeros)
+        return self.head(outputs[-1])
+
+
+def rows_first() -> nn.Module:
+    model = RowsFirst(nn.RNN, False)
+    model.layer.batch_first = False
+    return model
+
+
 MODERN = {
     "Sequential, softmax": SequentialSoftmax,
     "module lists": ModuleLists,
@@ -218,4 +346,16 @@ MODERN = {
     "grouped": Grouped,
     "Mixer": Mixer,
     "linear attention": LinearAttention,
+    "weight norm": lambda: of_kernels(change=nn.utils.parametrizations.weight_norm),
+    "spectral norm": lambda: of_kernels(change=nn.utils.parametrizations.spectral_norm),
+    "standardised": lambda: of_kernels(Standardised),
+    "normalised kernels": lambda: of_kernels(NormalisedKernel),
+    "kernels in groups": GroupedKernels,
+    "resized places": ResizedPlaces,
+    "cosines": Cosine,
+    "patches": Patches,
+    "LSTM": lambda: Recurrent(nn.LSTM, False, num_layers=2),
+    "GRU, both ways": lambda: Recurrent(nn.GRU, True, bidirectional=True, num_layers=2),
+    "GRU, no biases": lambda: Recurrent(nn.GRU, False, bias=False),
+    "RNN, rows first": rows_first,
 }

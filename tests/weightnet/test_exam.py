@@ -1,9 +1,11 @@
 """Marks are of functions, not of weights; the consensus passes its own exam; kernel ridge leaves out exactly what it says."""
 
+import copy
 import hashlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from torch.nn.functional import avg_pool2d
 
 from stages.common.checkpoints import save_torch
 from stages.common.stage import InputError
+from stages.weightnet.as_classifier import adapted, as_classifier, how_given
 from stages.weightnet.predict import describe_networks, load_known
 from stages.weightnet.predictors.data import augmented
 from stages.weightnet.predictors.exam import (
@@ -38,6 +41,7 @@ from stages.weightnet.predictors.intervals import conformal_quantile
 from stages.weightnet.predictors.kernel_ridge import fit_kernel_ridge, kernel, left_out_errors
 from stages.weightnet.predictors.statistics import pooled_statistics, range_of_statistics, what_is_outside
 from stages.weightnet.tracing.program import rescaled_input, run_stack
+from stages.weightnet.user_networks import build_user_network
 from stages.weightnet.zoo.architectures import ARCHITECTURES, build_network, zoo_program
 from stages.weightnet.zoo.networks import Networks
 from stages.weightnet.zoo.properties import PROPERTIES
@@ -311,12 +315,17 @@ def test_the_exam_needs_the_zoo_s_classes_and_images(project, monkeypatch, capsy
     layers = [{"kind": "Flatten"}, {"kind": "Linear", "in_features": 64, "out_features": 8}, {"kind": "ReLU"}]
     layers += [{"kind": "Linear", "in_features": 8, "out_features": 5}]
     (project / "spec.json").write_text(json.dumps({"layers": layers}))
-    save_file(nn.Linear(2, 2).state_dict(), project / "a.safetensors")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5))
+    save_file(network.state_dict(), project / "a.safetensors")
     words = ("a.safetensors", "--arch", "spec.json", "--allow-probe")
     with pytest.raises(InputError, match="the exam is in the zoo's 10 classes, not 5: leave --allow-probe out"):
+        ask(monkeypatch, capsys, *words, "--dataset", "digits")
+    with pytest.raises(InputError, match=r"cannot run on images \[1, 28, 28\] .* is that their shape"):
+        ask(monkeypatch, capsys, *words, "--dataset", "digits", "--input-shape", "1", "28", "28")
+    with pytest.raises(
+        InputError, match=r"gives no logits for the images of a zoo \(digits 1x8x8, 10 classes.*\): say"
+    ):
         ask(monkeypatch, capsys, *words)
-    with pytest.raises(InputError, match="the exam's inputs have the zoo's shape"):
-        ask(monkeypatch, capsys, *words, "--input-shape", "1", "28", "28")
 
 
 class Sorted(nn.Module):
@@ -346,9 +355,129 @@ def test_a_network_that_cannot_be_followed_is_judged_by_its_outputs(project, mon
     assert "its outputs are probabilities: their logarithms were taken for logits" in soft["notes"]
     for name, found in result["properties"].items():
         assert soft["properties"][name]["value"] == pytest.approx(found["value"], rel=1e-3, abs=1e-3)
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=lambda: nn.Sequential(Sorted(), nn.Linear(10, 3))))
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=lambda: nn.Sequential(Sorted(), nn.Linear(10, 10))))
     with pytest.raises(InputError, match=r"has no 0.head.weight"):
         ask(monkeypatch, capsys, *words)
+
+
+class Answers(nn.Module):
+    """A small network with a choice of what it takes and returns."""
+
+    def __init__(self, takes=lambda x: x, returns=lambda y: y, inputs=64) -> None:
+        super().__init__()
+        self.body, self.takes, self.returns = (
+            nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, 10)),
+            takes,
+            returns,
+        )
+
+    def forward(self, x: torch.Tensor):
+        return self.returns(self.body(self.takes(x)))
+
+
+def of_colours(x: torch.Tensor) -> torch.Tensor:
+    assert x.shape[1:] == (3, 8, 8)
+    return x.mean(1).flatten(1)
+
+
+FLAT = partial(torch.flatten, start_dim=1)
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    PLAIN = Answers(FLAT)
+OTHERS = {  # the same function of the zoo's images, as people write it: all have the weights of PLAIN
+    "a network itself": PLAIN,
+    "flat": Answers(),
+    "rows": Answers(lambda x: x.reshape(len(x), 64) if x.dim() == 3 else x[:, :, :, :, 0]),
+    "colours": Answers(of_colours),
+    "with features": Answers(FLAT, lambda y: (y, y.new_ones(len(y), 7))),
+    "features first": Answers(FLAT, lambda y: [y.new_ones(len(y), 7), y]),
+    "with a loss": Answers(FLAT, lambda y: (y, None)),
+    "mapping": Answers(FLAT, lambda y: {"features": y + 1, "logits": y}),
+    "object": Answers(FLAT, lambda y: SimpleNamespace(logits=y)),
+    "one pixel": Answers(FLAT, lambda y: y[:, :, None, None]),
+    "log-probabilities": Answers(FLAT, lambda y: y.log_softmax(1)),
+    "probabilities": Answers(FLAT, lambda y: y.softmax(1)),
+    "exponentials": Answers(FLAT, lambda y: y.log_softmax(1).exp()),
+    "by hand": Answers(
+        FLAT, lambda y: (y - y.amax(1, keepdim=True)).exp() / (y - y.amax(1, keepdim=True)).exp().sum(1, keepdim=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_network_takes_and_returns_is_no_matter(project, monkeypatch, capsys, name):
+    keep_exam(project)
+    save_file(PLAIN.state_dict(), project / "a.safetensors")
+    found = []
+    for build in (
+        lambda: Answers(FLAT),
+        OTHERS[name] if OTHERS[name] is PLAIN else lambda: copy.deepcopy(OTHERS[name]),
+    ):
+        monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=build))
+        answer = ask(monkeypatch, capsys, "a.safetensors", "--arch", "mine:build", "--allow-probe", "--allow-code")
+        found.append(answer["networks"]["a.safetensors"])
+    for key, value in found[0]["properties"].items():
+        assert value["value"] == pytest.approx(found[1]["properties"][key]["value"], rel=1e-3, abs=1e-3)
+    given = [note for note in found[1]["notes"] if note.startswith("images are given to it as")]
+    assert len(given) == (name in ("flat", "rows", "colours"))
+
+
+def test_a_resized_image_is_torchvision_s_and_the_first_fitting_shape_is_taken():
+    images, module = torch.randn(2, 1, 8, 8), Answers(FLAT, inputs=3 * 32 * 32)
+    assert as_classifier(module, (1, 8, 8), 10)(images).shape == (2, 10)
+    assert how_given(module, (1, 8, 8)) == [
+        "images are given to it as 3x32x32, the zoo's are 1x8x8: --input-shape says otherwise"
+    ]
+    assert torch.equal(adapted(images, (3, 8, 8)), images.repeat(1, 3, 1, 1)) and torch.equal(
+        adapted(images, (64,)), images.flatten(1)
+    )
+    constant = torch.full((2, 3, 8, 8), 0.5)
+    for takes in ((1, 5, 5), (3, 19, 19), (19, 19)):
+        assert torch.allclose(adapted(constant, takes), torch.tensor(0.5)) and adapted(images, takes).shape == (
+            2,
+            *takes,
+        )
+    with pytest.raises(
+        InputError, match="images of 64 cannot be given as 63: expected C H W, H W, or as many numbers in a row"
+    ):
+        adapted(images, (63,))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda y: (y, y + 1),
+            "it returns a tuple of .10., .10. for an image: expected a tensor of one number for each class",
+        ),
+        (lambda y: {"a": y, "b": 2 * y}, "it returns a dict of .10., .10. for an image"),
+    ],
+)
+def test_several_logits_are_refused(build, message):
+    with pytest.raises(InputError, match=message):
+        as_classifier(Answers(FLAT, build), (1, 8, 8), 10)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda width: nn.Linear(width, 1),
+            r"mine:build is called without arguments \(.*'width'.*\): give them defaults",
+        ),
+        (lambda: 3, "mine:build is a int: expected a torch.nn.Module"),
+    ],
+)
+def test_code_that_makes_no_network_is_told_so(monkeypatch, made, message):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(build=made))
+    with pytest.raises(InputError, match=message):
+        build_user_network("mine:build", (1, 8, 8), 10, True)
+
+
+def test_code_may_be_named_by_its_file(tmp_path, monkeypatch):
+    (tmp_path / "their_network.py").write_text("from torch import nn\nnet = nn.Linear(3, 2)\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert build_user_network(f"{tmp_path}/their_network.py:net", (1, 8, 8), 10, True).in_features == 3
 
 
 @pytest.mark.parametrize(

@@ -210,15 +210,22 @@ REFUSED = {
         Body(lambda s, x: s.layer(x.view(-1, 8, 8, 8)), layer=nn.Conv2d(8, 8, 3)),
         "step layer .conv2d.: it is given a batch whose images are cut into parts",
     ),
-    "recurrent": (
+    "recurrent over the batch": (
         Body(lambda s, x: s.layer(x.mean(1))[0][:, -1], layer=nn.LSTM(16, 8)),
-        "step layer: LSTM, which is not",
+        "step layer .getitem.: single images of a batch are taken",
+    ),
+    "recurrent from elsewhere": (
+        Body(
+            lambda s, x: s.layer(x.mean(1), torch.ones(1, len(x), 8).double())[0][:, -1],
+            layer=nn.GRU(16, 8, batch_first=True),
+        ),
+        "GRU that does not start from zeros is not supported",
     ),
     "transposed": (
         layer(nn.ConvTranspose2d(8, 8, 3)),
         "step layer .conv_transpose2d.: conv_transpose2d, which is not sup",
     ),
-    "weight norm": (layer(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), "weight_norm, which is not sup"),
+    "orthogonal": (layer(nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))), "tril, which is not sup"),
     "attention": (
         Body(attends_to_another, attention=nn.MultiheadAttention(8, 2, batch_first=True)),
         "MultiheadAttention to what is not its query is not supported",

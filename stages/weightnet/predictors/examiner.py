@@ -185,15 +185,23 @@ class Examiner:
     def uncertain(self) -> Float[Tensor, " n"]:
         """How uncertain predicted accuracies of the networks that it learned from are where their architectures are left out.
 
-        Of one architecture alone, each network is left out by itself. The weights of an architecture add up to 1.
+        Of one architecture alone, each network is left out by itself.
         """
-        n = len(self.names)
-        several = len(self.weights) == n
-        place = (self.weights.cumsum(0) - ROUNDING).floor() if several else torch.arange(n)
-        found = self.inputs.new_empty(n)
-        for out in (place == number for number in place.unique()):
+        found = self.inputs.new_empty(len(self.names))
+        for out in (self.architecture == number for number in self.architecture.unique()):
             found[out] = self.ridge.without(out).deviation_at(self.inputs[out])[:, self.skill]
         return found
+
+    @property
+    def architecture(self) -> Float[Tensor, " n"]:
+        """The number of each network's architecture; where there is but one, each network counts as one.
+
+        Networks of an architecture lie one after the other, and each weighs one over how many they are: together they weigh 1, so
+        what lies before a network weighs as many wholes as there are architectures before its own.
+        """
+        if len(self.weights) != len(self.names):
+            return torch.arange(len(self.names), dtype=torch.float64)
+        return (self.weights.cumsum(0) - self.weights + ROUNDING).floor()
 
     def unlike(self, read: Float[Tensor, "1 r"]) -> float:
         """Return for how many of the networks that it learned from accuracy would be less uncertain, were their architecture new.

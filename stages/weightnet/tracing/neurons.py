@@ -23,6 +23,7 @@ from stages.weightnet.tracing.groups import NOBODY, first_of_tied
 from stages.weightnet.tracing.operations import ARITHMETIC, POINTWISE, POOLS, Step
 from stages.weightnet.tracing.program import Program
 
+KERNELS = ("conv_of", "linear_of")  # layers whose kernels are made of tensors
 INPUT, OUTPUT = "input", "output"  # groups whose order means something: they are never permuted
 # what commutes with positive factors of neurons, and with signs if its ReLUs are tanh; of norms and sums, their rules say it
 HOMOGENEOUS = {
@@ -227,8 +228,12 @@ class Derivation:
 def follow(program: Program) -> Derivation:
     """Return what is found along a program; InputError names a step through which neurons cannot be followed."""
     derivation = Derivation(program)
-    for step in program.steps:
-        inputs = [derivation.results[place] for place in step.inputs]
+    making = makes_kernels(program)
+    for place, step in enumerate(program.steps):
+        inputs = [derivation.results[i] for i in step.inputs]
+        if place in making:
+            derivation.results.append(Numbers(torch.full([1] * len(step.shape), NOBODY), source=step))
+            continue
         if step.kind not in RULES:
             raise InputError(f"step {step.name}: neurons cannot be followed through {step.kind}")
         result = RULES[step.kind](derivation, step, *inputs)
@@ -244,6 +249,36 @@ def follow(program: Program) -> Derivation:
         for key, axis in derivation.axes.items()
     }
     return derivation
+
+
+def makes_kernels(program: Program) -> set[int]:
+    """Return the steps that lead to kernels and to nothing else: tensors, and what is made of them and constants alone."""
+    readers: dict[int, list[int]] = {}
+    for number, step in enumerate(program.steps):
+        for slot, place in enumerate(step.inputs):
+            whole = step.kind in KERNELS and slot == 1
+            readers.setdefault(place, []).append(
+                0 if whole else number
+            )  # 0, which no step reads else, stands for a kernel
+    found = {0}
+    for place in range(len(program.steps) - 1, 0, -1):
+        if place in readers and all(number in found for number in readers[place]):
+            found.add(place)
+    return found - {0}
+
+
+def tensors_behind(program: Program, place: int) -> set[str]:
+    """Return the names of the tensors that a step's result is made of."""
+    step = program.steps[place]
+    return set(step.tensors.values()).union(*(tensors_behind(program, i) for i in step.inputs))
+
+
+def kernels_of(program: Program, step: Step) -> list[str]:
+    """Return the names of a convolution's kernel, or of the tensors of its shape that it is made of."""
+    if step.kind != "conv_of":
+        return [step.tensors["weight"]]
+    shape = program.steps[step.inputs[1]].shape
+    return [name for name in tensors_behind(program, step.inputs[1]) if program.layout.shapes[name] == shape]
 
 
 def axes_of_tensors(d: Derivation, roots: Int[np.ndarray, " neurons"]) -> None:
@@ -321,6 +356,40 @@ def follow_conv(d: Derivation, step: Step, x: Numbers) -> Numbers:
         d.add_members(parents, neurons.view(groups, -1))
     d.add_vectors(step, ("bias",), "writes", neurons, Numbers(neurons))
     return Numbers(neurons.view(-1, *[1] * (len(step.shape) - 1)))
+
+
+def follow_kernel(d: Derivation, step: Step, x: Numbers, _kernel: Numbers) -> Numbers:
+    """A layer whose kernel is made of tensors, in a way that treats rows alike and columns alike: it is tried out by relabelling.
+
+    Those of the kernel's shape are read as it is; what has a number for each row, or for each column and pixel of it, goes along.
+    """
+    conv, shapes = step.kind == "conv_of", d.program.layout.shapes
+    kernel = d.program.steps[step.inputs[1]].shape
+    ids, groups = d.along(x, 0 if conv else -1), step.options.get("groups", 1)
+    neurons = d.written(step, 0 if conv else -1)
+    d.rigid += [ids, neurons]
+    alone = conv and 1 < groups == kernel[0] == input_shape(d, step)[0]
+    if alone:
+        d.tie(ids.expand(kernel[0]), neurons)
+    columns, pixels = ids.expand(kernel[1] * groups) if len(ids) == 1 else ids, int(np.prod(kernel[2:]))
+    for name in sorted(tensors_behind(d.program, step.inputs[1])):
+        shape = shapes[name]
+        if shape == kernel:
+            d.add_axis(name, 0, neurons, "writes")
+            if not alone:
+                d.add_axis(name, 1, columns, "reads", x, groups)
+            if groups > 1 and not alone:
+                d.add_members(d.blocks(d.axes[name, 1, groups].ids.view(groups, -1), [1]), neurons.view(groups, -1))
+        elif shape and int(np.prod(shape)) == kernel[0] == max(shape):
+            d.add_axis(name, shape.index(kernel[0]), neurons, "scales")
+        elif shape == (kernel[1] * pixels,) and groups == 1:
+            d.add_axis(name, 0, columns.repeat_interleave(pixels), "scales")
+        elif int(np.prod(shape)) > 1:
+            d.pin(x, Numbers(neurons))
+    d.add_vectors(step, ("bias",), "writes", neurons, Numbers(neurons))
+    return Numbers(
+        neurons.view(-1, *[1] * (len(step.shape) - 1)) if conv else neurons.view(*[1] * (len(step.shape) - 1), -1)
+    )
 
 
 def follow_conv1d(d: Derivation, step: Step, x: Numbers) -> Numbers:
@@ -565,6 +634,7 @@ RULES: dict[str, Callable[..., Numbers]] = {
     "parameter": follow_parameter,
     "conv": follow_conv,
     "conv1d": follow_conv1d,
+    **dict.fromkeys(KERNELS, follow_kernel),
     "filter": follow_filter,
     "linear": follow_linear,
     **dict.fromkeys(("batch_norm", "group_norm", "instance_norm"), follow_norm),

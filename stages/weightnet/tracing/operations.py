@@ -82,6 +82,8 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "amax": torch.amax,
     "amin": torch.amin,
     "norm": torch.linalg.vector_norm,
+    "std": torch.std,
+    "var": torch.var,
 }
 POOLS: dict[str, Callable[..., Tensor]] = {
     "max_pool": F.max_pool2d,
@@ -138,6 +140,20 @@ def run_conv(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if bias is not None:
         y += bias[:, None, None, None]
     return y
+
+
+def run_conv_of(
+    step: Step, x: Tensor, kernel: Float[Tensor, "n 1 o c k k"], bias: Float[Tensor, "n o"] | None = None
+) -> Tensor:
+    """Return a convolution with a kernel that is the result of a step."""
+    return run_conv(step, x, kernel[:, 0], bias)
+
+
+def run_linear_of(
+    step: Step, x: Tensor, matrix: Float[Tensor, "n 1 k f"], bias: Float[Tensor, "n k"] | None = None
+) -> Tensor:
+    """Return a linear map of the last axis by a matrix that is the result of a step."""
+    return run_linear(step, x, matrix[:, 0], bias)
 
 
 def run_filter(step: Step, x: Float[Tensor, "n b h w c"]) -> Float[Tensor, "n b o p c"]:
@@ -246,7 +262,8 @@ def run_mean(_step: Step, x: Float[Tensor, "n b h w c"]) -> Float[Tensor, "n b c
 def run_reduction(step: Step, x: Tensor) -> Tensor:
     """Return a mean, sum or extreme over some axes."""
     dims = [dim + 2 for dim in step.options["dims"]]
-    return own_order(REDUCTIONS[step.options["of"]](torch_order(x), dim=dims, keepdim=step.options["keepdim"]))
+    options = {name: value for name, value in step.options.items() if name not in ("of", "dims")}
+    return own_order(REDUCTIONS[step.options["of"]](torch_order(x), dim=dims, **options))
 
 
 def run_flatten(_step: Step, x: Tensor) -> Float[Tensor, "n b f"]:
@@ -334,6 +351,8 @@ def run_same(_step: Step, x: Tensor) -> Tensor:
 
 RUN: dict[str, Callable[..., Tensor]] = {
     "conv": run_conv,
+    "conv_of": run_conv_of,
+    "linear_of": run_linear_of,
     "filter": run_filter,
     "conv1d": run_conv1d,
     "linear": run_linear,

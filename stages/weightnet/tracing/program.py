@@ -24,6 +24,7 @@ from stages.weightnet.tracing.attention import write_out_attention
 from stages.weightnet.tracing.operations import POINTWISE, Step, batch_statistics, own_order, run_step, torch_order
 from stages.weightnet.tracing.readers import READERS
 from stages.weightnet.tracing.recording import ALONG_ROWS, Recorder, plain
+from stages.weightnet.tracing.recurrence import write_out_recurrence
 
 Weights = dict[str, Tensor]  # of n networks, every tensor [n, *shape]
 
@@ -114,6 +115,7 @@ def copied(model: nn.Module) -> nn.Module:
     except RuntimeError as error:
         raise InputError(f"it cannot be copied ({plain(error)}): take weight norms and the like off first") from None
     write_out_attention(own)
+    write_out_recurrence(own)
     return own
 
 
@@ -242,14 +244,28 @@ def without_unused(program: Program, output: int) -> Program:
 
 
 def logits_of(program: Program) -> Program:
-    """Return a program without a softmax at its end."""
+    """Return a program without a softmax, or sigmoids, at its end; of a softmax's logarithm without an exponential, too."""
     last = program.steps[-1]
-    if last.kind not in SOFTMAX or last.options["dim"] != len(last.shape) - 1:
+    if last.kind in SOFTMAX:
+        ends = last.options["dim"] == len(last.shape) - 1
+    else:
+        ends = last.kind == "sigmoid" or (last.kind == "exp" and program.steps[last.inputs[0]].kind == "log_softmax")
+    if not ends:
         return program
     note = f"{last.kind} at the end left out: the properties are those of the logits"
     return logits_of(
         replace(without_unused(program, last.inputs[0]), unused=program.unused, notes=(*program.notes, note))
     )
+
+
+def logarithm_of(program: Program, least: float) -> Program:
+    """Return a program of the logarithms of a program's outputs, none of them taken for less than `least`."""
+    last, end = program.steps[-1], len(program.steps)
+    more = [
+        Step("clamp", "logarithm", (end - 1,), last.shape, {"min": least, "max": None}),
+        Step("log", "logarithm", (end,), last.shape),
+    ]
+    return replace(program, steps=(*program.steps, *more))
 
 
 def rescaled_input(program: Program, mean: float, std: float) -> Program:

@@ -66,7 +66,9 @@ def read_conv(
         sizes = {"stride": _pair(stride), "padding": padding, "dilation": _pair(dilation), "groups": groups}
         r.add("filter", [x], y, {"kernel": weight.tensor.tolist(), **sizes})
         return
-    tensors, source = r.weights(weight=weight, bias=bias), x
+    made = weight.place is not None and weight.batch.axis is None and not shared
+    kind, kernel = ("conv_of", [weight]) if made else ("conv", [])
+    tensors, source = r.weights(**({"bias": bias} if made else {"weight": weight, "bias": bias})), x
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         taps = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -79,7 +81,7 @@ def read_conv(
     if shared:
         r.add("reshape", [r.add("conv", [source], y.squeeze(0), options, tensors)], y)
     else:
-        r.add("conv", [source], y, options, tensors)
+        r.add(kind, [source, *kernel], y, options, tensors, name=r.made_of(weight) if made else None)
 
 
 def read_conv1d(
@@ -103,6 +105,9 @@ def read_conv1d(
 
 def read_linear(r: Recorder, y: Tensor, x: Operand, weight: Operand, bias: Layer = None) -> None:
     """torch.nn.functional.linear; a bias that is made of tensors is added."""
+    if weight.place is not None and weight.batch.axis is None and (bias is None or bias.name is not None):
+        r.add("linear_of", [x, weight], y, {}, r.weights(bias=bias), name=r.made_of(weight))
+        return
     if bias is None or bias.name is not None:
         r.add("linear", [x], y, {}, r.weights(weight=weight, bias=bias))
         return
@@ -122,7 +127,25 @@ def read_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> None:
-    """torch.nn.functional.batch_norm."""
+    """torch.nn.functional.batch_norm; of kernels, which are the same for all images, each row is normalised by itself."""
+    if training and x.batch.axis is None and len(x.shape) == 3 and x.shape[0] == 1:
+        mean, variance = x.tensor.mean((0, 2), keepdim=True), x.tensor.var((0, 2), correction=0, keepdim=True)
+        along = {"dims": (0, 2), "keepdim": True}
+        centred = r.add("sub", [x, r.add("reduction", [x], mean, {"of": "mean", **along})], x.tensor - mean)
+        spread = r.add("reduction", [x], variance, {"of": "var", **along, "correction": 0})
+        root = r.add(
+            "sqrt", [r.add("add", [spread, r.place(eps, NOWHERE, 3)], variance + eps)], (variance + eps).sqrt()
+        )
+        scaled = (x.tensor - mean) / (variance + eps).sqrt()
+        if bias is not None:
+            raise NotFollowed("a norm without running statistics mixes the images of a batch")
+        if weight is None:
+            r.add("div", [centred, root], y)
+            return
+        ratio = r.add("div", [centred, root], scaled)
+        gain = r.add("reshape", [weight], weight.tensor.detach().view(1, -1, 1), batch=NOWHERE)
+        r.add("mul", [ratio, gain], y)
+        return
     if training or running_mean is None:
         raise NotFollowed("a norm without running statistics mixes the images of a batch")
     tensors = r.weights(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
@@ -248,6 +271,34 @@ def read_norm(
     r.add("reduction", [x], y, {"of": "norm", "dims": dims, "keepdim": keepdim}, batch=batch)
 
 
+def read_spread(
+    r: Recorder, y: Tensor, x: Operand, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
+) -> None:
+    """torch.std and var."""
+    correction = options.pop("correction", 1)
+    if isinstance(dim, bool):  # var(unbiased)
+        dim, unbiased = None, dim
+    if options:
+        raise NotFollowed("it is called in a way that is not supported")
+    dims, batch = _reduced(x, dim, keepdim)
+    how = {"of": r.function, "dims": dims, "keepdim": keepdim, "correction": correction if unbiased else 0}
+    r.add("reduction", [x], y, how, batch=batch)
+
+
+def read_weight_norm(r: Recorder, y: Tensor, v: Operand, g: Operand, dim: int = 0) -> None:
+    """torch._weight_norm: a tensor over its norms along all axes but one, times g (Salimans and Kingma 2016)."""
+    dims = tuple(axis for axis in range(len(v.shape)) if axis != dim % len(v.shape) or dim == -1)
+    norms = v.tensor.detach().norm(2, dims, keepdim=True)
+    length = r.add("reduction", [v], norms, {"of": "norm", "dims": dims, "keepdim": True}, batch=NOWHERE)
+    direction = r.add("div", [v, length], v.tensor.detach() / norms, batch=NOWHERE)
+    r.add("mul", [direction, r.place(g, NOWHERE, y.dim())], y, batch=NOWHERE)
+
+
+def read_product_with_vector(r: Recorder, y: Tensor, x: Operand, other: Operand) -> None:
+    """torch.mv, dot and vdot."""
+    contract(r, y, (x, LETTERS[: len(x.shape) - 1] + SUMMED), (other, SUMMED), LETTERS[: len(x.shape) - 1])
+
+
 def read_normalize(
     r: Recorder, y: Tensor, x: Operand, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> None:
@@ -359,7 +410,7 @@ def read_unfold(
 ) -> None:
     """torch.Tensor.unfold: windows along an axis, whose places are the last axis."""
     if options or not all(isinstance(value, int) for value in (dim, size, step)):
-        raise NotFollowed("patches of images by unfold are not supported")
+        raise NotFollowed("it is called in a way that is not supported")
     dim = dim % len(x.shape)
     places = [start * step + i for start in range(y.shape[dim]) for i in range(size)]
     taken = x.tensor.detach().index_select(dim, torch.tensor(places))
@@ -367,6 +418,39 @@ def read_unfold(
     long = r.add("index", [x], taken, {"axis": x.axis(dim), "places": places})
     read_reshape(r, windows, long)
     read_movedim(r, y, r.operand(windows), dim + 1, -1)
+
+
+def read_unfold_or_patches(r: Recorder, y: Tensor, x: Operand, *given: Any, **options: Any) -> None:
+    """torch.Tensor.unfold, and torch.nn.functional.unfold, which goes by the same name and gives three axes of an image's four."""
+    if len(x.shape) == 4 and y.dim() == 3:
+        read_patches(r, y, x, *given, **options)
+    else:
+        read_unfold(r, y, x, *given, **options)
+
+
+def read_patches(
+    r: Recorder, y: Tensor, x: Operand, kernel_size: Size, dilation: Size = 1, padding: Size = 0, stride: Size = 1
+) -> None:
+    """torch.nn.functional.unfold: of each axis of pixels, the places that each tap sees; then all taps, and all patches, in a row."""
+    _plain(x)
+    images, operand = x.tensor.detach(), x
+    if any(_pair(padding)):
+        down, across = _pair(padding)
+        border = [across, across, down, down]
+        images = pad(images, border)
+        operand = r.add("pad", [x], images, {"pad": border, "mode": "constant", "value": 0.0})
+    for axis, k, d, s in (
+        (2, *(_pair(v)[0] for v in (kernel_size, dilation, stride))),
+        (4, *(_pair(v)[1] for v in (kernel_size, dilation, stride))),
+    ):
+        count = (images.shape[axis] - d * (k - 1) - 1) // s + 1
+        places = [tap * d + patch * s for tap in range(k) for patch in range(count)]
+        images = images.index_select(axis, torch.tensor(places))
+        operand = r.add("index", [operand], images, {"axis": axis - 1, "places": places})
+        images = images.unflatten(axis, (k, count))
+        operand = r.add("reshape", [operand], images)
+    images = images.permute(0, 1, 2, 4, 3, 5)
+    r.add("reshape", [r.add("permute", [operand], images, {"dims": (0, 1, 3, 2, 4)})], y)
 
 
 def _batch_of(operands: Sequence[object]) -> Batch:
@@ -694,11 +778,16 @@ def with_options(kind: str, **options: object) -> Callable[..., None]:
     signature = Signature([*names, Parameter("inplace", Parameter.POSITIONAL_OR_KEYWORD, default=False)])
 
     def read(r: Recorder, y: Tensor, x: Operand, *args: object, **kwargs: object) -> None:
-        if kind in POOLS:
-            _plain(x)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        r.add(kind, [x], y, {name: bound.arguments[name] for name in options})
+        given = {name: bound.arguments[name] for name in options}
+        if kind in POOLS and x.batch.axis is None and x.shape[0] == 1:  # of no image: it is given to all of them later
+            alone = r.add("reshape", [x], x.tensor.detach().squeeze(0))
+            r.add("reshape", [r.add(kind, [alone], y.squeeze(0), given)], y)
+            return
+        if kind in POOLS:
+            _plain(x)
+        r.add(kind, [x], y, given)
 
     return read
 
@@ -744,8 +833,11 @@ READERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("reshape_as", "ravel"), read_reshape),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), read_mean),
     **dict.fromkeys(("max", "min"), read_max),
-    "repeat": read_repeat,
+    **dict.fromkeys(("repeat", "tile"), read_repeat),
     **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), read_norm),
+    **dict.fromkeys(("std", "var"), read_spread),
+    "weight_norm": read_weight_norm,
+    **dict.fromkeys(("mv", "dot", "vdot"), read_product_with_vector),
     "normalize": read_normalize,
     "rms_norm": read_rms_norm,
     "avg_pool1d": read_mean_pool,
@@ -758,7 +850,7 @@ READERS: dict[str, Callable[..., None]] = {
     "scaled_dot_product_attention": read_attention,
     "index_select": read_index_select,
     "repeat_interleave": read_repeat_interleave,
-    "unfold": read_unfold,
+    "unfold": read_unfold_or_patches,
     "flip": read_flip,
     "roll": read_roll,
     "glu": read_glu,

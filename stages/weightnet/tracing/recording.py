@@ -36,7 +36,7 @@ LOOKS = {
     *("item", "tolist", "numpy", "nonzero", "is_nonzero", "equal", "allclose"),
 }
 # refused by their own names, before a function inside them is
-UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase, nn.Embedding)
+UNSUPPORTED = (nn.RNNCellBase, nn.Embedding)
 
 
 def plain(error: BaseException) -> str:
@@ -229,15 +229,19 @@ class Recorder(TorchFunctionMode):
         options: dict[str, Any] | None = None,
         tensors: dict[str, str] | None = None,
         batch: Batch | None = None,
+        name: str | None = None,
     ) -> Operand:
-        """Note a step and return its result. batch: where its images lie, if not as in the first that is read."""
+        """Note a step and return its result.
+
+        batch: where its images lie, if not as in the first that is read; name: the layer's, if it is not that of its tensors.
+        """
         if not isinstance(result, Tensor):
             raise NotFollowed("it gives several results, which is not supported")
         if not result.is_floating_point():
             raise NotFollowed("its results are no real numbers")
         batch = batch or next(i.batch for i in inputs if isinstance(i, Operand))
         places = tuple(i if isinstance(i, int) else self.source(i) for i in inputs)
-        name = self.where if not tensors else _layer(next(iter(tensors.values())))
+        name = name or (self.where if not tensors else _layer(next(iter(tensors.values()))))
         images = self.by_image(result, batch)
         place = self.append(Step(kind, name, places, tuple(images.shape[1:]), options or {}, tensors or {}))
         self.places[result] = (place, result._version, batch)
@@ -305,6 +309,15 @@ class Recorder(TorchFunctionMode):
             raise NotFollowed("it reads a tensor that no step gave which can be followed")
         value = value[0]
         return Operand(value, tuple(value.shape), batch=NOWHERE)
+
+    def made_of(self, operand: Operand) -> str:
+        """Return the name of the first tensor of the network that a result is made of."""
+        places, names = [self.source(operand)], []
+        while places:
+            step = self.steps[places.pop()]
+            names += step.tensors.values()
+            places += step.inputs
+        return min(names)
 
     def weights(self, **tensors: "Operand | None") -> dict[str, str]:
         """Return the names of a layer's tensors, which must be the network's own as they are."""

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from stages.common.stage import InputError
 from stages.weightnet.tracing.groups import NOBODY, Groups, find_groups, first_of_tied
-from stages.weightnet.tracing.neurons import INPUT, OUTPUT, Derivation, Ids, NeuronAxis, axes_of_tensors, follow
+from stages.weightnet.tracing.neurons import (
+    INPUT,
+    OUTPUT,
+    Derivation,
+    Ids,
+    NeuronAxis,
+    axes_of_tensors,
+    follow,
+    kernels_of,
+)
 from stages.weightnet.tracing.program import Program, Weights, run_stack
 
 
@@ -206,9 +215,10 @@ def derive_symmetry(program: Program) -> Symmetry:
         parents={names[parent]: sizes[names[parent]] for parent in moving.values()},
         rigid=frozenset(names[i] for i in np.unique(number[flags(found.rigid, found.neurons)])),
         kernels={
-            step.tensors["weight"]: (1, 1, *program.layout.shapes[step.tensors["weight"]][2:])[-2:]
+            name: (1, 1, *program.layout.shapes[name][2:])[-2:]
             for step in program.steps
-            if step.kind in ("conv", "conv1d") and step.name in found.layers
+            if step.kind in ("conv", "conv1d", "conv_of") and step.name in found.layers
+            for name in kernels_of(program, step)
         },
         fixed=frozenset(names[i] for i, group in enumerate(groups.neurons) if groups.pinned[group].any()),
     )

@@ -107,7 +107,10 @@ def of_torchvision(name: str, channels: int, classes: int) -> nn.Module:
     from torchvision import models  # here: 1 s and 160 MB that our own do without
 
     if name not in models.list_models(models):
-        raise InputError(f"no architecture is called {name}: there are {', '.join(ARCHITECTURES)}, and torchvision's")
+        raise InputError(
+            f"no architecture is called {name}: there are {', '.join(ARCHITECTURES)}, and torchvision's "
+            "(your own: my_code:name with --allow-code)"
+        )
     network = models.get_model(name, weights=None, num_classes=classes)
     where, first = next((where, layer) for where, layer in network.named_modules() if isinstance(layer, nn.Conv2d))
     if first.in_channels != channels:
