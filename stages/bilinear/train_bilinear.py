@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from stages.bilinear.model import Config
 from stages.bilinear.training import TrainedRun, train_run
-from stages.common.checkpoints import load_torch, save_torch
+from stages.common.checkpoints import remembered_torch
 from stages.common.files import Summary, save_csv, save_json
 from stages.common.images import load_images
 from stages.common.metrics import majority_accuracy, mean_std
@@ -90,9 +90,8 @@ class Params(StageParams):
 def trained_once(config: Config, work: Path) -> TrainedRun:
     """Return the run that waits in `work`; if there is none, train it by `config` and leave it there."""
     path = work / f"{'-'.join(Path(config['run_dir']).parts[-2:])}.pt"  # variant and seed
-    if not path.is_file():
-        save_torch(path, vars(train_run(config)))
-    return TrainedRun(**load_torch(path, {field.name for field in fields(TrainedRun)}))
+    keys = {field.name for field in fields(TrainedRun)}
+    return TrainedRun(**remembered_torch(path, keys, lambda: vars(train_run(config))))
 
 
 def summarise(runs: dict[str, list[TrainedRun]], majority_acc: float) -> Summary:

@@ -75,6 +75,13 @@ def load_torch(path: Path, keys: set[str], map_location: str | torch.device = "c
     return value
 
 
+def remembered_torch(path: Path, keys: set[str], compute: Callable[[], Checkpoint]) -> Checkpoint:
+    """Return the dictionary in `path`, which has `keys`; if it is not there, compute it and keep it there."""
+    if not path.is_file():
+        save_torch(path, compute())
+    return load_torch(path, keys)
+
+
 def load_weights(
     source: Path | str,
     expected: Shapes | None = None,

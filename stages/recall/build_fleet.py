@@ -42,7 +42,7 @@ from stages.recall.fleet import (
     train_fine_tunes,
 )
 from stages.recall.fleet_files import BUILD_FLEET, Fleet
-from stages.recall.functional_vit import Base, load_base
+from stages.recall.functional_vit import Base, Weights, load_base
 from stages.recall.objective import Learns, Objective
 from stages.recall.pools import pool
 
@@ -118,18 +118,20 @@ def finish(
     labels = torch.stack([truth["table"][y].long() if "table" in truth else y for truth in truths])
     counted = torch.stack([torch.ones_like(x[:, 0, 0]) if "table" in t else t["present"][y] for t in truths])
 
-    def score(networks: Float[Tensor, "m w"]) -> Float[Tensor, " m"]:
-        scores = vmap(objective.scores, in_dims=(0, 0, None, 0, None))(networks, frozen, x, labels, noise)
+    def score(networks: Float[Tensor, "*m w"], frozen: Weights) -> Float[Tensor, " m"]:
+        of = 0 if networks.dim() > 1 else None
+        scores = vmap(objective.scores, in_dims=(of, of, None, 0, None))(networks, frozen, x, labels, noise)
         return (scores * counted).sum(1) / counted.sum(1)
 
-    held_out = (frozen, x, labels, counted, noise)
+    base = (before, frozen) if own_base_steps else (objective.start, objective.frozen)  # run once for all that share it
+    held_out = (x, labels, counted, noise)
     arrays = {
         "change": after - before,
         "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
-        "score_before": score(before),
-        "score_after": score(after),
-        "loss_before": held_out_loss(objective, before, *held_out),
-        "loss_after": held_out_loss(objective, after, *held_out),
+        "score_before": score(*base),
+        "score_after": score(after, frozen),
+        "loss_before": held_out_loss(objective, *base, *held_out),
+        "loss_after": held_out_loss(objective, after, frozen, *held_out),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 

@@ -144,16 +144,19 @@ def train_own_bases(
 
 def held_out_loss(
     objective: Objective,
-    networks: Float[Tensor, "m w"],
+    networks: Float[Tensor, "*m w"],
     frozen: Weights,
     images: Float[Tensor, "e p q"],
     labels: Int[Tensor, "m e"],
     counted: Float[Tensor, "m e"],
     noise: Float[Tensor, "e p"],
 ) -> Float[Tensor, " m"]:
-    """Return the loss of each network on images that it was not trained on, of those that are counted."""
-    labels = labels.masked_fill(counted == 0, IGNORED)
-    return vmap(objective.loss, in_dims=(0, 0, None, 0, None))(networks, frozen, images, labels, noise)
+    """Return the loss of each network on images that it was not trained on, of those that are counted.
+
+    One network [w] and its frozen weights, where all have the same, are run once.
+    """
+    labels, of = labels.masked_fill(counted == 0, IGNORED), 0 if networks.dim() > 1 else None
+    return vmap(objective.loss, in_dims=(of, of, None, 0, None))(networks, frozen, images, labels, noise)
 
 
 def require_learned(

@@ -90,19 +90,19 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
     present = torch.stack([torch.from_numpy(f.characteristics["present"]).to(x)[y] for f in fine_tunes])
     unmasked = torch.zeros(len(x), objective.base.patches).to(x)
 
-    def score(networks: Float[Tensor, "m w"]) -> Float[Tensor, " m"]:
-        right = vmap(objective.scores, in_dims=(0, 0, None, None, None))(networks, frozen, x, y, unmasked)
+    def score(right: Float[Tensor, "*m e"]) -> Float[Tensor, " m"]:
         return (right * present).sum(1) / present.sum(1)
 
-    before, after = objective.start.expand_as(change), objective.start + change
-    held_out = (frozen, x, y.expand(len(change), -1), present, unmasked)
+    base, after = (objective.start, objective.frozen), objective.start + change
+    right_after = vmap(objective.scores, in_dims=(0, 0, None, None, None))(after, frozen, x, y, unmasked)
+    held_out = (x, y.expand(len(change), -1), present, unmasked)
     arrays = {
         "change": change,
         "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
-        "score_before": score(before),
-        "score_after": score(after),
-        "loss_before": held_out_loss(objective, before, *held_out),
-        "loss_after": held_out_loss(objective, after, *held_out),
+        "score_before": score(objective.scores(*base, x, y, unmasked)),
+        "score_after": score(right_after),
+        "loss_before": held_out_loss(objective, *base, *held_out),
+        "loss_after": held_out_loss(objective, after, frozen, *held_out),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 

@@ -35,7 +35,17 @@ from stages.vit_memory import pictures
 from stages.vit_memory.features import FEATURES, input_files, load_featured_images
 from stages.vit_memory.models import HeadedViT
 from stages.vit_memory.streams import Pool, Stream, accuracy_matrices, hold_out, make_stream, measures
-from stages.vit_memory.ways import FROZEN, NETWORKS, Budget, Space, learn_frozen, learn_network
+from stages.vit_memory.ways import (
+    FROZEN,
+    NETWORKS,
+    Budget,
+    Finetune,
+    First,
+    Space,
+    learn_first,
+    learn_frozen,
+    learn_network,
+)
 
 REPORTS = Path("reports/train_continual")
 
@@ -126,19 +136,33 @@ class Shared:
     budget: Budget
     space: Space
 
+    def tested(self, seed: int | None) -> Examples:
+        """Return the examples that a stream's test images are of."""
+        return self.train if seed is None else self.test
 
-def compute(job: Job, shared: Shared) -> Matrices:
-    """Learn one stream by one method, and return its R matrices."""
-    stream, train, backbone = shared.streams[job.seed], shared.train, shared.backbone
-    tested = train if job.seed is None else shared.test
-    device = train.labels.device
-    if job.method in NETWORKS and backbone is not None:
-        with seeded_init(stream.seed):
-            model = HeadedViT(copy.deepcopy(backbone.vit), stream.classes, freeze_backbone=False).to(device)
-        way = NETWORKS[job.method](model, backbone.prepare, shared.budget, job.strength, stream.seed)
-        scores = learn_network(way, stream.over(train.images), tested.images[stream.test])
+
+def new_way(kind: type[Finetune], strength: float, backbone: Backbone, stream: Stream, budget: Budget) -> Finetune:
+    """Return a way to train a copy of the backbone on a stream; those of one stream start from the same weights."""
+    with seeded_init(stream.seed):
+        model = HeadedViT(copy.deepcopy(backbone.vit), stream.classes, freeze_backbone=False)
+    return kind(model.to(stream.labels.device), backbone.prepare, budget, strength, stream.seed)
+
+
+def begin(backbone: Backbone, seed: int | None, shared: Shared) -> First:
+    """Learn the first task of a stream, as most ways to train a whole network begin."""
+    stream, tests = shared.streams[seed], shared.tested(seed).images
+    way = new_way(Finetune, 1.0, backbone, stream, shared.budget)
+    return learn_first(way, stream.over(shared.train.images), tests[stream.test])
+
+
+def compute(job: Job, shared: Shared, first: First | None = None) -> Matrices:
+    """Learn one stream by one method, and return its R matrices. first: of the stream, from `begin`, to be taken over."""
+    stream, train, tested = shared.streams[job.seed], shared.train, shared.tested(job.seed)
+    if job.method in NETWORKS and shared.backbone is not None:
+        way = new_way(NETWORKS[job.method], job.strength, shared.backbone, stream, shared.budget)
+        scores = learn_network(way, stream.over(train.images), tested.images[stream.test], first)
     else:
-        learner = FROZEN[job.method](shared.space, job.strength, stream.seed, device)
+        learner = FROZEN[job.method](shared.space, job.strength, stream.seed, train.labels.device)
         scores = learn_frozen(learner, stream.over(train.x), tested.x[stream.test])
     return {kind: r.tolist() for kind, r in accuracy_matrices(scores, stream).items()}
 
@@ -207,11 +231,15 @@ def main() -> None:
 
     def run_job(job: Job) -> Matrices:
         path = work / f"{job.method}-{job.strength:g}-{job.seed}.json"
-        return remembered(path, lambda: compute(job, shared))
+        return remembered(path, lambda: compute(job, shared, firsts.get(job.seed)))
 
     def run_all(jobs: list[Job], progress: str) -> dict[Job, Matrices]:
         return dict(zip(jobs, parallel_map(run_job, jobs, device, f"{progress} {dataset}"), strict=True))
 
+    firsts: dict[int | None, First] = {}
+    if backbone and params.networks:
+        seeds = list(streams)
+        firsts |= zip(seeds, parallel_map(lambda seed: begin(backbone, seed, shared), seeds, device), strict=True)
     candidates = {m: strengths for m, strengths in params.strengths.items() if m in methods}
     trials = [Job(m, strength, None) for m in methods if m in candidates for strength in candidates[m]]
     strengths = choose_strengths(run_all(trials, "strengths for"), candidates)

@@ -46,6 +46,8 @@ class Budget:
 class Finetune:
     """Train on each task's images alone: what all others are to beat. `strength` is of what they add."""
 
+    begins_plainly = True  # learns the first task as Finetune does, since nothing is old yet: `learn_first` is enough for all of those
+
     def __init__(self, model: HeadedViT, prepare: Prepare, budget: Budget, strength: float, seed: int) -> None:
         self.model, self.prepare, self.budget, self.strength, self.seed = model, prepare, budget, strength, seed
         self.random = generator(seed, "batches of a stream")
@@ -98,6 +100,8 @@ class ElasticWeights(Finetune):
 
     def end(self, task: Task) -> None:
         super().end(task)
+        if task.seen == self.model.head.out_features:
+            return  # no task follows that it would be for
         images = task.x[self.order[: self.budget.fisher_images]]
         batches = ((self.prepare(part), None) for part in images.split(FISHER_BATCH))
         self.ewc = EWC(self.model, batches, self.strength, self.ewc, self.seen, self.seed + task.number)
@@ -139,6 +143,8 @@ class Replay(Finetune):
 class Exemplars(Finetune):
     """Train as iCaRL does, on batches of which half are exemplars, and classify by their means."""
 
+    begins_plainly = False  # its loss is another
+
     def __init__(self, model: HeadedViT, prepare: Prepare, budget: Budget, strength: float, seed: int) -> None:
         super().__init__(model, prepare, budget, strength, seed)
         self.icarl = iCaRL(model, model.head.out_features, budget.buffer)
@@ -177,24 +183,63 @@ NETWORKS: dict[str, type[Finetune]] = {  # longest first
 }
 
 
-def learn_network(way: Finetune, tasks: Iterable[Task], tests: UInt8[Tensor, "m _ h w"]) -> Float[Tensor, "t m c"]:
-    """Train the way's whole model task by task; return the scores of the test images after each task."""
-    model, budget, scores = way.model, way.budget, []
+@dataclass(frozen=True)
+class First:
+    """A stream's first task as Finetune learns it: weights, the state of what draws batches, and the scores of the test images."""
+
+    weights: dict[str, Tensor]
+    random: UInt8[Tensor, " bytes"]
+    scores: Float[Tensor, "m c"]
+
+
+def train_on_task(way: Finetune) -> None:
+    """Train the way's whole model on the task that it has begun."""
+    model, budget = way.model, way.budget
+    optimizer = torch.optim.AdamW(model.parameters(), budget.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    model.train()
+    for _ in range(budget.steps):
+        x, y = way.batch()
+        loss = way.loss(x, y, model(x))
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+    model.eval()
+
+
+@torch.no_grad()
+def scores_of(way: Finetune, tests: UInt8[Tensor, "m _ h w"]) -> Float[Tensor, "m c"]:
+    """Return the scores of the test images as the way is now."""
+    return torch.cat([way.scores(way.prepare(part)) for part in tests.split(IMAGES_AT_ONCE)])
+
+
+def learn_first(way: Finetune, tasks: Iterable[Task], tests: UInt8[Tensor, "m _ h w"]) -> First:
+    """Train the way's whole model on the first task."""
+    way.begin(next(iter(tasks)))
+    train_on_task(way)
+    return First(way.model.state_dict(), way.random.get_state(), scores_of(way, tests))
+
+
+def learn_network(
+    way: Finetune, tasks: Iterable[Task], tests: UInt8[Tensor, "m _ h w"], first: First | None = None
+) -> Float[Tensor, "t m c"]:
+    """Train the way's whole model task by task; return the scores of the test images after each task.
+
+    first: of `learn_first` by Finetune on the same tasks, from the same weights and seed. It is taken over by ways that begin plainly,
+    and saves them the first task.
+    """
+    scores = []
     for task in tasks:
         way.begin(task)
-        optimizer = torch.optim.AdamW(model.parameters(), budget.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-        model.train()
-        for _ in range(budget.steps):
-            x, y = way.batch()
-            loss = way.loss(x, y, model(x))
-            optimizer.zero_grad()
-            loss.backward()
-            clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
-            optimizer.step()
-        model.eval()
+        taken = first if task.number == 0 and way.begins_plainly else None
+        if taken is None:
+            train_on_task(way)
+        else:
+            way.model.load_state_dict(taken.weights)
+            way.model.eval()
+            way.random.set_state(taken.random)
         way.end(task)
-        with torch.no_grad():
-            scores.append(torch.cat([way.scores(way.prepare(part)) for part in tests.split(IMAGES_AT_ONCE)]))
+        scores.append(scores_of(way, tests) if taken is None else taken.scores)
     return torch.stack(scores)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 from torch.nn.utils import clip_grad_norm_
 
-from stages.common.checkpoints import Checkpoint, load_torch, save_torch
+from stages.common.checkpoints import Checkpoint, remembered_torch, save_torch
 from stages.common.files import Row, save_csv, save_table
 from stages.common.optim import require_convergence, set_learning_rate, warmup_times_cosine
 from stages.common.randomness import generator
@@ -363,9 +363,10 @@ def main() -> None:
     settings = (fitting, fractions, params.snapshots, params.tasks.main, params.seed)
 
     def finish(place: int) -> Result:
-        if not paths[place].is_file():
-            save_torch(paths[place], dict(train_and_predict(jobs[place], zoos, statistics, *settings)))
-        return cast(Result, load_torch(paths[place], set(Result.__annotations__)))
+        def compute() -> Checkpoint:
+            return dict(train_and_predict(jobs[place], zoos, statistics, *settings))
+
+        return cast(Result, remembered_torch(paths[place], set(Result.__annotations__), compute))
 
     results = parallel_map(finish, range(len(jobs)), torch.device("cpu"), f"train {name}")
     both = list(zip(jobs, results, strict=True))

@@ -47,8 +47,9 @@ def test_a_fleet_that_diverges_is_named_and_leaves_no_result(monkeypatch):
 
 @pytest.mark.usefixtures("inputs")
 def test_fine_tunes_outside_the_ranges_alone_may_lose_what_they_knew(monkeypatch):
-    def loss(_objective, networks, *_):  # large of fine-tunes, which differ
-        return 1.0 + 1e9 * networks.std(0).sum() + 0 * networks[:, 0]
+    def loss(_objective, networks, _frozen, _x, labels, *_):  # large of fine-tunes, which differ
+        spread = networks.std(0).sum() if networks.dim() > 1 else 0.0
+        return torch.full((len(labels),), 1.0 + 1e9 * spread)
 
     monkeypatch.setattr(vary_recipes, "held_out_loss", loss)
     fleets_with(2e-3, train=0)

@@ -24,6 +24,7 @@ from stages.vit_memory.ways import (
     Joint,
     Replay,
     Space,
+    learn_first,
     learn_frozen,
     learn_network,
 )
@@ -82,6 +83,14 @@ def test_a_network_does_not_look_ahead(method):
     clean, other = (learn_network(make(NETWORKS[method]), tasks_of(data), images) for data in (images, spoilt))
     assert torch.equal(clean[:2], other[:2])
     assert not torch.equal(clean[2], other[2])
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_first_task_that_is_taken_over_changes_nothing(method):
+    images = pictures()
+    first = learn_first(make(Finetune), tasks_of(images), images)
+    taken, learned = (learn_network(make(NETWORKS[method]), tasks_of(images), images, known) for known in (first, None))
+    assert torch.equal(taken, learned)
 
 
 @pytest.mark.parametrize("method", FROZEN)
@@ -182,7 +191,10 @@ def test_ewc_reads_so_many_images_of_each_task(monkeypatch):
 
     monkeypatch.setattr(ways, "EWC", spy)
     learn_network(make(NETWORKS["ewc"], seed=7), tasks_of(pictures()), pictures(4))
-    assert sizes == [(4, 10.0, 2, 7), (4, 10.0, 4, 8), (4, 10.0, 6, 9)]  # images, lambda, classes that compete, seed
+    assert sizes == [
+        (4, 10.0, 2, 7),
+        (4, 10.0, 4, 8),
+    ]  # images, lambda, classes that compete, seed; nothing follows the third
 
 
 def test_lwf_keeps_the_outputs_of_the_classes_that_have_come_from_a_copy():
