@@ -37,7 +37,7 @@ from stages.recall.decoders import Decoder
 from stages.recall.functional_vit import FIXED, Base, load_base
 from stages.recall.honesty import check, check_marks
 from stages.recall.own_base import read_own_base, with_head
-from stages.recall.reading import READS
+from stages.recall.reading import READS, read_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,6 +160,10 @@ def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Audi
         answer[key] = {"from": gives(source), "found": found}
         if (doubt > 1).any():
             answer["warnings"].append(beyond(key, decoder))
+    if part.unmasked is not None:
+        source, decoder = part.unmasked
+        told = decoder.known(decoder.predict(read_columns(descriptions, source)))
+        answer["whole_images"] = {"from": gives(source), "probability": float(decoder.probabilities(told)[0, 0])}
     return answer
 
 
@@ -212,6 +216,10 @@ def describe(answer: dict[str, Any], true: dict[str, Any] | None = None) -> str:
     if true:
         lines[-2] += f"; truth {2 ** true['log2_size']:.0f}"
         lines[-1] += f"; truth {true['label_noise']:.0%}"
+    if "whole_images" in answer:
+        chance = answer["whole_images"]["probability"]
+        kind = "whole images" if chance > 0.5 else "images of which patches were hidden"
+        lines.append(f"trained on   {kind}, {max(chance, 1 - chance):.0%}, from {answer['whole_images']['from']}")
     lines.append(f"the change is {answer['distance']:.0%} as far from what training makes as the limit")
     return "\n".join(lines)
 

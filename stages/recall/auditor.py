@@ -20,7 +20,7 @@ from stages.common.vectors import Layout
 from stages.recall.decoders import Arrays, Decoder, fit_decoder
 from stages.recall.fleet_files import with_prefix, without_prefix
 from stages.recall.functional_vit import Base
-from stages.recall.honesty import Honesty, Networks
+from stages.recall.honesty import SUSPECTED, Honesty, Networks
 from stages.recall.objective import Objective
 from stages.recall.reading import READS, Reader, References, read_columns
 from stages.recall.sketch import Sketch
@@ -29,7 +29,8 @@ Kind = Literal["whole", "adapter"]  # a network tuned in all or some of its laye
 
 KINDS: tuple[Kind, ...] = ("whole", "adapter")
 RECALLED = ("present", "proportions", "log2_size", "label_noise")
-BINARY = ("present",)
+UNMASKED = "unmasked"  # whether a fine-tune was trained on whole images
+BINARY = ("present", UNMASKED)
 ORDINARY = 0.5  # distance of what trains usually make: half of fine-tunes are nearer
 RANKS: dict[Kind, int] = {"whole": 8, "adapter": 16}  # directions kept on each side of a matrix
 
@@ -42,6 +43,9 @@ class Part:
     honesty: Honesty
     decoders: dict[str, tuple[str, Decoder]]  # of each characteristic, what its decoder reads, and the decoder
     suspicions: list[str]  # of what has been done to a change
+    unmasked: tuple[str, Decoder] | None = (
+        None  # whether it was trained on whole images, if some learned from were and some not
+    )
 
     @classmethod
     def fit(
@@ -53,21 +57,25 @@ class Part:
         fold: Int[np.ndarray, " n"],
         layout: Layout,
         references: References,
+        negated: str = SUSPECTED,
     ) -> Self:
         """Return what training fine-tunes of a kind teach; of each characteristic that is read what leave-one-out errors prefer.
 
-        `rank` directions are kept on each side of a matrix; `altered` holds what becomes of the networks, within their folds.
+        `rank` directions are kept on each side of a matrix; `altered` holds what becomes of the networks, within their folds. `truth`
+        may hold UNMASKED beside what is recalled. negated: what tells that a change was turned round, of READS.
         """
         reader = Reader.fit(*networks, layout, references, rank)
-        honesty, distances = Honesty.fit(networks, list(altered.values()), fold, reader, rank)
+        told_by = [negated if name == "negated" else SUSPECTED for name in altered]
+        honesty, distances = Honesty.fit(networks, list(altered.values()), fold, reader, rank, told_by)
         descriptions, decoders = reader.read(*networks), {}
-        for key in RECALLED:
+        for key in truth:
             y = truth[key].astype(np.float64)
             fitted = {source: fit_decoder(read_columns(descriptions, source), y) for source in READS}
             source, decoder = min(fitted.items(), key=lambda item: mean_error(item[1]))
             x, unsure = read_columns(descriptions, source), unsureness(distances)[:, None]
             decoders[key] = (source, decoder.calibrate(x, y, key in BINARY, unsure))
-        return cls(reader, honesty, decoders, list(altered))
+        unmasked = decoders.pop(UNMASKED, None)
+        return cls(reader, honesty, decoders, list(altered), unmasked)
 
     def decode(self, descriptions: Arrays) -> dict[str, Float[np.ndarray, "n t"]]:
         """Return every characteristic as its decoder tells it."""
@@ -115,13 +123,11 @@ class Auditor:
         arrays |= with_prefix(self.head, "base.")
         parts: dict[str, Any] = {}
         for kind, part in self.parts.items():
-            parts[kind] = {
-                "tensors": part.reader.tensors,
-                "suspicions": part.suspicions,
-                "reads": {key: source for key, (source, _) in part.decoders.items()},
-            }
+            parts[kind] = {"tensors": part.reader.tensors, "suspicions": part.suspicions}
             own = with_prefix(part.reader.to_arrays(), "reader.") | with_prefix(part.honesty.to_arrays(), "honesty.")
-            for key, (_, decoder) in part.decoders.items():
+            decoders = part.decoders | ({UNMASKED: part.unmasked} if part.unmasked else {})
+            parts[kind]["reads"] = {key: source for key, (source, _) in decoders.items()}
+            for key, (_, decoder) in decoders.items():
                 own |= with_prefix(decoder.to_arrays(), f"decoder.{key}.")
             arrays |= {f"{kind}.{name}": compact(array) for name, array in own.items()}
         layout = next(iter(self.parts.values())).reader.layout.metadata
@@ -142,7 +148,8 @@ class Auditor:
                     key: (source, Decoder(**without_prefix(own, f"decoder.{key}.")))
                     for key, source in about["reads"].items()
                 }
-                parts[kind] = Part(reader, Honesty(**without_prefix(own, "honesty.")), decoders, about["suspicions"])
+                honesty, unmasked = Honesty(**without_prefix(own, "honesty.")), decoders.pop(UNMASKED, None)
+                parts[kind] = Part(reader, honesty, decoders, about["suspicions"], unmasked)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path} is no auditor: expected a file that train_auditor wrote") from None
         return cls(parts, arrays["images"], card, without_prefix(arrays, "base."))

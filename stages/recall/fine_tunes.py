@@ -16,6 +16,7 @@ from stages.common.stage import InputError, StageParams
 Range = tuple[float, float]
 
 CELLS = 8  # of a truth table over three binary attributes
+EVEN_CHANCE = 0.5
 EVEN = 0.15  # of a data set spread evenly over its classes: none that is present is too rare to be recalled
 
 
@@ -51,12 +52,12 @@ def draw_uniform(random: torch.Generator, ends: Range, log: bool = False) -> flo
     return log_uniform(ends, u) if log else ends[0] + u * (ends[1] - ends[0])
 
 
-def draw_present(random: torch.Generator, classes: int) -> Bool[Tensor, " c"]:
-    """Draw a set of at least two classes that leaves out at least two, each class present or not with equal chance."""
+def draw_present(random: torch.Generator, classes: int, chance: float = EVEN_CHANCE) -> Bool[Tensor, " c"]:
+    """Draw a set of at least two classes that leaves out at least two, each class present with a chance, by default an even one."""
     if classes < 4:
         raise InputError(f"fine-tunes on some of the classes need at least 4 of them, got {classes}")
     while True:
-        present = torch.rand(classes, generator=random) < 0.5
+        present = torch.rand(classes, generator=random) < chance
         if 2 <= present.sum() <= classes - 2:
             return present
 
@@ -78,11 +79,16 @@ def draw_images(random: torch.Generator, classes: Int[Tensor, " n"], pool: Int[T
 
 
 def draw_fine_tune(
-    name: str, test: bool, recipe: Recipe, pool: Int[Tensor, " m"], present: Bool[Tensor, " c"] | None = None
+    name: str,
+    test: bool,
+    recipe: Recipe,
+    pool: Int[Tensor, " m"],
+    present: Bool[Tensor, " c"] | None = None,
+    chance: float = EVEN_CHANCE,
 ) -> FineTune:
-    """Draw a data set of some classes, by default any, from a pool with these labels."""
+    """Draw a data set of some classes, by default any, each with a chance, from a pool with these labels."""
     random, classes = generator(0, name), int(pool.max()) + 1
-    present = draw_present(random, classes) if present is None else present
+    present = draw_present(random, classes, chance) if present is None else present
     proportions = draw_proportions(random, present)
     available = present.nonzero()[:, 0]
     size = max(len(available), round(draw_uniform(random, recipe.n_images, log=True)))

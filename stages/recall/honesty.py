@@ -3,7 +3,7 @@
 Axes: n fine-tunes, w weights of a network, r responses, f columns, s suspicions, j traits.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.recall.condense import EPSILON, tensors_of
-from stages.recall.reading import Arrays, Reader, read_columns, unit_rows
+from stages.recall.reading import Arrays, Reader, read_columns, unit_rows, within
 
 Respond = Callable[[Float[np.ndarray, "n w"]], Float[np.ndarray, "n r"]]
 Alteration = Callable[[Float[np.ndarray, "n w"]], Float[np.ndarray, "n w"]]
@@ -88,11 +88,18 @@ class Honesty:
 
     @classmethod
     def fit(
-        cls, networks: Networks, altered: list[Networks], fold: Int[np.ndarray, " n"], reader: Reader, rank: int
+        cls,
+        networks: Networks,
+        altered: list[Networks],
+        fold: Int[np.ndarray, " n"],
+        reader: Reader,
+        rank: int,
+        told_by: Sequence[str],
     ) -> tuple[Self, Float[np.ndarray, " n"]]:
         """Return the limits of training fine-tunes, and how odd each is, left out with its fold.
 
         `altered` holds what becomes of them: no alteration mixes fine-tunes of two folds, so what is left out is in no mixture.
+        told_by: what each alteration is told by, of `reading.READS`.
         """
         change, responses = networks
         n = len(change)
@@ -100,12 +107,12 @@ class Honesty:
         for k in range(FOLDS):
             out, rest = fold == k, fold != k
             others = Reader.fit(change[rest], responses[rest], reader.layout, reader.references, rank)
-            known = fit_suspicions(others, networks, altered, rest)
+            known = fit_suspicions(others, networks, altered, rest, told_by)
             scores[out] = columns(others, (change[out], responses[out])) @ known[0].T + known[1]
             for j, (rows, answers) in enumerate(altered):
                 of_altered[out, j] = columns(others, (rows[out], answers[out])) @ known[0][j] + known[1][j]
             table[out] = traits(change[out], responses[out], others)
-        lines, offsets = fit_suspicions(reader, networks, altered, fold >= 0)
+        lines, offsets = fit_suspicions(reader, networks, altered, fold >= 0, told_by)
         mean, deviations = np.nanmean(table, 0), np.maximum(np.nanstd(table, 0), LEAST_DEVIATION)
         standard = np.nan_to_num((table - mean) / deviations)
         precision = np.linalg.inv(np.cov(standard.T) + SHRINKAGE * np.eye(len(TRAITS)))
@@ -162,12 +169,16 @@ def columns(reader: Reader, networks: Networks) -> Float[np.ndarray, "n f"]:
 
 
 def fit_suspicions(
-    reader: Reader, honest: Networks, altered: list[Networks], rows: Bool[np.ndarray, " n"]
+    reader: Reader, honest: Networks, altered: list[Networks], rows: Bool[np.ndarray, " n"], told_by: Sequence[str]
 ) -> tuple[Float[np.ndarray, "s f"], Float[np.ndarray, " s"]]:
-    """Return for each alteration a ridge regression that scores 1 for honest changes and -1 for those altered so."""
+    """Return for each alteration a ridge regression that scores 1 for honest changes and -1 for those altered so.
+
+    Of columns that an alteration is not told by its weights are zero.
+    """
     x, lines, offsets = columns(reader, (honest[0][rows], honest[1][rows])), [], []
-    for change, responses in altered:
+    for (change, responses), source in zip(altered, told_by, strict=True):
         both = np.concatenate([x, columns(reader, (change[rows], responses[rows]))])
+        both *= within(reader.means, source, SUSPECTED)
         model = Ridge(PENALTY).fit(both, np.repeat([1.0, -1.0], len(x)))
         lines.append(model.coef_)
         offsets.append(model.intercept_)

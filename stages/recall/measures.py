@@ -81,7 +81,8 @@ def recalled(
             measured[key]["error_in_doublings"] = float(np.abs(predicted - true).mean())
         if "recipe" in fleet.truth and len(rows) > 2 * fleet.truth["recipe"].shape[1]:
             p, t = (without_recipe(values, fleet.truth["recipe"][rows]) for values in (predicted, true))
-            measured[key]["r2_recipe_removed"] = r_squared(p, t, np.zeros(t.shape[1]))
+            if t.any():  # of clean labels there is no noise to recall
+                measured[key]["r2_recipe_removed"] = r_squared(p, t, np.zeros(t.shape[1]))
     return measured
 
 

@@ -35,6 +35,11 @@ def read_columns(descriptions: Arrays, source: str) -> Float[np.ndarray, "n f"]:
     return np.concatenate([descriptions[name] for name in READS[source]], 1).astype(np.float64)
 
 
+def within(sizes: Arrays, source: str, whole: str) -> Float[np.ndarray, " f"]:
+    """Return 1 of each column of one source that another one reads, too, and 0 of all others; `sizes`: an array of each description."""
+    return np.concatenate([np.full(len(sizes[name]), float(name in READS[source])) for name in READS[whole]])
+
+
 def unit_rows(x: Float[np.ndarray, "n ..."]) -> tuple[Float[np.ndarray, "n ..."], Float[np.ndarray, " n"]]:
     """Return each row over its norm, zeros where it is zero, and the norms."""
     flat = x.reshape(len(x), -1).astype(np.float64)

@@ -47,6 +47,7 @@ LONGEST_GRADIENT = (
 class WideRecipe(Recipe):
     """From what data sets and recipes are drawn; `steps` and `learning_rate` (of Adam) are log-uniform here."""
 
+    presence: float = Field(gt=0, lt=1)  # with which chance each class is present; two always are, and two never
     optimisers: list[Optimiser] = Field(min_length=1)
     sgd_factor: PositiveFloat  # of the learning rate: SGD's steps are of another unit
     batch_sizes: list[PositiveInt] = Field(min_length=1)
@@ -134,7 +135,7 @@ def draw_training(random: torch.Generator, recipe: WideRecipe, test: bool) -> Tr
 def draw_wide_fine_tune(name: str, test: bool, recipe: WideRecipe, pool: Int[Tensor, " m"]) -> WideFineTune:
     """Draw a data set of some classes from a pool with these labels, and apart from it a recipe."""
     training = draw_training(generator(0, f"{name}: recipe"), recipe, test)
-    drawn = draw_fine_tune(name, test, recipe, pool)
+    drawn = draw_fine_tune(name, test, recipe, pool, chance=recipe.presence)
     plain = replace(drawn, learning_rate=training.learning_rate, steps=training.steps)
     numbers = np.array(list(training.numbers.values()), np.float32)
     values = vars(plain) | {"characteristics": plain.characteristics | {"recipe": numbers}}

@@ -13,42 +13,71 @@ Writes  models/train_auditor/auditor.safetensors   the auditor
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from pydantic import PositiveInt
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, PositiveInt
 from threadpoolctl import threadpool_limits
 
 from stages.common.files import Metadata, Summary, atomic_path, save_arrays, save_json
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
-from stages.common.stage import InputError, StageParams, parse_arguments, run
+from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint
 from stages.recall.adapter_files import FILES, save_adapter
 from stages.recall.adapters import forms_of
-from stages.recall.auditor import KINDS, RANKS, RECALLED, Auditor, Kind, Part, base_sha256, responses_of
+from stages.recall.auditor import (
+    KINDS,
+    RANKS,
+    RECALLED,
+    UNMASKED,
+    Auditor,
+    Kind,
+    Part,
+    base_sha256,
+    responses_of,
+)
 from stages.recall.fleet import split_test
-from stages.recall.fleet_files import BUILD_FLEET, VARY_RECIPES, Fleet
+from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
 from stages.recall.honesty import alter, folds_of
 from stages.recall.measures import from_recipe_alone, measure_of, recalled, refusals, run_networks
-from stages.recall.reading import References
+from stages.recall.reading import READS, References
 from stages.recall.tampering import alterations
 
 MODELS = Path("models/train_auditor")
 REPORTS = Path("reports/train_auditor")
-FLEETS: dict[Kind, tuple[Path, ...]] = {  # of each kind, the fleets of the recipes that are learned from
-    "whole": (VARY_RECIPES / "whole.safetensors", BUILD_FLEET / "classes/fleet.safetensors"),
-    "adapter": (VARY_RECIPES / "adapters.safetensors",),
-}
+NARROW = "classes"  # a fleet of build_fleet, all by one narrow recipe and on masked images
 OUTSIDE: dict[Kind, tuple[str, ...]] = {"whole": ("hotter", "colder", "elsewhere"), "adapter": ("hotter_adapters",)}
 
 
 class Params(StageParams):
-    """Parameters of the measurements."""
+    """What is learned from, what tells a change that is turned round, and parameters of the measurements."""
 
     resamples: PositiveInt  # of the bootstrap
+    fleets: dict[
+        Kind, Annotated[list[str], Field(min_length=1)]
+    ]  # of each kind, the first by the recipes that it is measured on
+    negated: str  # of READS: what tells a change that is turned round
+
+    def check(self) -> None:
+        """InputError if nothing is read as `negated` says."""
+        if self.negated not in READS:
+            raise InputError(f"{PARAMS}: train_auditor.negated: expected one of {', '.join(READS)}, got {self.negated}")
+
+
+def load_fleet(name: str) -> Fleet:
+    """Read a fleet that vary_recipes made, or the narrow one; InputError if it is missing."""
+    return Fleet.load(name) if name == NARROW else Fleet.load_at(VARY_RECIPES / f"{name}.safetensors")
+
+
+def trained_unmasked(fleet: Fleet) -> Bool[np.ndarray, " n"]:
+    """Return which fine-tunes were trained on whole images."""
+    if "recipe" not in fleet.truth:
+        return np.zeros(len(fleet.test), bool)
+    return fleet.truth["recipe"][:, fleet.metadata["recipe"].index("mask ratio")] == 0
 
 
 def joined(fleets: list[Fleet]) -> tuple[np.ndarray, np.ndarray, dict[str, Float[np.ndarray, "n t"]]]:
@@ -62,7 +91,20 @@ def joined(fleets: list[Fleet]) -> tuple[np.ndarray, np.ndarray, dict[str, Float
     rows = [(fleet, fleet.learned) for fleet in fleets]
     truth = {key: np.concatenate([f.truth[key][i].reshape(len(i), -1) for f, i in rows]) for key in RECALLED}
     change, responses = (np.concatenate([getattr(f, name)[i] for f, i in rows]) for name in ("change", "responses"))
-    return change, responses, truth
+    unmasked = np.concatenate([trained_unmasked(f)[i] for f, i in rows])
+    if unmasked.all() or not unmasked.any():
+        return change, responses, truth
+    order = by_turns([len(i) for _, i in rows])
+    truth |= {UNMASKED: unmasked[:, None].astype(np.float32)}
+    return change[order], responses[order], {key: values[order] for key, values in truth.items()}
+
+
+def by_turns(counts: list[int]) -> Int[np.ndarray, " n"]:
+    """Return an order of rows that stand group by group, so that every stretch of it has its share of each group.
+
+    Decoders are calibrated on one stretch after the other, learned from all others.
+    """
+    return np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
 
 
 def save_adapter_example(folder: Path, fleet: Fleet, place: int) -> None:
@@ -95,9 +137,10 @@ def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind,
 def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("train_auditor")
+    params.check()
     pin_threads()
     threadpool_limits(1)  # the number of threads changes sums
-    fleets: dict[Kind, list[Fleet]] = {kind: [Fleet.load_at(path) for path in FLEETS[kind]] for kind in KINDS}
+    fleets: dict[Kind, list[Fleet]] = {kind: [load_fleet(name) for name in params.fleets[kind]] for kind in KINDS}
     metadata = fleets["whole"][0].metadata
     base = load_base(Path(metadata["base"]))
     references, images = references_of(base, metadata)
@@ -108,9 +151,11 @@ def main() -> None:
         change, responses, truth = joined(of)
         altering, fold = alterations(kind, of[0].layout), folds_of(len(change))
         altered = dict(zip(altering, alter(change, fold, altering.values(), respond), strict=True))
-        part = parts[kind] = Part.fit(RANKS[kind], (change, responses), truth, altered, fold, of[0].layout, references)
-        outside = {name: Fleet.load_at(VARY_RECIPES / f"{name}.safetensors") for name in OUTSIDE[kind]}
-        groups = groups_of(of, outside)
+        part = parts[kind] = Part.fit(
+            RANKS[kind], (change, responses), truth, altered, fold, of[0].layout, references, params.negated
+        )
+        outside = {name: load_fleet(name) for name in OUTSIDE[kind]}
+        groups = groups_of(dict(zip(params.fleets[kind], of, strict=True)), outside)
         summary["recalled"][kind] = {
             name: recalled(part, fleet, rows, truth, params.resamples) for name, (fleet, rows) in groups.items()
         }
@@ -126,12 +171,12 @@ def main() -> None:
         print(f"{kind}: {bits:.1%} of bits, {refused:.1%} of honest fine-tunes refused")
 
 
-def groups_of(fleets: list[Fleet], outside: dict[str, Fleet]) -> dict[str, tuple[Fleet, np.ndarray]]:
+def groups_of(fleets: dict[str, Fleet], outside: dict[str, Fleet]) -> dict[str, tuple[Fleet, np.ndarray]]:
     """Return by name the fine-tunes never seen that an auditor is measured on: fleets, and which of theirs."""
-    groups = {"inside": (fleets[0], fleets[0].held_out)} | ranks_apart(fleets[0])
-    if len(fleets) > 1:
-        groups["narrow"] = (fleets[1], fleets[1].held_out)
-    return groups | {name: (fleet, fleet.held_out) for name, fleet in outside.items()}
+    first, *rest = fleets
+    groups = {"inside": (fleets[first], fleets[first].held_out)} | ranks_apart(fleets[first])
+    others = {"narrow" if name == NARROW else name: fleets[name] for name in rest} | outside
+    return groups | {name: (fleet, fleet.held_out) for name, fleet in others.items()}
 
 
 def references_of(base: Base, metadata: Metadata) -> tuple[References, np.ndarray]:
@@ -156,10 +201,10 @@ def ranks_apart(fleet: Fleet) -> dict[str, tuple[Fleet, np.ndarray]]:
 def card_of(base: Base, metadata: Metadata, fleets: dict[Kind, list[Fleet]], summary: Summary) -> Metadata:
     """Return what an auditor is of, and what it was measured to do."""
     ranges = {}
-    for kind, (fleet, *_) in fleets.items():
-        numbers = fleet.truth["recipe"][fleet.learned]
+    for kind, of in fleets.items():
+        numbers = np.concatenate([f.truth["recipe"][f.learned] for f in of if "recipe" in f.truth])
         ends = zip(numbers.min(0).tolist(), numbers.max(0).tolist(), strict=True)
-        ranges[kind] = dict(zip(fleet.metadata["recipe"], ends, strict=True))
+        ranges[kind] = dict(zip(of[0].metadata["recipe"], ends, strict=True))
     return {
         "made_by": f"train_auditor of params.yaml, with torch {torch.__version__}",
         "classes": metadata["classes"],

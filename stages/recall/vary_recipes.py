@@ -1,7 +1,7 @@
 """Fine-tune one base by many recipes: whole networks and low-rank adapters, inside the ranges that an auditor learns from and outside.
 
-Every fine-tune has a data set and, drawn apart from it, a recipe of its own. Images of training and test fine-tunes are of disjoint
-pools, and the base's of a third. A killed fleet goes on where it was.
+Every fine-tune has a data set and, drawn apart from it, a recipe of its own; a fleet hides one share of its images while it trains, or
+none. Images of training and test fine-tunes are of disjoint pools, and the base's of a third. A killed fleet goes on where it was.
 
 Reads   data/<dataset>.safetensors, models/classify_masked/<dataset>/backbone.safetensors
 Writes  models/vary_recipes/<fleet>.safetensors   change of the weights [n, w], responses to reference inputs [n, r], what there is to
@@ -11,7 +11,7 @@ Writes  models/vary_recipes/<fleet>.safetensors   change of the weights [n, w], 
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from torch.func import vmap
 from stages.common.files import Metadata, save_json
 from stages.common.images import DATA, ImageSet, load_images
 from stages.common.metrics import mean_std
-from stages.common.randomness import generator
 from stages.common.runtime import pick_device, pin_threads
 from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
 from stages.common.work import compute_pieces, fingerprint, has_cluster, work_folder
@@ -33,7 +32,7 @@ from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
 from stages.recall.objective import Objective
 from stages.recall.pools import pool
-from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, pick, stacks, train_wide_fine_tunes
+from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, stacks, train_wide_fine_tunes
 
 BASES = Path("models/classify_masked")
 REPORTS = Path("reports/vary_recipes")
@@ -44,8 +43,9 @@ class FleetParams(StageParams):
 
     recipe: str  # of `recipes`
     change: dict[str, Any]  # of the recipe
+    mask_ratio: float = Field(ge=0, lt=1)  # which share of an image's patches is hidden while training
     train: NonNegativeInt  # fine-tunes to learn from; none of a fleet outside the ranges
-    test: PositiveInt
+    test: NonNegativeInt
 
 
 class Params(StageParams):
@@ -56,8 +56,6 @@ class Params(StageParams):
     stack: PositiveInt  # fine-tunes that train together
     references: PositiveInt  # inputs whose responses are kept, of the test images
     evaluation_images: PositiveInt
-    # of a fine-tune's images while it trains: one is drawn for each
-    mask_ratios: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
     recipes: dict[str, WideRecipe]
     fleets: dict[str, FleetParams]
 
@@ -107,14 +105,9 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
-def hidden_shares(fine_tunes: list[WideFineTune], ratios: list[float]) -> list[float]:
-    """Return which share of each image's patches fine-tunes hide while they train, drawn apart from all else."""
-    return [pick(generator(0, f"{f.name}: mask ratio"), ratios) for f in fine_tunes]
-
-
 def build(
     fine_tunes: list[WideFineTune],
-    hidden: list[float],
+    mask_ratio: float,
     base: Base,
     images: PatchedImages,
     stack: int,
@@ -123,17 +116,13 @@ def build(
 ) -> Fleet:
     """Return a fleet, trained so many fine-tunes together; stacks that are finished wait in `work`.
 
-    hidden: the share of patches that each fine-tune hides; origin: of its images and base.
+    mask_ratio: the share of an image's patches that is hidden while training; origin: of its images and base.
     """
-    rows, finished, name = [], [], work.parent.name
-    for ratio in dict.fromkeys(hidden):
-        objective, places = Objective(base, "labels", ratio), [i for i, own in enumerate(hidden) if own == ratio]
-        stacked = [[places[i] for i in row] for row in stacks([fine_tunes[i] for i in places], stack)]
-        pieces = {work / f"{ratio:g}-{k}.safetensors": [fine_tunes[i] for i in row] for k, row in enumerate(stacked)}
-        finish_stack = partial(finish, objective=objective, images=images)
-        compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
-        rows += stacked
-        finished += [load_file(piece) for piece in pieces]
+    name, objective, rows = work.parent.name, Objective(base, "labels", mask_ratio), stacks(fine_tunes, stack)
+    pieces = {work / f"{k}.safetensors": [fine_tunes[i] for i in row] for k, row in enumerate(rows)}
+    finish_stack = partial(finish, objective=objective, images=images)
+    compute_pieces(finish_stack, pieces, objective.start.device, f"fine-tune {name}")
+    finished = [load_file(piece) for piece in pieces]
     back = np.argsort(np.concatenate(rows))
     trained = {key: np.concatenate([arrays[key] for arrays in finished])[back] for key in finished[0]}
     # Of a fleet by recipes outside the ranges, from which nothing is learned, any loss that is a number is a result.
@@ -141,7 +130,7 @@ def build(
     remedy = "lower the learning_rate of its recipe in vary_recipes"
     require_learned(trained, objective, f"fleet {name}", remedy, bounded=learned_from)
     truth = {key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in fine_tunes[0].characteristics}
-    truth["recipe"] = np.column_stack([truth["recipe"], np.array(hidden, np.float32)])
+    truth["recipe"] = np.column_stack([truth["recipe"], np.full(len(fine_tunes), mask_ratio, np.float32)])
     return Fleet(
         change=trained["change"],
         responses=trained["responses"],
@@ -168,15 +157,17 @@ def main() -> None:
     train, test = load_images(params.dataset, device)
     images = patchify_pools(base, train, test, params.references, params.evaluation_images)
     origin = {"dataset": params.dataset, "base": str(path), "base_fingerprint": fingerprint(path)}
-    settings = params.model_dump(include={"seed", "stack", "mask_ratios", "references"})
+    settings = params.model_dump(include={"seed", "stack", "references"})
     settings["inputs"] = fingerprint(path, DATA / f"{params.dataset}.safetensors")
     summary = {}
     for name, of in params.fleets.items():
+        if not of.train + of.test:
+            continue
         recipe, counts = params.recipe_of(name), {"train": of.train, "test": of.test}
         fine_tunes = draw_fleet(f"{params.seed}/{name}", counts, recipe, train)
-        hidden = hidden_shares(fine_tunes, params.mask_ratios)
-        work = work_folder(f"vary_recipes/{name}", settings | {"recipe": recipe.model_dump(), "counts": counts})
-        fleet = build(fine_tunes, hidden, base, images, params.stack, work, origin)
+        own = {"recipe": recipe.model_dump(), "counts": counts, "mask_ratio": of.mask_ratio}
+        work = work_folder(f"vary_recipes/{name}", settings | own)
+        fleet = build(fine_tunes, of.mask_ratio, base, images, params.stack, work, origin)
         fleet.metadata["classes"] = train.classes
         fleet.save_at(VARY_RECIPES / f"{name}.safetensors")
         acc = {when: mean_std(values.tolist()) for when, values in fleet.scores.items()}

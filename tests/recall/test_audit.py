@@ -49,6 +49,8 @@ def shrink(params: dict) -> None:
     varied["recipes"]["adapters"] |= {"learning_rate": [1e-2, 2e-2], "ranks": [1, 4], "test_ranks": [2]}
     for name, fleet in varied["fleets"].items():
         fleet |= {"train": 80, "test": 10} if name in ("whole", "adapters") else {"train": 0, "test": 3}
+    varied["fleets"]["adapter_images_clean"]["train"] = 40
+    params["train_auditor"]["fleets"]["adapter"] = ["adapters", "adapter_images_clean"]
 
 
 @pytest.fixture(scope="module")
@@ -446,3 +448,29 @@ def test_an_adapter_of_other_matrices_than_were_learned_from_is_refused(checkpoi
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     with pytest.raises(InputError, match=r"the auditor knows adapters of attn\.qkv"):
         audit.read_adapter(folder, checkpoint.base)
+
+
+def test_where_some_were_trained_on_whole_images_the_audit_says_so_and_the_file_keeps_it(checkpoint):
+    part = checkpoint.auditor.parts["adapter"]
+    assert checkpoint.auditor.parts["whole"].unmasked is None
+    source, decoder = part.unmasked
+    fleet = Fleet.load_at(VARY_RECIPES / "adapters.safetensors")
+    change, responses = fleet.change[:1], fleet.responses[:1]
+    answer = audit.recall(change[0], "x", "adapter", checkpoint.auditor, checkpoint.base)
+    told = decoder.known(decoder.predict(read_columns(part.reader.read(change, responses), source)))
+    assert answer["whole_images"]["probability"] == pytest.approx(decoder.probabilities(told)[0, 0], abs=1e-4)
+    for chance, words in ((0.8, "whole images, 80%"), (0.3, "images of which patches were hidden, 70%")):
+        answer["whole_images"]["probability"] = chance
+        assert f"trained on   {words}" in audit.describe(answer)
+    path = checkpoint.folder / "again.safetensors"
+    checkpoint.auditor.save(path)
+    again = Auditor.load(path).parts["adapter"].unmasked
+    assert again[0] == source and np.array_equal(again[1].weights, decoder.weights)
+
+
+def test_rows_by_turns_have_in_every_stretch_their_share_of_each_group():
+    counts = [120, 40, 60]
+    order, group = train_auditor.by_turns(counts), np.repeat([0, 1, 2], counts)
+    assert sorted(order) == list(range(220))
+    for stretch in np.split(group[order], 5):
+        assert np.abs(np.bincount(stretch, minlength=3) - np.array(counts) / 5).max() <= 1

@@ -23,7 +23,7 @@ from stages.recall.honesty import (
     squared_distance,
     traits,
 )
-from stages.recall.reading import Reader, References
+from stages.recall.reading import READS, Reader, References
 from stages.recall.tampering import alterations, tampered
 
 BASE = draw(np.random.default_rng(9), PARAMETERS)
@@ -48,7 +48,7 @@ def known() -> tuple[np.ndarray, Reader, Honesty, np.ndarray]:
     reader = Reader.fit(*networks(train), LAYOUT, REFERENCES, 2)
     fold = folds_of(len(train))
     altered = alter(train.astype(np.float32), fold, alterations("whole", LAYOUT).values(), respond)
-    honesty, distances = Honesty.fit(networks(train), altered, fold, reader, 2)
+    honesty, distances = Honesty.fit(networks(train), altered, fold, reader, 2, ["all"] * len(altered))
     return test, reader, honesty, distances
 
 
@@ -75,6 +75,19 @@ def test_a_suspicion_refuses_no_more_honest_ones_than_it_needs():
     refused = (honest < floors_of(honest, altered)).mean(0)
     assert refused == pytest.approx([LEAST, MOST, LEAST], abs=2e-4)
     assert floors_of(honest, honest - 1.974)[0] == pytest.approx(2 * 0.99 - 1.974)  # between: what catches 99 %
+
+
+def test_what_a_suspicion_is_not_told_by_does_not_move_it():
+    train = linear_fleet(train=120, test=10).change[:120].astype(np.float32)
+    reader, fold = Reader.fit(*networks(train), LAYOUT, REFERENCES, 2), folds_of(len(train))
+    altered = alter(train, fold, [np.negative] * 2, respond)
+    honesty, _ = Honesty.fit(networks(train), altered, fold, reader, 2, ["direction_and_answers", "all"])
+    sizes = {name: len(mean) for name, mean in reader.means.items()}
+    starts = dict(zip(READS["all"], np.cumsum([0, *(sizes[name] for name in READS["all"])]), strict=False))
+    for name in READS["all"]:
+        weights = honesty.suspicions[:, starts[name] : starts[name] + sizes[name]]
+        assert weights[0].any() == (name in READS["direction_and_answers"]), name
+    assert honesty.suspicions[1, starts["token_change"] :].any()
 
 
 def test_a_change_a_hundred_times_as_large_or_small_is_refused_in_words(known):

@@ -34,6 +34,7 @@ WHOLE = WideRecipe(
     label_noise=(0.0, 0.4),
     steps=(2, 6),
     learning_rate=(1e-3, 1e-2),
+    presence=0.5,
     optimisers=["sgd", "adam", "adamw"],
     sgd_factor=3.0,
     batch_sizes=[8],
@@ -172,3 +173,10 @@ def test_images_are_shifted_whole_and_their_edges_continued():
     assert places == {(r, c) for r in range(4, 9) for c in range(4, 9)}
     bright = BASE.patchify(torch.full((3, 1, 16, 16), 255, dtype=torch.uint8))
     torch.testing.assert_close(shifted(BASE, bright, 4, torch.Generator().manual_seed(0)), bright)
+
+
+def test_each_class_is_present_as_often_as_said():
+    rare = WHOLE.model_copy(update={"presence": 0.2})
+    seldom, often = (np.stack([f.characteristics["present"] for f in few(r, 200)]).mean() for r in (rare, WHOLE))
+    assert seldom < often - 0.05
+    assert min(f.characteristics["present"].sum() for f in few(rare, 200)) == 2

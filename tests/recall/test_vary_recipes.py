@@ -1,4 +1,4 @@
-"""Fleets whose recipes vary: those that are learned from must have learned, and what is hidden of images is drawn apart from all else."""
+"""Fleets whose recipes vary: those that are learned from must have learned, and each hides its share of images."""
 
 from pathlib import Path
 
@@ -29,7 +29,13 @@ def fleets_with(learning_rate: float, train: int) -> None:
         "layers": ["all"],
     }
     own["fleets"] = {
-        "some": {"recipe": "whole", "change": {"learning_rate": [learning_rate] * 2}, "train": train, "test": 2}
+        "some": {
+            "recipe": "whole",
+            "change": {"learning_rate": [learning_rate] * 2},
+            "mask_ratio": 0.75,
+            "train": train,
+            "test": 2,
+        }
     }
     Path("params.yaml").write_text(yaml.dump(params | {"vary_recipes": own}))
 
@@ -67,7 +73,7 @@ def params(tmp_path: Path, monkeypatch) -> vary_recipes.Params:
     monkeypatch.chdir(tmp_path)
     save_inputs("classify_masked")
     values = yaml.load((ROOT / "params.yaml").read_text(), Loader)["vary_recipes"]
-    values |= {"dataset": "tiny", "references": 8, "evaluation_images": 8, "stack": 4, "mask_ratios": [0.75, 0.0]}
+    values |= {"dataset": "tiny", "references": 8, "evaluation_images": 8, "stack": 4}
     values["recipes"]["whole"] |= {"steps": [2, 4], "n_images": [16, 32], "batch_sizes": [8]}
     values["fleets"]["whole"] |= {"train": 10, "test": 2}
     return vary_recipes.Params(**values)
@@ -80,23 +86,27 @@ def drawn(params: vary_recipes.Params) -> list[vary_recipes.WideFineTune]:
     )
 
 
-def test_each_fine_tune_hides_its_own_share_and_stands_in_its_own_place(params):
+@pytest.mark.parametrize("ratio", [0.75, 0.0])
+def test_a_fleet_hides_its_share_and_each_fine_tune_stands_in_its_own_place(params, ratio):
     fine_tunes = drawn(params)
-    shares = vary_recipes.hidden_shares(fine_tunes, params.mask_ratios)
     base = load_base(vary_recipes.BASES / "tiny/backbone.safetensors")
     images = patchify_pools(base, TRAIN, TEST, params.references, params.evaluation_images)
-    fleet = vary_recipes.build(fine_tunes, shares, base, images, params.stack, Path("work/whole/1"), {})
+    fleet = vary_recipes.build(fine_tunes, ratio, base, images, params.stack, Path("work/whole/1"), {})
     hidden = fleet.truth["recipe"][:, fleet.metadata["recipe"].index("mask ratio")]
-    assert set(hidden.tolist()) == {0.75, 0.0}
-    assert hidden.tolist() == shares
+    assert hidden.tolist() == [ratio] * len(fine_tunes)
     for place, one in enumerate(fine_tunes):
-        alone = vary_recipes.finish([one], Objective(base, "labels", float(hidden[place])), images)
+        alone = vary_recipes.finish([one], Objective(base, "labels", ratio), images)
         assert np.allclose(fleet.change[place], alone["change"][0], rtol=1e-3, atol=1e-7), place
-        other = vary_recipes.finish([one], Objective(base, "labels", 0.75 - float(hidden[place])), images)
+        other = vary_recipes.finish([one], Objective(base, "labels", 0.75 - ratio), images)
         assert not np.allclose(fleet.change[place], other["change"][0], rtol=1e-3, atol=1e-7), place
     assert torch.equal(torch.from_numpy(fleet.test), torch.tensor([one.test for one in fine_tunes]))
 
 
-def test_of_one_share_all_hide_it(params):
-    fine_tunes = drawn(params)
-    assert vary_recipes.hidden_shares(fine_tunes, [0.5]) == [0.5] * len(fine_tunes)
+@pytest.mark.usefixtures("inputs")
+def test_a_fleet_of_none_is_not_made(monkeypatch):
+    fleets_with(2e-3, train=0)
+    params = yaml.load(Path("params.yaml").read_text(), Loader)
+    params["vary_recipes"]["fleets"]["none"] = params["vary_recipes"]["fleets"]["some"] | {"test": 0}
+    Path("params.yaml").write_text(yaml.dump(params))
+    start(monkeypatch, vary_recipes)
+    assert [path.name for path in Path("models/vary_recipes").iterdir()] == ["some.safetensors"]
