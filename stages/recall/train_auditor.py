@@ -60,12 +60,15 @@ class Params(StageParams):
     fleets: dict[
         Kind, Annotated[list[str], Field(min_length=1)]
     ]  # of each kind, the first by the recipes that it is measured on
-    negated: str  # of READS: what tells a change that is turned round
+    negated: dict[Kind, str]  # of READS: what tells a change that is turned round
 
     def check(self) -> None:
         """InputError if nothing is read as `negated` says."""
-        if self.negated not in READS:
-            raise InputError(f"{PARAMS}: train_auditor.negated: expected one of {', '.join(READS)}, got {self.negated}")
+        for kind, source in self.negated.items():
+            if source not in READS:
+                raise InputError(
+                    f"{PARAMS}: train_auditor.negated.{kind}: expected one of {', '.join(READS)}, got {source}"
+                )
 
 
 def load_fleet(name: str) -> Fleet:
@@ -152,7 +155,7 @@ def main() -> None:
         altering, fold = alterations(kind, of[0].layout), folds_of(len(change))
         altered = dict(zip(altering, alter(change, fold, altering.values(), respond), strict=True))
         part = parts[kind] = Part.fit(
-            RANKS[kind], (change, responses), truth, altered, fold, of[0].layout, references, params.negated
+            RANKS[kind], (change, responses), truth, altered, fold, of[0].layout, references, params.negated[kind]
         )
         outside = {name: load_fleet(name) for name in OUTSIDE[kind]}
         groups = groups_of(dict(zip(params.fleets[kind], of, strict=True)), outside)
