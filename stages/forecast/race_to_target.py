@@ -8,8 +8,8 @@ Writes  reports/race_to_target/<task>/history.csv    accuracy by run, method, se
 
 Tasks as in Knyazev et al. 2024, arXiv:2409.04434, table 1: three convolutions, AdamW without weight decay, batches of 128, one twelfth
 of the training images held out, at most 10,000 steps. Networks and batches are the seed's, whatever the method. Averages and
-forecasts that training takes no notice of are read from one run; NiNo's forecasts and NowcastOptimizer's moves change it, and have
-runs of their own. A method that reaches the target on validation images is asked once for its test accuracy, and races no more;
+forecasts that training takes no notice of are read from one run; moves to forecasts, ours, NiNo's and NowcastOptimizer's, change it,
+and have runs of their own. A method that reaches the target on validation images is asked once for its test accuracy, and races no more;
 with `judged_on: [validation, test]` it goes on until test images agree, as NiNo's authors judge. Finished runs stay in
 .work/race_to_target/<task>/, some 30 kB each, so that a stage that was killed goes on where it was, and another seed costs that seed
 alone. A race that ends removes those of its task that other code, data or parameters left; `rm -r .work/race_to_target` removes all.
@@ -47,7 +47,7 @@ from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.released import OUTPUTS, RELEASED, load_released
 from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
-from stages.forecast.trajectory import WINDOW
+from stages.forecast.trajectory import WINDOW, Trajectory
 from stages.forecast.world import strided, world_input
 
 REPORTS = Path("reports/race_to_target")
@@ -62,6 +62,9 @@ T = TypeVar("T")
 Images = tuple[Tensor, Tensor]
 Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
 Mover = Callable[[int, nn.Module], bool]  # called after each step: whether it moved the network's weights
+Ahead = Callable[
+    [Tensor, Layout, int], Tensor
+]  # weights [p] so many states after the last of states [t p], of which one is the first
 
 
 class Point(TypedDict):
@@ -117,8 +120,10 @@ class Params(StageParams):
     far_forecast: tuple[PositiveInt, PositiveInt, PositiveFloat]  # the same of a longer average, and its decay
     nowcast_every: PositiveInt  # steps between the snapshots of NowcastOptimizer
     choice_images: PositiveInt  # held-out images by which it chooses
-    nino_every: PositiveInt  # steps between NiNo's states
-    nino_horizons: list[PositiveInt]  # of its forecasts, one after the other
+    move_every: PositiveInt  # steps between the states of which forecasts are made that are moved to
+    move_horizons: list[PositiveInt]  # of these forecasts, one after the other
+    nino_every: PositiveInt  # the same of NiNo's
+    nino_horizons: list[PositiveInt]
     variant: Task
 
 
@@ -224,27 +229,49 @@ def batches(n: int, size: int, random: torch.Generator) -> Iterator[Int[Tensor, 
         yield from order[: n // size * size].split(size)
 
 
-def nino_method(nino: Nino, decay: float, every: int, horizons: list[int]) -> Method:
-    """Return the method that moves to NiNo's forecasts of states so many steps apart."""
-    return Method(readers_of_moved("nino", decay), mover=partial(nino_moves, nino=nino, every=every, horizons=horizons))
+def moved_method(name: str, ahead: Ahead, count: int, every: int, horizons: list[int], decay: float) -> Method:
+    """Return the method that moves to a forecast of `count` states so many steps apart, and begins anew, as NiNo's does."""
+    mover = partial(moves_ahead, ahead=ahead, count=count, every=every, horizons=horizons)
+    return Method(readers_of_moved(name, decay), mover=mover)
 
 
-def nino_moves(layout: Layout, *, nino: Nino, every: int, horizons: list[int]) -> Mover:
-    """Return what is done after each step: keep a state now and then, and after five of them move to NiNo's forecast."""
-    states: list[Tensor] = []
+def moves_ahead(layout: Layout, *, ahead: Ahead, count: int, every: int, horizons: list[int]) -> Mover:
+    """Return what is done after each step: keep a state now and then, and after `count` of them move to what is forecast of them.
+
+    horizons: in states, of one forecast after the other; the last one is kept to.
+    """
+    first: list[Tensor] = []
+    recent: list[Tensor] = []
     coming = iter(horizons)
 
     def after(step: int, network: nn.Module) -> bool:
+        if step == 1:
+            first.append(weights_of(network))
         if step % every == 0:
-            states.append(weights_of(network))
-        if len(states) < NINO_STATES:
+            recent.append(weights_of(network))
+        if len(recent) < count:
             return False
-        ahead = nino.predict(torch.stack(states), layout, next(coming, horizons[-1]))
-        vector_to_parameters(ahead, network.parameters())
-        states.clear()
+        weights = ahead(torch.stack([*first, *recent]), layout, next(coming, horizons[-1]))
+        vector_to_parameters(weights, network.parameters())
+        recent.clear()
         return True
 
     return after
+
+
+def ahead_by_nino(nino: Nino) -> Ahead:
+    """Return NiNo's forecast of the latest states."""
+    return lambda states, layout, horizon: nino.predict(states[-NINO_STATES:], layout, horizon)
+
+
+def ahead_by(model: LayerForecaster) -> Ahead:
+    """Return our forecast of all states."""
+
+    def ahead(states: Tensor, layout: Layout, horizon: int) -> Tensor:
+        run = Trajectory(layout, states, None)
+        return model.predict(run, len(run) - 1)[model.horizons.index(horizon)]
+
+    return ahead
 
 
 def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int, choice_images: int) -> Method:
@@ -390,11 +417,11 @@ def methods_of(
     beside: Callable[[str], Readers],
     rates: list[float],
     cosine: list[tuple[int, float]],
-    nino: Method | None,
+    moved: list[tuple[str, Method]],
     nowcast: Method,
 ) -> dict[str, Method]:
     """Return all methods by name, in the order in which they race. beside: readers of a run that they leave alone."""
-    methods = {"adamw": Method(beside("adamw"))} | ({"nino": nino} if nino else {})
+    methods = {"adamw": Method(beside("adamw"))} | dict(moved)
     for rate in rates:
         name = f"adamw x {rate:g}"
         methods[name] = Method(beside(name), rate=rate)
@@ -420,11 +447,15 @@ def main() -> None:
     read_by = params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
     beside = partial(readers_beside, model=model, **read_by)
     nowcast = nowcast_method(proposer, decay, params.nowcast_every, steps, params.choice_images)
-    nino, peer = None, {}
+    moved = [
+        ("moved", moved_method("moved", ahead_by(model), WINDOW + 1, params.move_every, params.move_horizons, decay))
+    ]
+    peer = {}
     if arguments.nino:
-        nino = nino_method(Nino(arguments.nino), decay, params.nino_every, params.nino_horizons)
+        ahead = ahead_by_nino(Nino(arguments.nino))
+        moved.append(("nino", moved_method("nino", ahead, NINO_STATES, params.nino_every, params.nino_horizons, decay)))
         peer["nino"] = f"-{fingerprint(arguments.nino)[:8]}"  # other runs are the same without it
-    methods = methods_of(beside, params.rates, params.cosine, nino, nowcast)
+    methods = methods_of(beside, params.rates, params.cosine, moved, nowcast)
     settings = params.model_dump(include={"steps", "batch_size", "evaluate_every", "evaluate_from", "judged_on"})
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]
     work = work_folder(

@@ -11,7 +11,7 @@ from stages.forecast.race_to_target import REPORTS
 from stages.forecast.released import OUTPUTS, RELEASED
 
 WORK = Path(".work/race_to_target/fm16")
-METHODS = ("adamw", "adamw x 2", "cosine", "nowcast")
+METHODS = ("adamw", "moved", "adamw x 2", "cosine", "nowcast")
 
 
 @pytest.fixture

@@ -11,7 +11,19 @@ from stages.common.stage import InputError
 from stages.common.vectors import Layout
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer, expected_gain
-from stages.forecast.race_to_target import Clock, Data, Method, Task, evaluate, reached_at, reaches, train, weights_of
+from stages.forecast.race_to_target import (
+    Clock,
+    Data,
+    Method,
+    Task,
+    ahead_by,
+    evaluate,
+    moves_ahead,
+    reached_at,
+    reaches,
+    train,
+    weights_of,
+)
 from stages.forecast.rivals import ExponentialAverage, Forecast, Last, LatestAverage, Nino
 from stages.forecast.trajectory import WINDOW, Trajectory
 
@@ -215,3 +227,33 @@ def test_a_rate_is_that_of_a_task_with_as_much():
 
     assert torch.equal(raced(2.0, 1e-3), raced(1.0, 2e-3))
     assert not torch.equal(raced(2.0, 1e-3), raced(1.0, 1e-3))
+
+
+def test_moves_to_forecasts_begin_anew_and_a_move_to_the_last_state_is_none():
+    layout, network = Layout({"weight": (2, 3), "bias": (2,)}), nn.Linear(3, 2)
+    asked: list[tuple[list[float], int]] = []
+
+    def ahead(states, of, horizon):
+        assert of is layout
+        asked.append((states[:, 0].tolist(), horizon))
+        return states[-1]
+
+    after = moves_ahead(layout, ahead=ahead, count=2, every=3, horizons=[5, 1])
+    moved = []
+    for step in range(1, 19):
+        nn.utils.vector_to_parameters(torch.full((8,), float(step)), network.parameters())
+        if after(step, network):
+            moved.append(step)
+        assert weights_of(network).unique().tolist() == [step]
+    assert moved == [6, 12, 18]
+    assert asked == [
+        ([1, 3, 6], 5),
+        ([1, 9, 12], 1),
+        ([1, 15, 18], 1),
+    ]  # the first, and the latest two; the last horizon is kept to
+
+
+def test_what_is_moved_to_is_what_is_forecast_beside_training():
+    weights, model = path(WINDOW + 1), moving()
+    beside = read(Forecast(model, LAYOUT, 1, 5), weights)
+    assert torch.equal(ahead_by(model)(torch.cat([weights[:1], weights]), LAYOUT, 5), beside)
