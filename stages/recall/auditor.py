@@ -43,9 +43,8 @@ class Part:
     honesty: Honesty
     decoders: dict[str, tuple[str, Decoder]]  # of each characteristic, what its decoder reads, and the decoder
     suspicions: list[str]  # of what has been done to a change
-    unmasked: tuple[str, Decoder] | None = (
-        None  # whether it was trained on whole images, if some learned from were and some not
-    )
+    # whether it was trained on whole images, if some that it learned from were and some not
+    unmasked: tuple[str, Decoder] | None = None
 
     @classmethod
     def fit(

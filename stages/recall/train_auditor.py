@@ -57,9 +57,8 @@ class Params(StageParams):
     """What is learned from, what tells a change that is turned round, and parameters of the measurements."""
 
     resamples: PositiveInt  # of the bootstrap
-    fleets: dict[
-        Kind, Annotated[list[str], Field(min_length=1)]
-    ]  # of each kind, the first by the recipes that it is measured on
+    # of each kind, the first by the recipes that it is measured on
+    fleets: dict[Kind, Annotated[list[str], Field(min_length=1)]]
     negated: dict[Kind, str]  # of READS: what tells a change that is turned round
 
     def check(self) -> None:

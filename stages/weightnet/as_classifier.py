@@ -15,9 +15,8 @@ from torch.nn.functional import interpolate
 from stages.common.stage import InputError
 from stages.weightnet.tracing.recording import plain
 
-Shape = tuple[
-    int, ...
-]  # of one image, as a network takes it: channels, height and width; height and width; or numbers in a row
+# of one image, as a network takes it: channels, height and width; height and width; or numbers in a row
+Shape = tuple[int, ...]
 
 SIDES = (32, 64, 96, 128, 224, 299)  # pixels of images that people resize theirs to
 TRIED = 2  # images that a network is tried on

@@ -253,18 +253,17 @@ def follow(program: Program) -> Derivation:
 
 def makes_kernels(program: Program) -> set[int]:
     """Return the steps that lead to kernels and to nothing else: tensors, and what is made of them and constants alone."""
+    kernel = 0  # the images' place, which reads nothing, stands for what reads a result as its kernel
     readers: dict[int, list[int]] = {}
     for number, step in enumerate(program.steps):
         for slot, place in enumerate(step.inputs):
-            whole = step.kind in KERNELS and slot == 1
-            readers.setdefault(place, []).append(
-                0 if whole else number
-            )  # 0, which no step reads else, stands for a kernel
-    found = {0}
+            reader = kernel if step.kind in KERNELS and slot == 1 else number
+            readers.setdefault(place, []).append(reader)
+    found = {kernel}
     for place in range(len(program.steps) - 1, 0, -1):
         if place in readers and all(number in found for number in readers[place]):
             found.add(place)
-    return found - {0}
+    return found - {kernel}
 
 
 def tensors_behind(program: Program, place: int) -> set[str]:
