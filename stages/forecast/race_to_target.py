@@ -46,8 +46,17 @@ from stages.common.work import fingerprint, remembered, work_folder
 from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.released import OUTPUTS, RELEASED, load_released
-from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
-from stages.forecast.trajectory import WINDOW, Trajectory
+from stages.forecast.rivals import (
+    NINO_STATES,
+    ExponentialAverage,
+    Forecast,
+    Last,
+    LatestAverage,
+    Nino,
+    Reader,
+    forecasts_of,
+)
+from stages.forecast.trajectory import WINDOW
 from stages.forecast.world import strided, world_input
 
 REPORTS = Path("reports/race_to_target")
@@ -62,9 +71,8 @@ T = TypeVar("T")
 Images = tuple[Tensor, Tensor]
 Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
 Mover = Callable[[int, nn.Module], bool]  # called after each step: whether it moved the network's weights
-Ahead = Callable[
-    [Tensor, Layout, int], Tensor
-]  # weights [p] so many states after the last of states [t p], of which one is the first
+# weights [p] so many states after the last of states [t p], of which one is the run's first
+Ahead = Callable[[Tensor, Layout, int], Tensor]
 
 
 class Point(TypedDict):
@@ -266,12 +274,7 @@ def ahead_by_nino(nino: Nino) -> Ahead:
 
 def ahead_by(model: LayerForecaster) -> Ahead:
     """Return our forecast of all states."""
-
-    def ahead(states: Tensor, layout: Layout, horizon: int) -> Tensor:
-        run = Trajectory(layout, states, None)
-        return model.predict(run, len(run) - 1)[model.horizons.index(horizon)]
-
-    return ahead
+    return lambda states, layout, horizon: forecasts_of(model, states, layout)[model.horizons.index(horizon)]
 
 
 def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int, choice_images: int) -> Method:
@@ -417,11 +420,11 @@ def methods_of(
     beside: Callable[[str], Readers],
     rates: list[float],
     cosine: list[tuple[int, float]],
-    moved: list[tuple[str, Method]],
+    moved: dict[str, Method],
     nowcast: Method,
 ) -> dict[str, Method]:
     """Return all methods by name, in the order in which they race. beside: readers of a run that they leave alone."""
-    methods = {"adamw": Method(beside("adamw"))} | dict(moved)
+    methods = {"adamw": Method(beside("adamw"))} | moved
     for rate in rates:
         name = f"adamw x {rate:g}"
         methods[name] = Method(beside(name), rate=rate)
@@ -447,14 +450,13 @@ def main() -> None:
     read_by = params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
     beside = partial(readers_beside, model=model, **read_by)
     nowcast = nowcast_method(proposer, decay, params.nowcast_every, steps, params.choice_images)
-    moved = [
-        ("moved", moved_method("moved", ahead_by(model), WINDOW + 1, params.move_every, params.move_horizons, decay))
-    ]
+    moved_by = {"moved": (ahead_by(model), WINDOW + 1, params.move_every, params.move_horizons)}
     peer = {}
     if arguments.nino:
-        ahead = ahead_by_nino(Nino(arguments.nino))
-        moved.append(("nino", moved_method("nino", ahead, NINO_STATES, params.nino_every, params.nino_horizons, decay)))
+        nino = ahead_by_nino(Nino(arguments.nino))
+        moved_by["nino"] = (nino, NINO_STATES, params.nino_every, params.nino_horizons)
         peer["nino"] = f"-{fingerprint(arguments.nino)[:8]}"  # other runs are the same without it
+    moved = {name: moved_method(name, *how, decay) for name, how in moved_by.items()}
     methods = methods_of(beside, params.rates, params.cosine, moved, nowcast)
     settings = params.model_dump(include={"steps", "batch_size", "evaluate_every", "evaluate_from", "judged_on"})
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]

@@ -75,6 +75,12 @@ class LatestAverage:
         return torch.stack(list(self.recent)).mean(0) if self.recent else None
 
 
+def forecasts_of(model: LayerForecaster, states: Float[Tensor, "t p"], layout: Layout) -> Float[Tensor, "h p"]:
+    """Return a network's weights at each of the model's horizons after the last of its states; the first one is the run's."""
+    run = Trajectory(layout, states, None)
+    return model.predict(run, len(run) - 1)
+
+
 class Forecast:
     """A forecast of the weights `ahead` snapshots later, from snapshots of the weights, or of their exponential average."""
 
@@ -95,8 +101,7 @@ class Forecast:
     def weights(self) -> Weights | None:
         if len(self.recent) <= WINDOW:
             return None
-        run = Trajectory(self.layout, torch.stack([self.first, *self.recent]), None)
-        return self.model.predict(run, len(run) - 1)[self.horizon]
+        return forecasts_of(self.model, torch.stack([self.first, *self.recent]), self.layout)[self.horizon]
 
 
 class Nino:

@@ -246,11 +246,8 @@ def test_moves_to_forecasts_begin_anew_and_a_move_to_the_last_state_is_none():
             moved.append(step)
         assert weights_of(network).unique().tolist() == [step]
     assert moved == [6, 12, 18]
-    assert asked == [
-        ([1, 3, 6], 5),
-        ([1, 9, 12], 1),
-        ([1, 15, 18], 1),
-    ]  # the first, and the latest two; the last horizon is kept to
+    # the first, and the latest two; the last horizon is kept to
+    assert asked == [([1, 3, 6], 5), ([1, 9, 12], 1), ([1, 15, 18], 1)]
 
 
 def test_what_is_moved_to_is_what_is_forecast_beside_training():
