@@ -25,6 +25,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from torch import Tensor
 
 from stages.common.backbone import Backbone, load_backbone
+from stages.common.checkpoints import Checkpoint, remembered_torch
 from stages.common.files import Rows, Summary, save_csv, save_json
 from stages.common.metrics import headline_metrics, over_seeds
 from stages.common.randomness import seeded_init
@@ -148,11 +149,15 @@ def new_way(kind: type[Finetune], strength: float, backbone: Backbone, stream: S
     return kind(model.to(stream.labels.device), backbone.prepare, budget, strength, stream.seed)
 
 
-def begin(backbone: Backbone, seed: int | None, shared: Shared) -> First:
-    """Learn the first task of a stream, as most ways to train a whole network begin."""
+def begin(backbone: Backbone, seed: int | None, shared: Shared, work: Path) -> First:
+    """Learn the first task of a stream, as most ways to train a whole network begin; it is kept in `work`."""
     stream, tests = shared.streams[seed], shared.tested(seed).images
-    way = new_way(Finetune, 1.0, backbone, stream, shared.budget)
-    return learn_first(way, stream.over(shared.train.images), tests[stream.test])
+
+    def learn() -> Checkpoint:
+        way = new_way(Finetune, 1.0, backbone, stream, shared.budget)
+        return vars(learn_first(way, stream.over(shared.train.images), tests[stream.test]))
+
+    return First(**remembered_torch(work / f"first-{seed}.pt", set(First.__annotations__), learn))
 
 
 def compute(job: Job, shared: Shared, first: First | None = None) -> Matrices:
@@ -239,7 +244,7 @@ def main() -> None:
     firsts: dict[int | None, First] = {}
     if backbone and params.networks:
         seeds = list(streams)
-        firsts |= zip(seeds, parallel_map(lambda seed: begin(backbone, seed, shared), seeds, device), strict=True)
+        firsts |= zip(seeds, parallel_map(lambda seed: begin(backbone, seed, shared, work), seeds, device), strict=True)
     candidates = {m: strengths for m, strengths in params.strengths.items() if m in methods}
     trials = [Job(m, strength, None) for m in methods if m in candidates for strength in candidates[m]]
     strengths = choose_strengths(run_all(trials, "strengths for"), candidates)

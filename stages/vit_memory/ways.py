@@ -239,7 +239,7 @@ def learn_network(
             way.model.eval()
             way.random.set_state(taken.random)
         way.end(task)
-        scores.append(scores_of(way, tests) if taken is None else taken.scores)
+        scores.append(scores_of(way, tests) if taken is None else taken.scores.to(tests.device))
     return torch.stack(scores)
 
 
