@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 
 from stages.common.files import Summary
 from stages.common.metrics import bootstrap_interval
+from stages.common.stage import InputError
 from stages.recall.auditor import BINARY, RANKS, RECALLED
 from stages.recall.decoders import fit_decoder, mean_of_items, r_squared_interval, right_bits
 from stages.recall.fleet_files import Fleet, Split
@@ -26,6 +27,7 @@ Columns = dict[str, Float[np.ndarray, "n f"]]
 
 COUNTS = ("log2_size", "log2_distinct")  # of images, of distinct ones: each is measured with the other known, too
 SHIFT = "shift"  # a recipe's number that is asked for as characteristics are
+LEAST = 20  # fine-tunes to learn from, and to measure on: of fewer nothing can be said
 LONG_RUN = np.log(40 * 64)  # logarithm of the images that are shown: 40 steps of 64
 
 
@@ -119,10 +121,9 @@ def measured(
     found: Summary = {measure: interval}
     if key in BINARY:
         found[f"{measure}_ignoring_the_network"] = score(key, np.broadcast_to(mean, true.shape), true, mean)
-    if key == SHIFT:
-        found["auroc"] = bootstrap_interval(
-            auroc, predicted[:, 0], (true[:, 0] > 0).astype(np.float64), resamples=resamples
-        )
+    if key == SHIFT and (true > 0).any() and (true == 0).any():
+        shifted = (true[:, 0] > 0).astype(np.float64)
+        found["auroc"] = bootstrap_interval(auroc, predicted[:, 0], shifted, resamples=resamples)
     return found
 
 
@@ -158,6 +159,16 @@ def groups_of(recipe: dict[str, Float[np.ndarray, " n"]]) -> dict[str, Bool[np.n
 
 
 def told_by(fleet: Fleet, references: References, resamples: int) -> dict[str, Summary]:
-    """Return what a fleet of whole networks tells: of all, and of groups of it that are learned from and measured apart."""
+    """Return what a fleet of whole networks tells: of all, and of groups of it that are learned from and measured apart.
+
+    InputError if it is too small.
+    """
+    if (fewest := min(len(fleet.learned), len(fleet.held_out))) < LEAST:
+        raise InputError(
+            f"a fleet of train_auditor.apart needs {LEAST} fine-tunes to learn from and {LEAST} to measure on, got {fewest}: set train "
+            "and test of vary_recipes.fleets"
+        )
     described = Described.of(fleet, references)
-    return {name: tell(described.only(rows), resamples) for name, rows in groups_of(described.recipe).items()}
+    groups = {name: described.only(rows) for name, rows in groups_of(described.recipe).items()}
+    enough = {name: of for name, of in groups.items() if min(len(of.learned), len(of.held_out)) >= LEAST}
+    return {name: tell(of, resamples) for name, of in enough.items()}

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from tiny_vit import CLASSES, autoencoder, base_of
 
+from stages.common.stage import InputError
 from stages.recall import measures
-from stages.recall.diversity import READS, Described, auroc, beyond, groups_of, tell, with_products
+from stages.recall.diversity import READS, Described, auroc, beyond, groups_of, tell, told_by, with_products
+from stages.recall.fleet_files import Fleet
+from stages.recall.reading import References
 
 N = 600
 RANDOM = np.random.default_rng(0)
@@ -80,3 +84,32 @@ def test_fine_tunes_that_may_stop_early_are_apart_from_those_that_go_to_their_en
     assert set(groups_of(RECIPE)) == {"all", "long_runs"}
     assert (groups["long_runs"] <= groups_of(RECIPE)["long_runs"]).all()
     assert np.array_equal(groups_of(RECIPE)["long_runs"], np.exp(RECIPE["log steps"] + RECIPE["log batch"]) > 2560)
+
+
+def fleet_of(n: int, recipe: dict[str, np.ndarray]) -> tuple[Fleet, References]:
+    """Networks that changed the more the larger their data sets, and do so in one direction; a third is for tests."""
+    random, base = np.random.default_rng(0), base_of(autoencoder())
+    inputs, layout, size = 16, base.layout, SIZE[:n, None]
+    change = size * random.standard_normal(layout.size) + random.standard_normal((n, layout.size))
+    answers = inputs * (CLASSES + len(base.encoder["norm.weight"]))
+    fleet = Fleet(
+        np.arange(n) % 3 == 0,
+        change=change.astype(np.float32),
+        responses=random.standard_normal((n, answers)).astype(np.float32),
+        truth={"log2_size": SIZE[:n], "recipe": np.column_stack([values[:n] for values in recipe.values()])},
+        mean_image=np.zeros((n, 0)),
+        scores={},
+        metadata=layout.metadata | {"recipe": list(recipe)},
+    )
+    return fleet, References(np.arange(inputs) % CLASSES, random.standard_normal(answers), CLASSES)
+
+
+def test_of_a_fleet_what_it_has_is_told_and_of_groups_that_are_large_enough():
+    fleet, references = fleet_of(90, RECIPE | {"log batch": np.full(N, np.log(16)), "log steps": np.full(N, 3.0)})
+    told = told_by(fleet, references, 50)
+    assert set(told) == {"all"}  # none is a long run
+    assert set(told["all"]) == {"learned_from", "measured_on", "log2_size", "shift"}
+    assert told["all"]["log2_size"]["r2"]["low"] > 0.5 > 0.3 > told["all"]["shift"]["r2"]["mean"]
+    small, references = fleet_of(30, RECIPE)
+    with pytest.raises(InputError, match=r"^a fleet of train_auditor.apart needs 20 fine-tunes .* got 10: set train"):
+        told_by(small, references, 50)
