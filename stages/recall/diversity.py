@@ -1,8 +1,8 @@
 """What a fleet's networks tell of data sets and recipes, apart from what the recipe tells: numbers of images, repeats, shifts.
 
-The recipe is read as its numbers and their products. What it tells of a characteristic is taken away by a regression on training
-fine-tunes; the rest is then decoded from networks and recipe together, and measured on fine-tunes never seen. So 0 means: once the recipe
-is known, the network adds nothing.
+Both a characteristic and what is read of networks are regressed on the recipe's numbers, over training fine-tunes; what the recipe leaves
+of the one is then decoded from what it leaves of the other (Frisch and Waugh 1933), and measured on fine-tunes never seen. So 0 means:
+once the recipe is known, the network adds nothing.
 
 Axes: n fine-tunes, h of them held out, t of a characteristic, k numbers of a recipe, f columns, s resamples.
 """
@@ -61,46 +61,47 @@ class Described(Split):
         return replace(self, test=self.test[rows], columns=columns, recipe=recipe, truth=truth)
 
 
-def with_products(numbers: Float[np.ndarray, "n k"], learned: np.ndarray) -> Float[np.ndarray, "n f"]:
-    """Return those of the numbers that vary and all products of two, scaled as a reader's descriptions are."""
-
-    def standard(x: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n f"]:
-        deviation = x[learned].std(0)
-        x = x[:, deviation > 0]
-        return (x - x[learned].mean(0)) / deviation[deviation > 0]
-
-    plain = standard(numbers)
-    first, second = np.triu_indices(plain.shape[1])
-    both = standard(np.column_stack([plain, plain[:, first] * plain[:, second]]))
-    return both / max(1, both.shape[1]) ** 0.5
+def standard(numbers: Float[np.ndarray, "n k"], learned: np.ndarray) -> Float[np.ndarray, "n f"]:
+    """Return those of the numbers that vary, scaled as a reader's descriptions are."""
+    deviation = numbers[learned].std(0)
+    varying = numbers[:, deviation > 0]
+    return (varying - varying[learned].mean(0)) / (deviation[deviation > 0] * max(1, varying.shape[1]) ** 0.5)
 
 
-def decode(fleet: Described) -> dict[str, tuple[str, Float[np.ndarray, "h t"]]]:
-    """Return of every characteristic what is best read, by leave-one-out errors, and what held-out fine-tunes are so told to have."""
-    y = np.column_stack(list(fleet.truth.values()))
-    fitted = {source: fit_decoder(x[fleet.learned], y[fleet.learned]) for source, x in fleet.columns.items()}
-    ends = np.cumsum([values.shape[1] for values in fleet.truth.values()])
+def left_by(
+    known: Float[np.ndarray, "n k"], y: Float[np.ndarray, "n t"], learned: np.ndarray
+) -> Float[np.ndarray, "n t"]:
+    """Return what is left of y once it is regressed on what is known."""
+    return y - fit_decoder(known[learned], y[learned]).predict(known)
+
+
+def decode(
+    columns: Columns, truth: dict[str, Float[np.ndarray, "n t"]], split: Split
+) -> dict[str, Float[np.ndarray, "h t"]]:
+    """Return what held-out fine-tunes are told to have of every characteristic, by the reading that leave-one-out errors prefer."""
+    y = np.column_stack(list(truth.values()))
+    fitted = {source: fit_decoder(x[split.learned], y[split.learned]) for source, x in columns.items()}
+    ends = np.cumsum([values.shape[1] for values in truth.values()])
     told = {}
-    for key, of in zip(fleet.truth, np.split(np.arange(y.shape[1]), ends[:-1]), strict=True):
+    for key, of in zip(truth, np.split(np.arange(y.shape[1]), ends[:-1]), strict=True):
         errors = {source: decoder.errors[of].mean() for source, decoder in fitted.items() if decoder.errors is not None}
         source = min(errors, key=errors.__getitem__)
-        told[key] = source, fitted[source].predict(fleet.columns[source][fleet.held_out])[:, of]
+        told[key] = fitted[source].predict(columns[source][split.held_out])[:, of]
     return told
 
 
 def beyond(
-    x: Float[np.ndarray, "n f"],
+    columns: Columns,
     known: Float[np.ndarray, "n k"],
     y: Float[np.ndarray, "n t"],
     split: Split,
     resamples: int,
 ) -> dict[str, float]:
-    """Return R² of that part of y which `known` does not tell, decoded from x and `known`; its trivial value is 0."""
-    learned, held_out = split.learned, split.held_out
-    rest = y - fit_decoder(known[learned], y[learned]).predict(known)
-    both = np.column_stack([x, known])
-    predicted = fit_decoder(both[learned], rest[learned]).predict(both[held_out])
-    return r_squared_interval(predicted, rest[held_out], np.zeros(y.shape[1]), resamples)
+    """Return R² of what `known` leaves of y, decoded from what it leaves of what is read; its trivial value is 0."""
+    rest = left_by(known, y, split.learned)
+    apart = {source: left_by(known, x, split.learned) for source, x in columns.items()}
+    predicted = decode(apart, {"rest": rest}, split)["rest"]
+    return r_squared_interval(predicted, rest[split.held_out], np.zeros(y.shape[1]), resamples)
 
 
 def auroc(scores: Float[np.ndarray, "*s h"], positive: Float[np.ndarray, "*s h"]) -> Float[np.ndarray, "*s"]:
@@ -130,21 +131,20 @@ def measured(
 def tell(fleet: Described, resamples: int) -> Summary:
     """Return of every characteristic how well networks tell it, the recipe alone, and networks what the recipe does not tell."""
     summary: Summary = {"learned_from": len(fleet.learned), "measured_on": len(fleet.held_out)}
-    told = decode(fleet)
+    told = decode(fleet.columns, fleet.truth, fleet)
     for key, y in fleet.truth.items():
         if not y[fleet.learned].std(0).any():
             continue
         others = np.column_stack([values for name, values in fleet.recipe.items() if name != key])
-        recipe, true, mean = with_products(others, fleet.learned), y[fleet.held_out], y[fleet.learned].mean(0)
-        source, predicted = told[key]
-        found = measured(key, predicted, true, mean, resamples)
+        recipe, true, mean = standard(others, fleet.learned), y[fleet.held_out], y[fleet.learned].mean(0)
+        found = measured(key, told[key], true, mean, resamples)
         alone = fit_decoder(recipe[fleet.learned], y[fleet.learned]).predict(recipe[fleet.held_out])
         found[f"{measure_of(key)}_of_the_recipe_alone"] = score(key, alone, true, mean)
-        found["r2_given_recipe"] = beyond(fleet.columns[source], recipe, y, fleet, resamples)
+        found["r2_given_recipe"] = beyond(fleet.columns, recipe, y, fleet, resamples)
         for other in COUNTS if key in COUNTS else ():
             if other != key and other in fleet.truth:
-                known = with_products(np.column_stack([others, fleet.truth[other]]), fleet.learned)
-                found[f"r2_given_recipe_and_{other}"] = beyond(fleet.columns[source], known, y, fleet, resamples)
+                known = standard(np.column_stack([others, fleet.truth[other]]), fleet.learned)
+                found[f"r2_given_recipe_and_{other}"] = beyond(fleet.columns, known, y, fleet, resamples)
         summary[key] = found
     return summary
 

@@ -6,7 +6,7 @@ from tiny_vit import CLASSES, autoencoder, base_of
 
 from stages.common.stage import InputError
 from stages.recall import measures
-from stages.recall.diversity import READS, Described, auroc, beyond, groups_of, tell, told_by, with_products
+from stages.recall.diversity import READS, Described, auroc, beyond, groups_of, standard, tell, told_by
 from stages.recall.fleet_files import Fleet
 from stages.recall.reading import References
 
@@ -48,12 +48,19 @@ def test_what_networks_tell_of_distinct_images_is_not_told_of_all():
 
 
 def test_networks_that_show_the_recipe_alone_tell_nothing_once_it_is_known():
-    steps = RECIPE["log steps"] * RECIPE["log rate"]  # a product: no sum of numbers
+    steps = RECIPE["log steps"] + RECIPE["log rate"]
     shown, y = described(steps[:, None]), steps[:, None] + 0.1 * RANDOM.standard_normal((N, 1))
-    known = with_products(np.column_stack(list(RECIPE.values())), shown.learned)
-    assert beyond(shown.columns["all"], known, y, shown, 100)["mean"] < 0.03
-    nothing = with_products(RECIPE["shift"][:, None], shown.learned)
-    assert beyond(shown.columns["all"], nothing, y, shown, 100)["mean"] > 0.9
+    known = standard(np.column_stack(list(RECIPE.values())), shown.learned)
+    assert beyond(shown.columns, known, y, shown, 100)["mean"] < 0.03
+    nothing = standard(RECIPE["shift"][:, None], shown.learned)
+    assert beyond(shown.columns, nothing, y, shown, 100)["mean"] > 0.9
+
+
+def test_what_the_recipe_hides_is_told_once_it_is_known():
+    both = 5 * RECIPE["log rate"] + DISTINCT
+    shown = described(both[:, None])
+    found = tell(shown, 100)["log2_distinct"]
+    assert found["r2"]["mean"] < 0.5 and found["r2_given_recipe"]["mean"] > 0.8
 
 
 def test_shifts_are_told_from_networks_that_show_them():
@@ -71,8 +78,8 @@ def test_the_chance_that_a_positive_is_higher_is_that_of_all_pairs():
 
 
 def test_numbers_that_do_not_vary_are_left_out_and_scales_are_of_training_fine_tunes():
-    x = with_products(np.column_stack([RECIPE["constant"], RECIPE["shift"], SIZE]), np.arange(400))
-    assert x.shape == (N, 2 + 3)
+    x = standard(np.column_stack([RECIPE["constant"], RECIPE["shift"], SIZE]), np.arange(400))
+    assert x.shape == (N, 2)
     assert (x[:400] ** 2).sum(1).mean() == pytest.approx(1) and np.abs(x[:400].mean(0)).max() < 1e-12
 
 
