@@ -9,7 +9,9 @@ from tiny_vit import TEST, TRAIN, autoencoder, base_of
 from torch.func import grad
 from torch.nn.functional import cross_entropy, linear
 
+from stages.common.stage import InputError
 from stages.common.vectors import Layout
+from stages.recall.adapt_backbone import Recipes
 from stages.recall.adapters import merged_adapter
 from stages.recall.fine_tunes import draw_fine_tune
 from stages.recall.fleet import patchify_pools
@@ -235,6 +237,17 @@ def test_a_stack_with_early_stopping_trains_as_each_alone_by_a_plain_loop():
     assert endings >= {(True, True), (False, False)}  # some stop early, some are best at their end
 
 
+def test_a_stack_of_adapters_with_early_stopping_trains_as_each_alone():
+    early = {"stopping": Stopping(patience=[1], every=2, held_out=0.25), "steps": (6, 16), "optimisers": ["sgd"]}
+    members = few(ADAPTERS.model_copy(update=early), 6)
+    changes, steps = train_wide_fine_tunes(members, OBJECTIVE, IMAGES)
+    assert any(kept < f.steps for f, kept in zip(members, steps.tolist(), strict=True))
+    for i, f in enumerate(members):
+        alone, kept = train_wide_fine_tunes([f], OBJECTIVE, IMAGES)
+        assert kept.item() == steps[i]
+        torch.testing.assert_close(alone[0], changes[i], rtol=1e-3, atol=1e-5)
+
+
 def test_a_network_whose_loss_falls_trains_as_one_that_never_stops_and_one_that_stopped_stays():
     rules = Rules.of([training(optimiser="adam", learning_rate=0.1, steps=n) for n in (7, 9, 9)], torch.device("cpu"))
     first, head, everything = torch.randn(3, 25), torch.randn(3, 5, 3), torch.ones(3, 25, dtype=torch.bool)
@@ -298,3 +311,10 @@ def test_data_sets_and_recipes_are_the_same_whether_or_not_images_repeat_and_tra
         assert replace(changed.training, patience=0) == plain.training
         for key, value in plain.characteristics.items():
             assert np.array_equal(value, changed.characteristics[key])
+
+
+def test_of_a_base_of_ones_own_no_fine_tune_stops_early():
+    values = WHOLE.model_dump() | {"new_heads": [False]}
+    Recipes.parse(values, ".".join)
+    with pytest.raises(InputError, match=r"stopping: .* of a base of one's own stops early: set patience to"):
+        Recipes.parse(values | {"stopping": values["stopping"] | {"patience": [0, 2]}}, ".".join)
