@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from safetensors.numpy import load_file
 
 from stages.common.files import Metadata, save_arrays, save_json
@@ -33,7 +33,7 @@ from stages.recall.functional_vit import Base
 from stages.recall.own_base import read_own_base, with_head
 from stages.recall.own_fleet import Tuning, finish, fit_head
 from stages.recall.pools import pool
-from stages.recall.recipes import WideFineTune, WideRecipe, draw_wide_fine_tune, pick, stacks
+from stages.recall.recipes import Stopping, WideFineTune, WideRecipe, draw_wide_fine_tune, pick, stacks
 
 REPORTS = Path("reports/adapt_backbone")
 
@@ -42,6 +42,14 @@ class Recipes(WideRecipe):
     """From what data sets and recipes are drawn."""
 
     new_heads: list[bool] = Field(min_length=1)  # whether a head is trained from zeros, or the base's is kept
+
+    @field_validator("stopping")
+    @classmethod
+    def trains_to_its_end(cls, stopping: Stopping) -> Stopping:
+        """Of a base of one's own no fine-tune stops early."""
+        if any(stopping.patience):
+            raise ValueError("no fine-tune of a base of one's own stops early: set patience to [0]")
+        return stopping
 
 
 class Backbone(StageParams):

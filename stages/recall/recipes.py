@@ -1,13 +1,14 @@
-"""Recipes as people use them: optimiser, rate, steps, batch, decay, warm-up, augmentation, and which weights are trained.
+"""Recipes as people use them: optimiser, rate, steps, batch, decay, warm-up, augmentation, early stopping, which weights are trained.
 
-A recipe is drawn apart from the data set, so that what is read of the data cannot be the recipe.
+A recipe is drawn apart from the data set, so that what is read of the data cannot be the recipe. When training stops early, that depends
+on the data, too.
 
 Axes: m networks of a stack, w weights of a network, v trained weights, n images of a batch, p patches, q pixels of a patch.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +18,17 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from stages.common.randomness import generator
+from stages.common.stage import StageParams
 from stages.common.vectors import Layout
 from stages.recall.adapters import MATRICES, AdapterSpace
 from stages.recall.fine_tunes import FineTune, Range, Recipe, draw_fine_tune, draw_uniform
-from stages.recall.fleet import PatchedImages, pool_of
+from stages.recall.fleet import IGNORED, PatchedImages, pool_of
 from stages.recall.functional_vit import Base, Weights
 from stages.recall.objective import Objective
 
 T = TypeVar("T")
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 Optimiser = Literal["sgd", "adam", "adamw"]
 Layers = Literal["all", "last_half", "first_half", "norms"]
@@ -42,12 +46,23 @@ BETAS = (0.9, 0.999)  # of Adam; the first is the momentum of SGD, too
 LONGEST_GRADIENT = (
     1.0  # longer ones are cut to this norm, as fine-tuning of ViTs does (Dosovitskiy et al. 2021, arXiv:2010.11929)
 )
+ALL_DISTINCT = (1.0, 1.0)
+
+
+class Stopping(StageParams):
+    """When fine-tunes stop early."""
+
+    patience: list[NonNegativeInt] = Field(min_length=1)  # evaluations without a lower loss; 0: does not stop early
+    every: PositiveInt  # steps from one evaluation to the next
+    held_out: float = Field(gt=0, lt=1)  # share of the images: not trained on, evaluated on
 
 
 class WideRecipe(Recipe):
     """From what data sets and recipes are drawn; `steps` and `learning_rate` (of Adam) are log-uniform here."""
 
     presence: float = Field(gt=0, lt=1)  # with which chance each class is present; two always are, and two never
+    # log-uniform: share of a data set's images that are distinct; all others repeat one of these
+    distinct: tuple[Share, Share]
     optimisers: list[Optimiser] = Field(min_length=1)
     sgd_factor: PositiveFloat  # of the learning rate: SGD's steps are of another unit
     batch_sizes: list[PositiveInt] = Field(min_length=1)
@@ -58,6 +73,7 @@ class WideRecipe(Recipe):
     ranks: list[PositiveInt]  # of adapters; of none the network itself is trained
     test_ranks: list[PositiveInt]  # of the adapters that decoders are tested on, beside those above
     targets: list[Targets]  # what adapters are put on
+    stopping: Stopping
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,9 @@ class Training:
     rank: int  # of its adapter; 0: the network itself is trained
     alpha: float  # of its adapter, whose scale is alpha over rank
     targets: Targets
+    patience: int  # evaluations, `every` so many steps; 0: it does not stop early
+    every: int
+    held_out: float  # share of its images, if it may stop early
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -104,6 +123,17 @@ class WideFineTune(FineTune):
 
     training: Training
 
+    @property
+    def held_out(self) -> int:
+        """How many of its images, the last ones, are held out: none if it does not stop early."""
+        n = len(self.images)
+        return min(n - 1, max(1, round(self.training.held_out * n))) if self.training.patience else 0
+
+    @property
+    def learned(self) -> int:
+        """How many of its images it is trained on."""
+        return len(self.images) - self.held_out
+
 
 def pick(random: torch.Generator, items: Sequence[T]) -> T:
     """Draw one of the items."""
@@ -129,6 +159,30 @@ def draw_training(random: torch.Generator, recipe: WideRecipe, test: bool) -> Tr
         rank=rank,
         alpha=float(pick(random, [rank, 2 * rank, 16])),
         targets=pick(random, recipe.targets) if rank else "matrices",
+        patience=pick(random, recipe.stopping.patience),
+        every=recipe.stopping.every,
+        held_out=recipe.stopping.held_out,
+    )
+
+
+def with_repeats(fine_tune: FineTune, share: float, pool: Int[Tensor, " m"]) -> FineTune:
+    """Return a fine-tune that has of each class only this share of its images, the first, repeated in turn until they are as many.
+
+    A repeat has its image's label. Batches are drawn with replacement, so that but for rounding it trains as on the distinct images
+    alone: of their number weights can tell, of that of all images only what goes with it.
+    """
+    classes = pool[fine_tune.images]
+    kept = torch.arange(len(classes))
+    for c in classes.unique():
+        places = (classes == c).nonzero()[:, 0]
+        kept[places] = places[torch.arange(len(places)) % max(1, round(share * len(places)))]
+    images = fine_tune.images[kept]
+    distinct = {"log2_distinct": np.asarray(np.log2(len(images.unique())), np.float32)}
+    return replace(
+        fine_tune,
+        images=images,
+        labels=fine_tune.labels[kept],
+        characteristics=fine_tune.characteristics | distinct,
     )
 
 
@@ -136,6 +190,9 @@ def draw_wide_fine_tune(name: str, test: bool, recipe: WideRecipe, pool: Int[Ten
     """Draw a data set of some classes from a pool with these labels, and apart from it a recipe."""
     training = draw_training(generator(0, f"{name}: recipe"), recipe, test)
     drawn = draw_fine_tune(name, test, recipe, pool, chance=recipe.presence)
+    if recipe.distinct != ALL_DISTINCT:
+        share = draw_uniform(generator(0, f"{name}: distinct"), recipe.distinct, log=True)
+        drawn = with_repeats(drawn, share, pool)
     plain = replace(drawn, learning_rate=training.learning_rate, steps=training.steps)
     numbers = np.array(list(training.numbers.values()), np.float32)
     values = vars(plain) | {"characteristics": plain.characteristics | {"recipe": numbers}}
@@ -215,6 +272,48 @@ class Rules:
         return self.rate * factor * (self.steps > step)
 
 
+class EarlyStopping:
+    """Stops each network of a stack once its loss on held-out images has not fallen for a while; its best weights are kept.
+
+    As Keras does (EarlyStopping with restore_best_weights, no least improvement): a network is evaluated every so many steps and after
+    its last, stops after `patience` evaluations in a row that are not lower than the lowest, and gets the weights of the lowest, also
+    if it ran to its end.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Float[Tensor, "m v"]], Float[Tensor, " m"]],
+        patience: Int[Tensor, " m"],
+        every: int,
+        steps: Int[Tensor, " m"],
+    ) -> None:
+        """Watch m networks that would train for `steps`; of patience 0 they are neither evaluated nor stopped."""
+        self.loss, self.patience, self.every, self.steps = loss, patience, every, steps
+        self.running = torch.ones_like(patience, dtype=torch.bool)
+        self.lowest = torch.full_like(patience, torch.inf, dtype=torch.float32)
+        self.waited = torch.zeros_like(patience)
+        self.taken = torch.where(patience > 0, 0, steps)  # steps that the weights kept are of
+        self.best: Float[Tensor, "m v"] | None = None
+
+    def evaluate(self, step: int, weights: Float[Tensor, "m v"]) -> None:
+        """Look at the networks after so many steps, if any are to be evaluated then."""
+        ends, goes_on = self.steps == step, self.steps > step
+        due = self.running & (self.patience > 0) & (ends | goes_on & (step % self.every == 0))
+        if not due.any():
+            return
+        loss, best = self.loss(weights), weights if self.best is None else self.best
+        better = due & ((loss < self.lowest) | (self.taken == 0))  # the first is kept whatever it is
+        self.best = torch.where(better[:, None], weights, best)
+        self.lowest = torch.where(better, loss, self.lowest)
+        self.taken = torch.where(better, step, self.taken)
+        self.waited = torch.where(better, 0, self.waited + due)
+        self.running &= (self.patience == 0) | (self.waited < self.patience)
+
+    def kept(self, last: Float[Tensor, "m v"]) -> Float[Tensor, "m v"]:
+        """Return the best weights of networks that may stop early, and the last of all others."""
+        return last if self.best is None else torch.where(self.patience[:, None] > 0, self.best, last)
+
+
 def train_by_rules(
     loss: Callable[..., Float[Tensor, ""]],
     first: Float[Tensor, "m v"],
@@ -222,6 +321,7 @@ def train_by_rules(
     batch: Callable[[int], tuple[Tensor, ...]],
     trained: Bool[Tensor, "m v"],
     rules: Rules,
+    stopping: EarlyStopping | None = None,
 ) -> Float[Tensor, "m v"]:
     """Train m networks at once, each by its own optimiser at its own rates; return their weights.
 
@@ -237,18 +337,52 @@ def train_by_rules(
         v.lerp_(g.square(), 1 - BETAS[1])
         adam = m / (1 - BETAS[0] ** (t + 1)) / ((v / (1 - BETAS[1] ** (t + 1))).sqrt_().add_(1e-8))
         step = torch.where(rules.sgd[:, None], m / (1 - BETAS[0]), adam) + rules.decoupled[:, None] * w
-        w.sub_(rate * step * trained)
-    return w
+        if stopping is None:
+            w.sub_(rate * step * trained)
+            continue
+        w.sub_(rate * step * trained * stopping.running[:, None])
+        stopping.evaluate(t + 1, w)
+        if not stopping.running.any():
+            break
+    return w if stopping is None else stopping.kept(w)
+
+
+def early_stopping(
+    fine_tunes: list[WideFineTune], loss: Callable[..., Float[Tensor, ""]], frozen: Weights, images: PatchedImages
+) -> EarlyStopping | None:
+    """Return what stops a stack of fine-tunes early, by their losses on held-out images, of which the same patches are always hidden.
+
+    None if no fine-tune of it may stop early.
+    """
+    if not any(f.training.patience for f in fine_tunes):
+        return None
+    most, device = max(f.held_out for f in fine_tunes), images.references.device
+    x, labels, noise = [], [], []
+    for f in fine_tunes:  # those of which fewer are held out are filled up with images that do not count
+        places = torch.arange(f.learned, f.learned + most).clamp(max=len(f.images) - 1)
+        counted = torch.arange(most) < f.held_out
+        x.append(images.pools[pool_of(f.test)][0][f.images[places].to(device)])
+        labels.append(f.labels[places].masked_fill(~counted, IGNORED))
+        noise.append(torch.rand(most, images.references.shape[1], generator=f.random("held out")))
+    held_out = torch.stack(x), torch.stack(labels).to(device), torch.stack(noise).to(device)
+    patience, steps = (
+        torch.tensor(values, device=device)
+        for values in ([f.training.patience for f in fine_tunes], [f.steps for f in fine_tunes])
+    )
+    return EarlyStopping(lambda w: vmap(loss)(w, frozen, *held_out), patience, fine_tunes[0].training.every, steps)
 
 
 def train_wide_fine_tunes(
     fine_tunes: list[WideFineTune], objective: Objective, images: PatchedImages
-) -> Float[Tensor, "m w"]:
-    """Train a stack of fine-tunes of one batch size, all with adapters or all without; return how their weights change."""
+) -> tuple[Float[Tensor, "m w"], Int[Tensor, " m"]]:
+    """Train a stack of fine-tunes of one batch size, all with adapters or all without.
+
+    Returns how their weights change, and after how many steps: fewer than asked for where training stopped early.
+    """
     trainings, device, base = [f.training for f in fine_tunes], objective.start.device, objective.base
     m, shape = len(fine_tunes), (max(f.steps for f in fine_tunes), trainings[0].batch_size)
     batches = [f.random("batches") for f in fine_tunes]
-    places = [torch.randint(len(f.images), shape, generator=r) for f, r in zip(fine_tunes, batches, strict=True)]
+    places = [torch.randint(f.learned, shape, generator=r) for f, r in zip(fine_tunes, batches, strict=True)]
     masks = [f.random("masks") for f in fine_tunes]
     shifts = [f.random("shifts") for f in fine_tunes]
     drawn = torch.stack([f.images[at] for f, at in zip(fine_tunes, places, strict=True)], 1).to(device)
@@ -265,15 +399,18 @@ def train_wide_fine_tunes(
         return torch.stack(x), labels[step], noise
 
     frozen = {k: w.expand(m, *w.shape) for k, w in objective.frozen.items()}
-    rules = Rules.of(trainings, device)
+    rules, steps = Rules.of(trainings, device), torch.tensor([f.steps for f in fine_tunes], device=device)
     if not trainings[0].rank:
         first = objective.start.expand(m, -1)
         trained = torch.stack([trained_weights(objective.layout, t.layers) for t in trainings]).to(device)
-        return train_by_rules(objective.loss, first, frozen, batch, trained, rules) - first
+        stopping = early_stopping(fine_tunes, objective.loss, frozen, images)
+        after = train_by_rules(objective.loss, first, frozen, batch, trained, rules, stopping)
+        return after - first, stopping.taken if stopping else steps
     space = AdapterSpace(objective.layout, max(t.rank for t in trainings))
     starts = [space.start(f.random("adapter"), f.training.rank, TARGETS[f.training.targets]) for f in fine_tunes]
     scale = torch.tensor([t.alpha / t.rank for t in trainings], device=device)
     first, frozen = torch.stack(starts).to(device), frozen | {"scale": scale}
-    everything = torch.ones_like(first, dtype=torch.bool)
-    after = train_by_rules(space.loss(objective), first, frozen, batch, everything, rules)
-    return vmap(space.change)(after, scale)
+    everything, loss = torch.ones_like(first, dtype=torch.bool), space.loss(objective)
+    stopping = early_stopping(fine_tunes, loss, frozen, images)
+    after = train_by_rules(loss, first, frozen, batch, everything, rules, stopping)
+    return vmap(space.change)(after, scale), stopping.taken if stopping else steps

@@ -8,7 +8,8 @@ Writes  models/train_auditor/auditor.safetensors   the auditor
         models/train_auditor/auditor.json          its card: base, recipes, calibration, what the examples were trained on, hashes
         models/train_auditor/base.safetensors      the base
         models/train_auditor/examples/             fine-tunes never seen: a whole network, an adapter, one that must be refused
-        reports/train_auditor/summary.json         every characteristic, beside what the recipe alone tells; coverage; refusals
+        reports/train_auditor/summary.json         every characteristic, beside what the recipe alone tells; coverage; refusals; of fleets
+                                                   that are measured apart, what they tell once the recipe is known
 """
 
 from functools import partial
@@ -39,6 +40,7 @@ from stages.recall.auditor import (
     base_sha256,
     responses_of,
 )
+from stages.recall.diversity import told_by
 from stages.recall.fleet import split_test
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
@@ -60,6 +62,7 @@ class Params(StageParams):
     # of each kind, the first by the recipes that it is measured on
     fleets: dict[Kind, Annotated[list[str], Field(min_length=1)]]
     negated: dict[Kind, str]  # of READS: what tells a change that is turned round
+    apart: list[str]  # fleets of whole networks, of which what is told is measured apart from the auditor
 
     def check(self) -> None:
         """InputError if nothing is read as `negated` says."""
@@ -164,6 +167,8 @@ def main() -> None:
         for key, measured in summary["recalled"][kind]["inside"].items():
             measured[f"{measure_of(key)}_of_the_recipe_alone"] = from_recipe_alone(of[0], truth[key], key)
         summary["refusals"][kind] = refusals(kind, part, of[0], outside, base, respond)
+    if params.apart:
+        summary["apart"] = {name: told_by(load_fleet(name), references, params.resamples) for name in params.apart}
     auditor = Auditor(parts, images, card_of(base, metadata, fleets, summary))
     examples = save_examples(MODELS / "examples", auditor, base, {kind: of[0] for kind, of in fleets.items()})
     publish(auditor, examples, Path(metadata["base"]))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.numpy import load_file
 from torch import Tensor
@@ -82,7 +82,7 @@ def draw_fleet(name: str, counts: dict[str, int], recipe: WideRecipe, images: Im
 @torch.no_grad()
 def finish(fine_tunes: list[WideFineTune], objective: Objective, images: PatchedImages) -> dict[str, np.ndarray]:
     """Train a stack of fine-tunes and run them: changes, responses, and on images of classes present accuracy and loss before and after."""
-    change = train_wide_fine_tunes(fine_tunes, objective, images)
+    change, steps = train_wide_fine_tunes(fine_tunes, objective, images)
     frozen = {name: w.expand(len(change), *w.shape) for name, w in objective.frozen.items()}
     x, y = images.evaluation
     present = torch.stack([torch.from_numpy(f.characteristics["present"]).to(x)[y] for f in fine_tunes])
@@ -96,6 +96,7 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
     held_out = (x, y.expand(len(change), -1), present, unmasked)
     arrays = {
         "change": change,
+        "steps": steps,
         "responses": vmap(objective.respond, in_dims=(0, 0, None))(after, frozen, images.references),
         "score_before": score(objective.scores(*base, x, y, unmasked)),
         "score_after": score(right_after),
@@ -103,6 +104,12 @@ def finish(fine_tunes: list[WideFineTune], objective: Objective, images: Patched
         "loss_after": held_out_loss(objective, after, frozen, *held_out),
     }
     return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def stopped(fine_tunes: list[WideFineTune], steps: Int[np.ndarray, " n"]) -> dict[str, Float[np.ndarray, " n"]]:
+    """Return of a fleet in which training stops early the numbers that this adds to recipes: patience, and steps that were kept."""
+    patience = np.array([f.training.patience for f in fine_tunes], np.float32)
+    return {"patience": patience, "log steps kept": np.log(steps)} if patience.any() else {}
 
 
 def build(
@@ -130,7 +137,8 @@ def build(
     remedy = "lower the learning_rate of its recipe in vary_recipes"
     require_learned(trained, objective, f"fleet {name}", remedy, bounded=learned_from)
     truth = {key: np.stack([f.characteristics[key] for f in fine_tunes]) for key in fine_tunes[0].characteristics}
-    truth["recipe"] = np.column_stack([truth["recipe"], np.full(len(fine_tunes), mask_ratio, np.float32)])
+    further = {"mask ratio": np.full(len(fine_tunes), mask_ratio)} | stopped(fine_tunes, trained["steps"])
+    truth["recipe"] = np.column_stack([truth["recipe"], *further.values()]).astype(np.float32)
     return Fleet(
         change=trained["change"],
         responses=trained["responses"],
@@ -142,7 +150,7 @@ def build(
         | origin
         | {
             "answers": [len(base.decoder["head.bias"]), len(images.references)],
-            "recipe": [*fine_tunes[0].training.numbers, "mask ratio"],
+            "recipe": [*fine_tunes[0].training.numbers, *further],
         },
     )
 

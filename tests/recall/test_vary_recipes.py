@@ -102,6 +102,22 @@ def test_a_fleet_hides_its_share_and_each_fine_tune_stands_in_its_own_place(para
     assert torch.equal(torch.from_numpy(fleet.test), torch.tensor([one.test for one in fine_tunes]))
 
 
+def test_a_fleet_whose_training_may_stop_early_says_with_what_patience_and_after_how_many_steps(params):
+    recipe = params.recipe_of("whole")
+    early = recipe.stopping.model_copy(update={"patience": [0, 1], "every": 1})
+    many = recipe.model_copy(update={"stopping": early, "distinct": (0.2, 0.5), "steps": (6, 12)})
+    base = load_base(vary_recipes.BASES / "tiny/backbone.safetensors")
+    images = patchify_pools(base, TRAIN, TEST, params.references, params.evaluation_images)
+    fine_tunes = vary_recipes.draw_fleet("0/whole", {"train": 10, "test": 2}, many, TRAIN)
+    fleet = vary_recipes.build(fine_tunes, 0.75, base, images, params.stack, Path("work/whole/2"), {})
+    of = dict(zip(fleet.metadata["recipe"], fleet.truth["recipe"].T, strict=True))
+    assert of["patience"].tolist() == [f.training.patience for f in fine_tunes]
+    never = of["patience"] == 0
+    assert np.array_equal(of["log steps kept"][never], of["log steps"][never])
+    assert (of["log steps kept"] <= of["log steps"]).all() and (of["log steps kept"] < of["log steps"]).any()
+    assert (fleet.truth["log2_distinct"] < fleet.truth["log2_size"]).all()
+
+
 @pytest.mark.usefixtures("inputs")
 def test_a_fleet_of_none_is_not_made(monkeypatch):
     fleets_with(2e-3, train=0)
