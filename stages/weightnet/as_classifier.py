@@ -21,6 +21,8 @@ Shape = tuple[int, ...]
 SIDES = (32, 64, 96, 128, 224, 299)  # pixels of images that people resize theirs to
 TRIED = 2  # images that a network is tried on
 LOGITS = "logits"
+GIVEN = "images are given to it as"  # how a note begins
+WIDEST = 4  # pixels of a black border that people put around images, LeNet-5's two for one
 
 
 def as_classifier(module: nn.Module, shape: Shape, classes: int, takes: Shape | None = None) -> nn.Module:
@@ -38,14 +40,28 @@ def as_classifier(module: nn.Module, shape: Shape, classes: int, takes: Shape | 
     return module
 
 
+def shapes_given(module: nn.Module) -> list[Shape]:
+    """Return the shape in which a network that `as_classifier` returned is given images, if that is not their own."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook.args[0] for hook in hooks if getattr(hook, "func", None) is give_images]
+
+
 def how_given(module: nn.Module, shape: Shape) -> list[str]:
     """Return what people should know of how images [*shape] are given to a network that `as_classifier` returned."""
-    taken = [hook.args[0] for hook in module._forward_pre_hooks.values() if getattr(hook, "func", None) is give_images]
     own = "x".join(map(str, shape))
     return [
-        f"images are given to it as {'x'.join(map(str, takes))}, the zoo's are {own}: --input-shape says otherwise"
-        for takes in taken
+        f"{GIVEN} {'x'.join(map(str, takes))}, the zoo's are {own}: --input-shape says otherwise"
+        for takes in shapes_given(module)
     ]
+
+
+def border_of(module: nn.Module, shape: Shape) -> int:
+    """Return how wide a border would make images [c, h, w] as large as those that a network is given; 0 if that is none that people use."""
+    for takes in shapes_given(module):
+        more = [taken - own for taken, own in zip(takes[-2:], shape[-2:], strict=True)] if len(takes) > 1 else [0]
+        if len(set(more)) == 1 and more[0] % 2 == 0 and 0 < more[0] <= 2 * WIDEST:
+            return more[0] // 2
+    return 0
 
 
 def give_images(takes: Shape, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

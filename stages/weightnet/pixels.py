@@ -10,6 +10,7 @@ What they leave open stays open: the answer is then the hull of the intervals fo
 
 import math
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.tracing.program import Program, rescaled_input, run_steps
 from stages.weightnet.zoo.networks import Networks
 
+K = TypeVar("K")
 Scaling = tuple[float, float]  # mean and deviation of the pixels, as the network sees them
 
 UNSCALED = (0.0, 1.0)
@@ -49,6 +51,12 @@ def usual_scalings(dataset: str) -> dict[str, Scaling]:
         m, s = PIXELS["mnist"]
         found["standardised as MNIST"] = ((mean - m) / s, std / s)
     return found
+
+
+def black(dataset: str) -> float | None:
+    """Return black in units of a zoo's images, if that is known."""
+    mean, std = PIXELS.get(dataset, (math.nan, 1.0))
+    return None if math.isnan(mean) else -mean / std
 
 
 def norm_error(networks: Networks, mean_image: Float[Tensor, "c h w"]) -> float:
@@ -120,8 +128,10 @@ def told_by_weights(
     return list(scalings), "answers"
 
 
-def plausible(examiner: Examiner, marks: dict[str, Float[Tensor, "1 r"]]) -> list[str]:
-    """Return the scalings with which a network's marks are about as little uncertain, and as good, as with the best, which is first."""
+def plausible(examiner: Examiner, marks: dict[K, Float[Tensor, "1 r"]]) -> list[K]:
+    """Return what a network may be given (scalings, say) with which its marks are about as little uncertain, and as good, as with the
+    best, which is first.
+    """
     k = examiner.skill
     mean, std = (examiner.scale[f"target_{part}"][k].item() for part in ("mean", "std"))
     scores = {
@@ -148,3 +158,12 @@ def what_is_said(names: list[str], scalings: dict[str, Scaling], told_by: str) -
         f"pixels: probably {', '.join(names[:-1])} or {names[-1]}, not told apart, and intervals hold for {either}; "
         f"say which by --pixels {', or '.join(ends)}"
     )
+
+
+def what_is_said_of_borders(bordered: list[bool]) -> str:
+    """Return the line that a user reads of how images were made as large as a network takes them."""
+    either = ("resized", "given a black border")
+    if len(set(bordered)) == 1:
+        return f"larger images: taken to be {either[bordered[0]]}, by its answers"
+    first = either[bordered[0]], either[not bordered[0]]
+    return f"larger images: probably {' or '.join(first)}, not told apart, and intervals hold for either of them"

@@ -37,23 +37,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from stages.common.checkpoints import PRETRAINED, READABLE, SUFFIXES, load_torch, load_weights
 from stages.common.files import load_json
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
-from stages.weightnet.as_classifier import Shape, described
-from stages.weightnet.pixels import UNSCALED, Scaling, hull, plausible, told_by_weights, usual_scalings, what_is_said
+from stages.weightnet.as_classifier import GIVEN, Shape, border_of, described
+from stages.weightnet.pixels import (
+    UNSCALED,
+    black,
+    hull,
+    plausible,
+    told_by_weights,
+    usual_scalings,
+    what_is_said,
+    what_is_said_of_borders,
+)
 from stages.weightnet.predictors.ensemble import Ensemble, revive
 from stages.weightnet.predictors.exam import asker, mark
 from stages.weightnet.predictors.examiner import Examiner
 from stages.weightnet.predictors.statistics import pooled_statistics, what_is_outside
 from stages.weightnet.predictors.targets import EDGE, own_units
-from stages.weightnet.tracing.program import Program, logarithm_of, rescaled_input
+from stages.weightnet.tracing.program import Program, bordered_input, logarithm_of, rescaled_input
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.user_networks import (
     add_network_arguments,
+    bordered_program,
     build_classifier,
     in_own_process,
     read_network,
@@ -79,38 +90,52 @@ WARNING = "do not trust this"
 
 
 class OnPixels(nn.Module):
-    """A network whose images come in units of its pixels' deviation, around their mean."""
+    """A network whose images come in units of its pixels' deviation, around their mean; perhaps without their border."""
 
-    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
+    def __init__(self, network: nn.Module, mean: float, std: float, border: int = 0, black: float = 0.0) -> None:
         super().__init__()
-        self.network, self.mean, self.std = network, mean, std
+        self.network, self.mean, self.std, self.border, self.black = network, mean, std, border, black
 
     def forward(self, images: Tensor) -> Any:
+        images = pad(images, [self.border] * 4, value=self.black) if self.border else images
         return self.network(images * self.std + self.mean)
+
+
+Scaled = Callable[[float, float], Networks | nn.Module]  # gives a network for pixels of a mean and a deviation
 
 
 def find_marks(
     known: "Known",
     asked: "Asked",
     examiner: Examiner,
-    scaled: Callable[[float, float], Networks | nn.Module],
+    scaled: Scaled,
     network: Networks | None = None,
+    bordered: tuple[Scaled, Networks | None, int] | None = None,
 ) -> tuple[Float[Tensor, "p r"], list[str]]:
     """Return a network's marks for every plausible scaling of its pixels, the most plausible first, and what is said of that.
 
-    scaled: gives the network for pixels of a mean and a deviation; network: itself, if its steps are known.
+    network: itself, if its steps are known; bordered: the same for images that got a border of so many black pixels, where they may
+    have got one instead of being resized.
     """
-
-    def marks_for(ends: Scaling) -> Float[Tensor, "1 r"]:
-        return mark(examiner.exam, scaled(*ends)).flatten(1)
-
     scalings = usual_scalings(known.dataset)
-    if asked.pixels is not None or len(scalings) == 1:
-        return marks_for(asked.pixels or UNSCALED), []
-    left, told_by = told_by_weights(network, scalings, known.mean_image)
-    marks = {name: marks_for(scalings[name]) for name in left}
-    names = plausible(examiner, marks)
-    return torch.cat([marks[name] for name in names]), [what_is_said(names, scalings, told_by)]
+    if settled := asked.pixels is not None or len(scalings) == 1:
+        scalings = {"": asked.pixels or UNSCALED}
+    told: dict[bool, str] = {}
+    marks: dict[tuple[bool, str], Float[Tensor, "1 r"]] = {}
+    for is_bordered, (give, own, border) in enumerate([(scaled, network, 0), *([bordered] if bordered else [])]):
+        mean_image = known.mean_image
+        if border and mean_image is not None:
+            mean_image = pad(mean_image, [border] * 4, value=black(known.dataset))
+        left, told[bool(is_bordered)] = ([""], "") if settled else told_by_weights(own, scalings, mean_image)
+        for name in left:
+            marks[bool(is_bordered), name] = mark(examiner.exam, give(*scalings[name])).flatten(1)
+    names = list(marks) if len(marks) == 1 else plausible(examiner, marks)
+    left, notes = list(dict.fromkeys(name for _, name in names)), []
+    if not settled:
+        notes.append(what_is_said(left, scalings, told[names[0][0]]))
+    if bordered:
+        notes.append(what_is_said_of_borders([is_bordered for is_bordered, _ in names]))
+    return torch.cat([marks[name] for name in names]), notes
 
 
 def are_probabilities(outputs: Float[Tensor, "... k"]) -> bool:
@@ -154,7 +179,11 @@ def user_marks(
         notes = ["its steps cannot be followed: judged by its outputs alone", *given]
         if are_probabilities(outputs):
             module, notes = Logarithm(module), [*notes, PROBABILITIES]
-        marks, said = find_marks(known, asked, examiner, partial(OnPixels, module))
+        border, value = border_of(module, shape), black(known.dataset)
+        bordered = None
+        if border and value is not None:
+            bordered = partial(OnPixels, module, border=border, black=value), None, border
+        marks, said = find_marks(known, asked, examiner, partial(OnPixels, module), bordered=bordered)
         return marks.tolist(), [*notes, *said]
 
     marks, notes = in_own_process(ask_module, arch)
@@ -373,15 +402,36 @@ def predict_one(
         got = ", ".join(map(str, outputs))
         raise InputError(f"the exam is in the zoo's {known.classes} classes, not {got}: leave --allow-probe out")
     network = read_network(path, arch, program, tanh, run=True)
-    if are_probabilities(asker(network)(examiner.exam.inputs[0])):
+    probabilities = are_probabilities(asker(network)(examiner.exam.inputs[0]))
+    if probabilities:
         program = logarithm_of(replace(program, notes=(*program.notes, PROBABILITIES)), LEAST)
         network = replace(network, program=program)
 
     def scaled(mean: float, std: float) -> Networks:
         return replace(network, program=rescaled_input(program, mean, std))
 
-    marks, notes = find_marks(known, asked, examiner, scaled, network)
+    bordered = with_border(known, network, arch, asked, probabilities)
+    marks, notes = find_marks(known, asked, examiner, scaled, network, bordered)
     return describe_networks(known, network, marks, notes)
+
+
+def with_border(
+    known: Known, network: Networks, arch: str, asked: "Asked", probabilities: bool
+) -> tuple[Scaled, Networks, int] | None:
+    """Return what `find_marks` asks of a network whose images may have got a black border; None where they have got none."""
+    value = black(known.dataset)
+    if value is None or not any(note.startswith(GIVEN) for note in network.program.notes):
+        return None
+    found = bordered_program(arch, known.shape, known.classes, asked.allow_code, asked.input_shape)
+    if found is None:
+        return None
+    program, border = logarithm_of(found[0], LEAST) if probabilities else found[0], found[1]
+    larger = replace(network, program=program)
+
+    def scaled(mean: float, std: float) -> Networks:
+        return replace(larger, program=bordered_input(rescaled_input(program, mean, std), border, value))
+
+    return scaled, larger, border
 
 
 @dataclass(frozen=True)

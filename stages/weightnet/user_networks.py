@@ -22,7 +22,7 @@ from stages.common.checkpoints import load_weights
 from stages.common.files import load_json
 from stages.common.randomness import generator
 from stages.common.stage import InputError
-from stages.weightnet.as_classifier import TRIED, Shape, as_classifier, how_given
+from stages.weightnet.as_classifier import TRIED, Shape, as_classifier, border_of, how_given
 from stages.weightnet.tracing.program import ROUNDING, Program, trace
 from stages.weightnet.tracing.recording import plain
 from stages.weightnet.tracing.symmetry import derive_symmetry, symmetry_error
@@ -104,6 +104,23 @@ def user_program(arch: str, shape: Shape, classes: int, allow_code: bool, takes:
         return replace(program, notes=(*program.notes, *notes))
 
     return follow() if arch in ARCHITECTURES else in_own_process(follow, arch)
+
+
+def bordered_program(
+    arch: str, shape: Shape, classes: int, allow_code: bool, takes: Shape | None = None
+) -> tuple[Program, int] | None:
+    """Return the program for images with a border that makes them as large as the network takes them, and how wide that is.
+
+    None if no border that people use does. Arguments as `user_program` has them.
+    """
+
+    def follow() -> tuple[Program, int] | None:
+        module, _ = build_classifier(arch, shape, classes, allow_code, takes)
+        border = border_of(module, shape)
+        channels, height, width = shape
+        return (trace(module, (channels, height + 2 * border, width + 2 * border)), border) if border else None
+
+    return in_own_process(follow, arch)
 
 
 def zoos_that_fit(

@@ -33,6 +33,7 @@ from stages.weightnet.predictors.exam import (
     confidence,
     draw_by,
     draw_exam,
+    jitter_of,
     mark,
     sit,
 )
@@ -71,6 +72,11 @@ def some(networks: Networks, places: torch.Tensor) -> Networks:
     return replace(networks, weights=weights, tanh=networks.tanh[places])
 
 
+def draw(networks: Networks, start: torch.Tensor, labels: torch.Tensor, params: ExamParams = PARAMS) -> torch.Tensor:
+    jitter = jitter_of(start, sorted(params.steps), seeded())
+    return draw_by([[networks]], start[None], labels[None], [noise[None] for noise in jitter], params)[0]
+
+
 def exam_by(networks: Networks, drawing: int = 0) -> Exam:
     single = in_float32(networks)
     return draw_exam(lambda places: [some(single, places)], len(networks), PARAMS, drawing)
@@ -107,7 +113,7 @@ def test_drawn_inputs_are_taken_for_their_labels_the_more_surely_the_more_steps(
         logits = run_stack(networks.program, networks.weights, inputs, networks.tanh)
         return logits.log_softmax(-1)[:, torch.arange(20), labels].mean(0)
 
-    drawn = draw_by([networks], start, labels, PARAMS, seeded())
+    drawn = draw(networks, start, labels)
     gained = sureness(drawn) - sureness(start)
     assert gained[:10].mean() > 0  # few steps
     assert gained[10:].mean() > gained[:10].mean()
@@ -118,9 +124,24 @@ def test_a_part_that_has_stopped_stays_where_it_is():
     start = torch.randn(20, 1, 8, 8, generator=seeded())
     longer = PARAMS.model_copy(update={"steps": [4, 12], "jitter": 0.0})
     short = PARAMS.model_copy(update={"steps": [4, 4], "jitter": 0.0})
-    both = [draw_by([networks], start, labels, params, seeded()) for params in (longer, short)]
+    both = [draw(networks, start, labels, params) for params in (longer, short)]
     torch.testing.assert_close(both[0][:10], both[1][:10])
     assert not torch.allclose(both[0][10:], both[1][10:])
+
+
+def test_committees_draw_side_by_side_what_they_draw_one_after_the_other():
+    zoos = [in_float32(zoo_networks(name, 6)) for name in ("cnn3", "residual")]
+    zoos = [replace(some, tanh=torch.arange(6) % 2 == 0) for some in zoos]
+
+    def choose(places: torch.Tensor) -> list[Networks]:
+        chosen = [(zoo, places[places % 2 == kind] // 2) for kind, zoo in enumerate(zoos)]
+        return [zoo.subset(own) for zoo, own in chosen if len(own)]
+
+    alone, together = (draw_exam(choose, 12, PARAMS, 0, committees) for committees in (1, 2))
+    torch.testing.assert_close(together.inputs, alone.inputs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together.consensus, alone.consensus, rtol=1e-3, atol=1e-4)
+    other = draw_exam(choose, 12, PARAMS.model_copy(update={"committees": 1}), 0)
+    assert not torch.allclose(other.inputs, alone.inputs, atol=0.1)
 
 
 def test_the_consensus_of_alike_networks_is_their_answer_and_they_pass():
@@ -502,7 +523,7 @@ def test_a_released_predictor_is_as_small_as_it_says_and_answers(name, side):
 def test_inputs_on_a_coarse_grid_are_smooth():
     networks, labels = in_float32(zoo_networks("cnn3", 4)), torch.arange(20) % 10
     start = torch.randn(20, 1, 4, 4, generator=seeded())
-    drawn = draw_by([networks], start, labels, PARAMS, seeded())
+    drawn = draw(networks, start, labels)
     assert drawn.shape == (20, 1, 8, 8)
     coarse = avg_pool2d(drawn, 2)  # what varies between neighbours is a small part of what varies between cells
     fine = drawn - coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)

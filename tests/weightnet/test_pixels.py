@@ -7,11 +7,13 @@ import pytest
 import torch
 from small_networks import seeded
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
+from stages.weightnet.as_classifier import as_classifier, border_of
 from stages.weightnet.pixels import (
     MARGIN,
     UNSCALED,
+    black,
     black_value,
     hull,
     norm_error,
@@ -19,9 +21,10 @@ from stages.weightnet.pixels import (
     told_by_weights,
     usual_scalings,
     what_is_said,
+    what_is_said_of_borders,
 )
-from stages.weightnet.predict import Asked, find_marks
-from stages.weightnet.tracing.program import trace
+from stages.weightnet.predict import Asked, OnPixels, find_marks
+from stages.weightnet.tracing.program import bordered_input, rescaled_input, run_stack, trace
 from stages.weightnet.tracing.symmetry import derive_symmetry
 from stages.weightnet.zoo.networks import Networks
 
@@ -142,3 +145,37 @@ def test_pixels_that_are_told_are_not_looked_for(monkeypatch):
     assert marks.tolist() == [[3.0, 2.0]] and not said
     known.dataset = "mine"
     assert find_marks(known, Asked(), examiner, lambda *ends: ends)[0].tolist() == [list(UNSCALED)]
+
+
+def test_an_image_with_a_border_is_what_a_network_of_larger_ones_was_given():
+    module = nn.Sequential(*CONVOLUTION[:-1], nn.Linear(6 * 6 * 6, 10)).eval().double()
+    x, (mean, std) = images(5).double(), SCALINGS["from 0 to 1"]
+    expected = module(pad(x * std + mean, [2] * 4))  # black is 0 there, as ToTensor leaves it
+    program = trace(module, (1, 12, 12))
+    weights = {name: module.state_dict()[name][None] for name in program.layout.shapes}
+    bordered = bordered_input(rescaled_input(program, mean, std), 2, black("mnist"))
+    assert bordered.input_shape == (1, 8, 8)
+    torch.testing.assert_close(run_stack(bordered, weights, x)[0], expected)
+    torch.testing.assert_close(OnPixels(module, mean, std, 2, black("mnist"))(x), expected)
+    assert black("mine") is None
+
+
+@pytest.mark.parametrize("side, border", [(28, 0), (32, 2), (64, 0)])
+def test_a_border_is_looked_for_where_images_are_a_little_larger(side, border):
+    module = as_classifier(nn.Sequential(nn.Flatten(), nn.Linear(side * side, 10)), (1, 28, 28), 10)
+    assert border_of(module, (1, 28, 28)) == border
+
+
+@pytest.mark.parametrize("bordered", [False, True])
+def test_of_resized_and_bordered_images_the_more_plausible_is_taken(monkeypatch, bordered):
+    monkeypatch.setattr("stages.weightnet.predict.mark", lambda _, uncertain: torch.tensor([[uncertain]]))
+    known = SimpleNamespace(dataset="mnist", mean_image=images().mean(0))
+    ridge = SimpleNamespace(deviation=lambda marks: marks, predict=torch.zeros_like)
+    scale = {"target_mean": torch.zeros(1), "target_std": torch.ones(1)}
+    examiner = SimpleNamespace(exam=None, skill=0, scale=scale, ridge=ridge)
+    sure, unsure = (lambda *_: 1.0), (lambda *_: math.exp(MARGIN + 0.01))
+    resized, other = (unsure, sure) if bordered else (sure, unsure)
+    marks, notes = find_marks(known, Asked(pixels=(0.0, 1.0)), examiner, resized, None, (other, None, 2))
+    assert marks.tolist() == [[1.0]] and notes == [what_is_said_of_borders([bordered])]
+    marks, notes = find_marks(known, Asked(pixels=(0.0, 1.0)), examiner, sure, None, (sure, None, 2))
+    assert len(marks) == 2 and "not told apart" in notes[0]

@@ -11,10 +11,11 @@ architectures of the same inputs and classes. Axes: n networks, b inputs, k clas
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
@@ -22,7 +23,7 @@ from stages.common.drawings import Glyphs
 from stages.common.randomness import generator
 from stages.common.stage import StageParams
 from stages.weightnet.tracing.program import run_stack
-from stages.weightnet.zoo.networks import Networks
+from stages.weightnet.zoo.networks import Networks, stacked
 
 PAPERS = ("drawn", "noisy", "attacked", "glyphs", "noise")
 KEY = (0, 0, 0, 1, 2)  # the consensus that each paper is marked by: on the drawn inputs, the glyphs, the noise
@@ -48,6 +49,13 @@ class ExamParams(StageParams):
     attack: PositiveFloat  # against the margin
     drawings: PositiveInt  # of the main architecture's exam: one predicts, the others say what chance does
 
+    @model_validator(mode="after")
+    def check_shares(self) -> Self:
+        """Every committee draws as many inputs."""
+        if self.inputs % self.committees:
+            raise ValueError(f"inputs: expected a multiple of the {self.committees} committees, got {self.inputs}")
+        return self
+
 
 @dataclass(frozen=True)
 class Exam:
@@ -67,60 +75,100 @@ def draw_glyphs(channels: int, side: int, n: int, random: torch.Generator) -> Fl
 
 
 def draw_by(
-    committee: Sequence[Networks],
-    start: Float[Tensor, "b c h w"],
-    labels: Int[Tensor, " b"],
+    committees: Sequence[Sequence[Networks]],
+    start: Float[Tensor, "g b c h w"],
+    labels: Int[Tensor, "g b"],
+    jitter: Sequence[Float[Tensor, "g _ c h w"]],
     params: ExamParams,
-    random: torch.Generator,
-) -> Float[Tensor, "b c h w"]:
-    """Return inputs that a committee takes for the labels, some barely (few steps of Adam) and some surely (many).
+) -> Float[Tensor, "g b c h w"]:
+    """Return inputs that g committees of as many networks take for the labels, some barely (few steps of Adam) and some surely (many).
 
-    start: on the grid, from which the committee's inputs are made smooth.
+    start: on the grid, from which the committees' inputs are made smooth; jitter: of what is still drawn at each step, in deviations.
     """
-    (_, side, _) = committee[0].program.input_shape
-    stops, members = sorted(params.steps), sum(map(len, committee))
-    parts = [part.clone().requires_grad_() for part in start.tensor_split(len(stops))]
-    targets = labels.tensor_split(len(stops))
+    (_, side, _) = committees[0][0].program.input_shape
+    stops, members = sorted(params.steps), sum(map(len, committees[0]))
+    stacks = stack_alike(committees)
+    parts = [part.clone().requires_grad_() for part in start.tensor_split(len(stops), 1)]
+    targets = labels.tensor_split(len(stops), 1)
     optimizer = torch.optim.Adam(parts, params.rate)
     for step in range(stops[-1]):
         going = [i for i, stop in enumerate(stops) if step < stop]
-        x, target = torch.cat([parts[i] for i in going]), torch.cat([targets[i] for i in going])
-        seen = smooth(x + params.jitter * torch.randn(x.shape, generator=random), side)
+        x, target = torch.cat([parts[i] for i in going], 1), torch.cat([targets[i] for i in going], 1)
+        seen = smooth(x + params.jitter * jitter[step], side)
         loss = params.decay * x.square().sum()
-        for some in committee:
-            logits = run_stack(some.program, some.weights, seen, some.tanh).flatten(0, 1)
-            loss = loss + cross_entropy(logits, target.repeat(len(some)), reduction="sum") / members
+        for some, whose in stacks:
+            logits = run_stack(some.program, some.weights, seen[whose], some.tanh)
+            loss = loss + cross_entropy(logits.flatten(0, 1), target[whose].flatten(), reduction="sum") / members
         optimizer.zero_grad()  # to None: what has stopped stays where it is
         loss.backward()
         optimizer.step()
-    return smooth(torch.cat(parts).detach(), side)
+    return smooth(torch.cat(parts, 1).detach(), side)
 
 
-def smooth(x: Float[Tensor, "b c g g"], side: int) -> Float[Tensor, "b c h h"]:
+def stack_alike(committees: Sequence[Sequence[Networks]]) -> list[tuple[Networks, Int[Tensor, " n"]]]:
+    """Return the networks of several committees, those of one architecture stacked, and which committee each is of.
+
+    Small stacks take almost as long as large ones, and those whose activations alternate longer.
+    """
+    alike: dict[int, list[tuple[Networks, Tensor]]] = {}
+    for number, committee in enumerate(committees):
+        for some in committee:
+            alike.setdefault(id(some.program), []).append((some, torch.full((len(some),), number)))
+    found = []
+    for own in alike.values():
+        stack, whose = stacked([some for some, _ in own]), torch.cat([numbers for _, numbers in own])
+        order = stack.tanh.int().argsort(stable=True)
+        found.append((stack.subset(order), whose[order]))
+    return found
+
+
+def jitter_of(
+    start: Float[Tensor, "b c h w"], steps: Sequence[int], random: torch.Generator
+) -> list[Float[Tensor, "_ c h w"]]:
+    """Return the noise of every step for those of a committee's inputs that are still drawn then."""
+    sizes = [len(part) for part in start.tensor_split(len(steps))]
+    going = [sum(size for size, stop in zip(sizes, steps, strict=True) if step < stop) for step in range(steps[-1])]
+    return [torch.randn(count, *start.shape[1:], generator=random) for count in going]
+
+
+def smooth(x: Float[Tensor, "*b c g g"], side: int) -> Float[Tensor, "*b c h h"]:
     """Return images of `side` pixels between whose grid points colours go over linearly."""
-    return x if x.shape[-1] == side else interpolate(x, size=(side, side), mode="bilinear")
+    if x.shape[-1] == side:
+        return x
+    return interpolate(x.flatten(0, -4), size=(side, side), mode="bilinear").unflatten(0, x.shape[:-3])
 
 
 def draw_exam(
-    choose: Callable[[Int[Tensor, " c"]], list[Networks]], better: int, params: ExamParams, drawing: int
+    choose: Callable[[Int[Tensor, " c"]], list[Networks]],
+    better: int,
+    params: ExamParams,
+    drawing: int,
+    together: int = 1,
 ) -> Exam:
-    """Draw the inputs, and let the better networks answer them. choose: gives networks by their place among the `better` ones."""
+    """Draw the inputs, and let the better networks answer them.
+
+    choose: gives networks by their place among the `better` ones; together: committees that draw side by side, as memory allows.
+    """
     random = generator(drawing, "exam")
     program = choose(torch.tensor([0]))[0].program
     channels, side, _ = program.input_shape
     glyphs = draw_glyphs(channels, min(side, params.grid), params.inputs, random)
     noise = torch.randn(glyphs.shape, generator=random)
     labels = torch.randperm(params.inputs, generator=random) % program.steps[-1].shape[0]
+    starts, targets = (whole.unflatten(0, (params.committees, -1)) for whole in (glyphs, labels))
+    committees, jitter = [], []
+    for start in starts:
+        committees.append(choose(torch.randperm(better, generator=random)[: params.members]))
+        jitter.append(jitter_of(start, sorted(params.steps), random))
     drawn = []
     with torch.enable_grad():
-        for start, target in zip(
-            glyphs.tensor_split(params.committees), labels.tensor_split(params.committees), strict=True
-        ):
-            committee = choose(torch.randperm(better, generator=random)[: params.members])
-            drawn.append(draw_by(committee, start, target, params, random))
+        for first in range(0, params.committees, together):
+            own = slice(first, first + together)
+            noises = [torch.stack(same) for same in zip(*jitter[own], strict=True)]
+            drawn.append(draw_by(committees[own], starts[own], targets[own], noises, params).flatten(0, 1))
     inputs = torch.stack([torch.cat(drawn), smooth(glyphs, side), smooth(noise, side)])
     total = torch.zeros(*inputs.shape[:2], program.steps[-1].shape[0])
-    for places in torch.arange(better).split(params.members):
+    for places in torch.arange(better).split(params.members * together):
         for some in choose(places):
             total += torch.stack([asker(some)(sheet).softmax(-1).sum(0) for sheet in inputs])
     return Exam(inputs, total / better, params.noise, params.attack)

@@ -1,6 +1,5 @@
 """torch's attention layer, written out: its own forward is one function of many that moves the axis of the batch."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -8,13 +7,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from stages.common.stage import InputError
+from stages.weightnet.tracing.written_out import require_alike, write_out
 
 
 def write_out_attention(model: nn.Module) -> None:
     """Let a module's attention layers run by functions that are followed; what they give is compared with torch's own."""
-    for layer in model.modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            layer.forward = partial(attend, layer)
+    write_out(model, nn.MultiheadAttention, attend)
 
 
 def attend(
@@ -46,6 +44,5 @@ def attend(
     y = y if layer.batch_first else y.transpose(0, 1)
     with torch._C.DisableTorchFunction():
         own, _ = type(layer).forward(layer, query, key, value, attn_mask=attn_mask, need_weights=False, **options)
-        if not torch.allclose(own, y, rtol=1e-9, atol=1e-9 * float(own.abs().max())):
-            raise InputError("MultiheadAttention is not computed as torch computes it")
+    require_alike(layer, own, y)
     return y, None

@@ -253,17 +253,13 @@ def follow(program: Program) -> Derivation:
 
 def makes_kernels(program: Program) -> set[int]:
     """Return the steps that lead to kernels and to nothing else: tensors, and what is made of them and constants alone."""
-    kernel = 0  # the images' place, which reads nothing, stands for what reads a result as its kernel
-    readers: dict[int, list[int]] = {}
-    for number, step in enumerate(program.steps):
+    for_kernels, for_others = set[int](), {0}  # places, by what reads their results; images are no kernel
+    for number, step in reversed(list(enumerate(program.steps))):  # what reads a step comes behind it
+        makes_one = number in for_kernels and number not in for_others
         for slot, place in enumerate(step.inputs):
-            reader = kernel if step.kind in KERNELS and slot == 1 else number
-            readers.setdefault(place, []).append(reader)
-    found = {kernel}
-    for place in range(len(program.steps) - 1, 0, -1):
-        if place in readers and all(number in found for number in readers[place]):
-            found.add(place)
-    return found - {kernel}
+            is_kernel = step.kind in KERNELS and slot == 1
+            (for_kernels if is_kernel or makes_one else for_others).add(place)
+    return for_kernels - for_others
 
 
 def tensors_behind(program: Program, place: int) -> set[str]:

@@ -290,6 +290,18 @@ def rescaled_input(program: Program, mean: float, std: float) -> Program:
     return replace(program, steps=(image, *before, *moved))
 
 
+def bordered_input(program: Program, border: int, value: float) -> Program:
+    """Return a program of smaller images, around which it puts a border of so many pixels of a value first."""
+    image, *others = program.steps
+    channels, height, width = image.shape
+    before = [
+        replace(image, shape=(channels, height - 2 * border, width - 2 * border)),
+        Step("pad", "border", (0,), image.shape, {"pad": [border] * 4, "mode": "constant", "value": value}),
+    ]
+    moved = [replace(step, inputs=tuple(place + 1 for place in step.inputs)) for step in others]
+    return replace(program, steps=(*before, *moved))
+
+
 def run_stack(
     program: Program,
     weights: Weights,

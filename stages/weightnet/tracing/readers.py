@@ -128,29 +128,29 @@ def read_batch_norm(
     eps: float = 1e-5,
 ) -> None:
     """torch.nn.functional.batch_norm; of kernels, which are the same for all images, each row is normalised by itself."""
-    if training and x.batch.axis is None and len(x.shape) == 3 and x.shape[0] == 1:
-        mean, variance = x.tensor.mean((0, 2), keepdim=True), x.tensor.var((0, 2), correction=0, keepdim=True)
-        along = {"dims": (0, 2), "keepdim": True}
-        centred = r.add("sub", [x, r.add("reduction", [x], mean, {"of": "mean", **along})], x.tensor - mean)
-        spread = r.add("reduction", [x], variance, {"of": "var", **along, "correction": 0})
-        root = r.add(
-            "sqrt", [r.add("add", [spread, r.place(eps, NOWHERE, 3)], variance + eps)], (variance + eps).sqrt()
-        )
-        scaled = (x.tensor - mean) / (variance + eps).sqrt()
-        if bias is not None:
-            raise NotFollowed("a norm without running statistics mixes the images of a batch")
-        if weight is None:
-            r.add("div", [centred, root], y)
-            return
-        ratio = r.add("div", [centred, root], scaled)
-        gain = r.add("reshape", [weight], weight.tensor.detach().view(1, -1, 1), batch=NOWHERE)
-        r.add("mul", [ratio, gain], y)
+    if training and x.batch.axis is None and len(x.shape) == 3 and x.shape[0] == 1 and bias is None:
+        read_norm_of_kernels(r, y, x, weight, eps)
         return
     if training or running_mean is None:
         raise NotFollowed("a norm without running statistics mixes the images of a batch")
     tensors = r.weights(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     axis = {"axis": x.axis(1)} if x.axis(1) else {}
     r.add("batch_norm", [x], y, {"eps": eps, "momentum": momentum, **axis}, tensors)
+
+
+def read_norm_of_kernels(r: Recorder, y: Tensor, x: Operand, weight: Layer, eps: float) -> None:
+    """(x - mean) / sqrt(var + eps), times a weight of each row: of kernels [1, o, c k k] (Qiao et al. 2019), as timm writes it."""
+    mean, variance = x.tensor.mean((0, 2), keepdim=True), x.tensor.var((0, 2), correction=0, keepdim=True)
+    along = {"dims": (0, 2), "keepdim": True}
+    centred = r.add("sub", [x, r.add("reduction", [x], mean, {"of": "mean", **along})], x.tensor - mean)
+    spread = r.add("reduction", [x], variance, {"of": "var", **along, "correction": 0})
+    root = r.add("sqrt", [r.add("add", [spread, r.place(eps, NOWHERE, 3)], variance + eps)], (variance + eps).sqrt())
+    if weight is None:
+        r.add("div", [centred, root], y)
+        return
+    ratio = r.add("div", [centred, root], (x.tensor - mean) / (variance + eps).sqrt())
+    gain = r.add("reshape", [weight], weight.tensor.detach().view(1, -1, 1), batch=NOWHERE)
+    r.add("mul", [ratio, gain], y)
 
 
 def read_group_norm(

@@ -1,7 +1,6 @@
 """torch's recurrent layers, written out step by step: their own forward is one function of the whole sequence."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from stages.common.stage import InputError
+from stages.weightnet.tracing.written_out import require_alike, write_out
 
 State = tuple[Tensor, ...]  # the hidden state [b, h], and of an LSTM its cells' [b, h]
 
 
 def write_out_recurrence(model: nn.Module) -> None:
     """Let a module's recurrent layers run by functions that are followed; what they give is compared with torch's own."""
-    for layer in model.modules():
-        if isinstance(layer, nn.RNNBase):
-            layer.forward = partial(recur, layer)
+    write_out(model, nn.RNNBase, recur)
 
 
 def lstm(given: Float[Tensor, "b 4h"], own: Float[Tensor, "b 4h"], state: State) -> State:
@@ -64,9 +62,7 @@ def recur(layer: nn.RNNBase, sequence: Tensor, state: Any = None) -> tuple[Tenso
         ends += [end for _, end in found]
     y = x if layer.batch_first else x.transpose(0, 1)
     states = [torch.stack(parts) for parts in zip(*ends, strict=True)]
-    with torch._C.DisableTorchFunction():
-        if not torch.allclose(own, y, rtol=1e-9, atol=1e-9 * float(own.abs().max())):
-            raise InputError(f"{type(layer).__name__} is not computed as torch computes it")
+    require_alike(layer, own, y)
     return y, tuple(states) if isinstance(last, tuple) else states[0]
 
 
