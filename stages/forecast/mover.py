@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from stages.common.released import PROJECT
 from stages.common.vectors import Layout
@@ -65,7 +66,7 @@ class Mover:
         self.forecaster: Forecaster = forecaster or load_released(PROJECT / RELEASED)[0]
         self.model, self.every, self.states, self.horizons, self.decay = model, every, states, tuple(horizons), decay
         self._check()
-        self.average = copy.deepcopy(model).eval().requires_grad_(False) if decay else None
+        self.average = copied(model).eval().requires_grad_(False) if decay else None
         self.steps, self.moves = 0, 0
         self._begin()
 
@@ -83,6 +84,8 @@ class Mover:
             raise ValueError(f"expected horizons of {[*self.forecaster.horizons]}, got {[*self.horizons]}")
         if any(hasattr(p, "to_local") for p in self.model.parameters()):
             raise ValueError("parameters are sharded over machines (DTensor), and only whole ones can be moved")
+        if any(map(is_lazy, self.model.parameters())):
+            raise ValueError("parameters of lazy layers have no shape yet: run the model once before")
 
     def _begin(self) -> None:
         """Forget all states; what is moved is what is trained now."""
@@ -138,7 +141,7 @@ class Mover:
         share = 1 - self.decay if self.steps > 1 else 1.0
         tensors = ([*model.parameters(), *model.buffers()] for model in (average, self.model))
         for mean, now in zip(*tensors, strict=True):
-            if mean.is_floating_point():
+            if mean.is_floating_point() or mean.is_complex():
                 mean.lerp_(now, share)
             else:
                 mean.copy_(now)
@@ -163,3 +166,12 @@ class Mover:
         for name in PROGRESS if same else ("steps", "moves"):
             value = state[name]
             setattr(self, name, list(value) if name == "recent" else value)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model; ValueError if it holds tensors that cannot be copied, as torch.nn.utils.weight_norm leaves them."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        why = str(error).partition(".")[0]
+        raise ValueError(f"the model cannot be copied for its average ({why}): decay=0 keeps none") from None

@@ -223,9 +223,12 @@ def test_the_published_forecaster_serves_where_none_is_given_and_unless_a_move_i
     assert len(mover.recent) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_what_it_cannot_do_is_said_in_one_line_at_once():
     model = network()
     for settings, message in [
+        ({"model": nn.Sequential(nn.LazyLinear(2))}, "have no shape yet: run the model once"),
+        ({"model": nn.utils.weight_norm(nn.Linear(2, 2))}, "cannot be copied for its average .*: decay=0 keeps none"),
         ({"every": 0}, r"every >= 1 and 0 <= decay < 1, got 0 and 0.995"),
         ({"decay": 1.0}, r"got 140 and 1.0"),
         ({"horizons": (2,)}, r"expected horizons of \[1, 5, 10, 20\], got \[2\]"),
@@ -234,7 +237,7 @@ def test_what_it_cannot_do_is_said_in_one_line_at_once():
         ({"forecaster": LayerForecaster((1,), 8, 0, with_state=True)}, "that reads weights alone"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
-            Mover(model, **settings)
+            Mover(**{"model": model} | settings)
         assert "\n" not in str(error.value)
     state = Mover(model, decay=0.0).state_dict()
     with pytest.raises(ValueError, match="one of the two keeps no average"):
