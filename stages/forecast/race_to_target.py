@@ -44,6 +44,7 @@ from stages.common.stage import StageParams, run
 from stages.common.vectors import Layout
 from stages.common.work import fingerprint, remembered, work_folder
 from stages.forecast.layerwise import LayerForecaster
+from stages.forecast.mover import Forecaster, Mover
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.released import OUTPUTS, RELEASED, load_released
 from stages.forecast.rivals import (
@@ -54,7 +55,6 @@ from stages.forecast.rivals import (
     LatestAverage,
     Nino,
     Reader,
-    forecasts_of,
 )
 from stages.forecast.trajectory import WINDOW
 from stages.forecast.world import strided, world_input
@@ -70,9 +70,7 @@ Part = Literal["validation", "test"]
 T = TypeVar("T")
 Images = tuple[Tensor, Tensor]
 Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
-Mover = Callable[[int, nn.Module], bool]  # called after each step: whether it moved the network's weights
-# weights [p] so many states after the last of states [t p], of which one is the run's first
-Ahead = Callable[[Tensor, Layout, int], Tensor]
+Moves = Callable[[int], bool]  # called after each step: whether the network's weights were moved
 
 
 class Point(TypedDict):
@@ -158,7 +156,7 @@ class Method:
     rate: float = 1.0
     schedule: tuple[int, float] | None = None
     wrap: Callable[[torch.optim.Optimizer, nn.Module, Images], NowcastOptimizer] | None = None
-    mover: Callable[[Layout], Mover] = lambda _: lambda _step, _network: False
+    mover: Callable[[nn.Module], Moves] = lambda _: lambda _step: False
 
 
 @dataclass
@@ -237,44 +235,22 @@ def batches(n: int, size: int, random: torch.Generator) -> Iterator[Int[Tensor, 
         yield from order[: n // size * size].split(size)
 
 
-def moved_method(name: str, ahead: Ahead, count: int, every: int, horizons: list[int], decay: float) -> Method:
-    """Return the method that moves to a forecast of `count` states so many steps apart, and begins anew, as NiNo's does."""
-    mover = partial(moves_ahead, ahead=ahead, count=count, every=every, horizons=horizons)
+def moved_method(
+    name: str, forecaster: Forecaster, states: int, every: int, horizons: list[int], decay: float
+) -> Method:
+    """Return the method that moves to a forecast of `states` states so many steps apart. decay: of the average that is read beside."""
+
+    def mover(network: nn.Module) -> Moves:
+        moving = Mover(network, forecaster, every, states, horizons, decay=0.0)
+
+        def moves(_step: int) -> bool:
+            if moved := moving.step():  # kernels lie in memory as evaluations leave them, which rounding depends on
+                vector_to_parameters(weights_of(network), network.parameters())
+            return moved
+
+        return moves
+
     return Method(readers_of_moved(name, decay), mover=mover)
-
-
-def moves_ahead(layout: Layout, *, ahead: Ahead, count: int, every: int, horizons: list[int]) -> Mover:
-    """Return what is done after each step: keep a state now and then, and after `count` of them move to what is forecast of them.
-
-    horizons: in states, of one forecast after the other; the last one is kept to.
-    """
-    first: list[Tensor] = []
-    recent: list[Tensor] = []
-    coming = iter(horizons)
-
-    def after(step: int, network: nn.Module) -> bool:
-        if step == 1:
-            first.append(weights_of(network))
-        if step % every == 0:
-            recent.append(weights_of(network))
-        if len(recent) < count:
-            return False
-        weights = ahead(torch.stack([*first, *recent]), layout, next(coming, horizons[-1]))
-        vector_to_parameters(weights, network.parameters())
-        recent.clear()
-        return True
-
-    return after
-
-
-def ahead_by_nino(nino: Nino) -> Ahead:
-    """Return NiNo's forecast of the latest states."""
-    return lambda states, layout, horizon: nino.predict(states[-NINO_STATES:], layout, horizon)
-
-
-def ahead_by(model: LayerForecaster) -> Ahead:
-    """Return our forecast of all states."""
-    return lambda states, layout, horizon: forecasts_of(model, states, layout)[model.horizons.index(horizon)]
 
 
 def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int, choice_images: int) -> Method:
@@ -292,7 +268,7 @@ def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int,
     return Method(
         readers_of_moved("nowcast", decay),
         wrap=wrap,
-        mover=lambda _: lambda step, _network: step % ((WINDOW + 1) * every) == 0,
+        mover=lambda _: lambda step: step % ((WINDOW + 1) * every) == 0,
     )
 
 
@@ -313,7 +289,7 @@ def train(
     with seeded_init(seed):
         network = strided(data.channels, task.width, data.classes).to(memory_format=torch.channels_last)
     layout = Layout.of(dict(network.named_parameters()))
-    readers, moves, clock = method.readers(layout), method.mover(layout), Clock()
+    readers, moves, clock = method.readers(layout), method.mover(network), Clock()
     history: list[Point] = []
     length, peak = method.schedule or (steps, method.rate)
     bare = torch.optim.AdamW(network.parameters(), task.learning_rate * peak, weight_decay=0.0, fused=True)
@@ -333,7 +309,7 @@ def train(
     for step in range(1, min(length, steps) + 1):
         set_learning_rate(bare, task.learning_rate * peak * factor(step - 1))
         clock.charge("training", take_step)
-        moved = clock.charge("training", partial(moves, step, network))
+        moved = clock.charge("training", partial(moves, step))
         weights = weights_of(network)
         for name, reader in readers.items():
             clock.charge(name, partial(reader.observe, step, weights))
@@ -450,11 +426,12 @@ def main() -> None:
     read_by = params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
     beside = partial(readers_beside, model=model, **read_by)
     nowcast = nowcast_method(proposer, decay, params.nowcast_every, steps, params.choice_images)
-    moved_by = {"moved": (ahead_by(model), WINDOW + 1, params.move_every, params.move_horizons)}
+    moved_by: dict[str, tuple[Forecaster, int, int, list[int]]] = {
+        "moved": (model, WINDOW + 1, params.move_every, params.move_horizons)
+    }
     peer = {}
     if arguments.nino:
-        nino = ahead_by_nino(Nino(arguments.nino))
-        moved_by["nino"] = (nino, NINO_STATES, params.nino_every, params.nino_horizons)
+        moved_by["nino"] = (Nino(arguments.nino), NINO_STATES, params.nino_every, params.nino_horizons)
         peer["nino"] = f"-{fingerprint(arguments.nino)[:8]}"  # other runs are the same without it
     moved = {name: moved_method(name, *how, decay) for name, how in moved_by.items()}
     methods = methods_of(beside, params.rates, params.cosine, moved, nowcast)

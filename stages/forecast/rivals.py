@@ -75,12 +75,6 @@ class LatestAverage:
         return torch.stack(list(self.recent)).mean(0) if self.recent else None
 
 
-def forecasts_of(model: LayerForecaster, states: Float[Tensor, "t p"], layout: Layout) -> Float[Tensor, "h p"]:
-    """Return a network's weights at each of the model's horizons after the last of its states; the first one is the run's."""
-    run = Trajectory(layout, states, None)
-    return model.predict(run, len(run) - 1)
-
-
 class Forecast:
     """A forecast of the weights `ahead` snapshots later, from snapshots of the weights, or of their exponential average."""
 
@@ -101,11 +95,14 @@ class Forecast:
     def weights(self) -> Weights | None:
         if len(self.recent) <= WINDOW:
             return None
-        return forecasts_of(self.model, torch.stack([self.first, *self.recent]), self.layout)[self.horizon]
+        run = Trajectory(self.layout, torch.stack([self.first, *self.recent]), None)
+        return self.model.predict(run, len(run) - 1)[self.horizon]
 
 
 class Nino:
     """NiNo's published multilayer perceptron (Knyazev et al. 2024, arXiv:2409.04434), which sees each weight's last five states alone."""
+
+    horizons = range(1, 41)
 
     def __init__(self, path: Path) -> None:
         """InputError if the file is not that checkpoint."""
@@ -123,21 +120,24 @@ class Nino:
         return NINO_KINDS[{1: "norm weight" if is_weight else "bias", 2: "matrix", 4: "convolution"}[len(shape)]]
 
     @torch.no_grad()
-    def ahead(self, states: Float[Tensor, "5 n"], kind: int, horizon: int) -> Float[Tensor, " n"]:
-        """Return a tensor's weights `horizon` states later, of 1 to 40."""
+    def ahead(self, states: Float[Tensor, "5 n"], kind: int) -> Float[Tensor, "h n"]:
+        """Return a tensor's weights 1 to 40 states later."""
         mean, std = states.mean(), states.std()
         z = ((states - mean) / (std + 1e-6)).T
         x = linear(z, *self.inlet) + self.kinds[kind]
         for i, layer in enumerate(self.layers):
             x = linear(x, *layer)
             x = silu(x) if i < len(self.layers) - 1 else x
-        return (z[:, -1] + x[:, horizon - 1]) * std + mean
+        return ((z[:, -1:] + x) * std + mean).T
 
-    def predict(self, states: Float[Tensor, "5 p"], layout: Layout, horizon: int) -> Weights:
-        """Return all weights of a network `horizon` states later."""
+    def predict(self, run: Trajectory, t: int) -> Float[Tensor, "h p"]:
+        """Return the weights of a run at t + h for every horizon, from its latest NINO_STATES snapshots up to t."""
+        states = run.weights[t + 1 - NINO_STATES : t + 1]
+        places = zip(run.layout.shapes.items(), run.layout.slices.values(), strict=True)
         return torch.cat(
             [
-                self.ahead(states[:, where], self.kind(shape, name.endswith("weight")), horizon)
-                for (name, shape), where in zip(layout.shapes.items(), layout.slices.values(), strict=True)
-            ]
+                self.ahead(states[:, where], self.kind(shape, name.endswith("weight")))
+                for (name, shape), where in places
+            ],
+            1,
         )

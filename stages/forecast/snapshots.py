@@ -45,8 +45,11 @@ CONVERTED = "convert them to .safetensors, a file for each snapshot"
 OTHERS = {  # endings of files of weights that are not read: what is to be done
     **dict.fromkeys((".h5", ".hdf5", ".keras", ".tflite", ".onnx", ".gguf", ".index"), CONVERTED),
     **dict.fromkeys((".npz", ".npy", ".msgpack", ".pkl", ".pickle", ".joblib"), CONVERTED),
+    **dict.fromkeys((".ocdbt", ".pdparams", ".params"), CONVERTED),
     ".distcp": "convert each by torch.distributed.checkpoint.format_utils.dcp_to_torch_save",
+    ".zip": "take the file of weights, such as policy.pth, out of each, and name it as the archive",
 }
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # the stem of one of several files that hold a checkpoint
 JITTER = Fraction(1, 20)  # by which intervals may differ and still count as even: of rounded numbers
 MOST = 2000  # snapshots among which an even subset is sought: the search takes their square
 
@@ -98,17 +101,21 @@ class Snapshots:
         return "\n".join(lines)
 
 
-def weights_file(folder: Path) -> Path | None:
-    """Return the file of weights in the folder of one checkpoint, or the index of their shards; None if there is none, or several and
-    no usual one."""
-    files = {path.name: path for path in folder.iterdir() if is_weights(path)}
-    files = {name: path for name, path in files.items() if not COMPANIONS & set(words_in(stem(name)))}
+def weights_files(folder: Path, deeper: bool = True) -> list[Path]:
+    """Return the file of weights in the folder of one checkpoint, or the index of their shards; several if it is not said which it is.
+
+    deeper: if there is none, look into its folders, as DeepSpeed and Megatron have them.
+    """
+    words = {path: set(words_in(stem(path.name))) for path in sorted(folder.iterdir()) if is_weights(path)}
+    files = {path.name: path for path, said in words.items() if "model" in said or not COMPANIONS & said}
     if usual := [files[name] for name in USUAL if name in files]:
-        return usual[0]
+        return usual[:1]
     for name in USUAL:
         if (index := folder / f"{name}.index.json").is_file():
-            return index
-    return next(iter(files.values())) if len(files) == 1 else None
+            return [index]
+    if files or not deeper:
+        return list(files.values())
+    return [file for path in sorted(folder.iterdir()) if path.is_dir() for file in weights_files(path, deeper=False)]
 
 
 def is_weights(path: Path) -> bool:
@@ -123,15 +130,16 @@ def list_snapshots(folder: Path) -> tuple[list[Snapshot], list[str]]:
     files = {path.name: path for path in sorted(folder.iterdir()) if is_weights(path)}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith(".") and re.search(r"\d", path.name):
-            file = weights_file(path)
-            files |= {path.name: file} if file else {}
+            found = weights_files(path)
+            files |= {path.name: found[0]} if len(found) == 1 else {}
     words = {name: set(words_in(stem(name))) for name in files}
     companions = {name for name in files if COMPANIONS & words[name]}
     copies = {
         name for name in files if COPIES & words[name] or (words[name] <= GENERIC and not re.search(r"\d", stem(name)))
     }
+    shards = {name for name in files if SHARD.search(stem(name))}
     left_out = set()
-    for others in (companions, copies):  # unless they are all there is
+    for others in (companions, copies, shards):  # unless they are all there is
         left_out |= others if set(files) - left_out - others else set()
     snapshots = [Snapshot(name, path, path.stat().st_mtime_ns) for name, path in files.items() if name not in left_out]
     return snapshots, sorted(left_out)
@@ -160,17 +168,17 @@ def require_count(folder: Path, snapshots: list[Snapshot], least: int) -> None:
     """InputError if there are fewer snapshots than a forecaster reads."""
     if len(snapshots) >= least:
         return
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     remedy = "save the run's weights more often, all in one folder"
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and sum(map(is_weights, path.iterdir())) >= least:
-            remedy = f"hand over the folder that holds them, such as {path}"
-            break
-    else:
-        others = [
-            path.name for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if path.suffix.lower() in OTHERS
-        ]
-        if not snapshots and others:
-            remedy = f"{others[0]} is none that can be read: {OTHERS[Path(others[0]).suffix.lower()]}"
+    if whole := [path for path in folders if sum(map(is_weights, path.iterdir())) >= least]:
+        remedy = f"hand over the folder that holds them, such as {whole[0]}"
+    elif several := [path for path in folders if len(weights_files(path)) > 1]:
+        names = " and ".join(path.name for path in weights_files(several[0])[:2])
+        remedy = f"{several[0].name} holds several files of weights, {names}: leave those of one network alone in each folder"
+    elif not snapshots:
+        paths = (path for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth)))
+        if other := next((path.name for path in paths if path.suffix.lower() in OTHERS), None):
+            remedy = f"{other} is none that can be read: {OTHERS[Path(other).suffix.lower()]}"
     raise InputError(
         f"{folder}: expected {least} snapshots or more ({', '.join(SUFFIXES)}), got {len(snapshots)}: {remedy}"
     )

@@ -16,9 +16,7 @@ from stages.forecast.race_to_target import (
     Data,
     Method,
     Task,
-    ahead_by,
     evaluate,
-    moves_ahead,
     reached_at,
     reaches,
     train,
@@ -79,7 +77,8 @@ def nino_file(tmp_path):
 
 def test_nino_is_read_as_its_recipe_says(nino_file):
     file, state = nino_file
-    states = path(5)
+    run = Trajectory(LAYOUT, path(8), None)
+    states = run.weights[2:7]
     mlp = nn.Sequential(*(m for i in range(4) for m in (nn.Linear(8, 40 if i == 3 else 8), nn.SiLU())))[:-1]
     mlp.load_state_dict({name.removeprefix("edge_mlp.fc."): x for name, x in state.items() if "edge_mlp" in name})
     expected = []
@@ -90,7 +89,8 @@ def test_nino_is_read_as_its_recipe_says(nino_file):
             z.T @ state["edge_proj.fc.0.weight"].T + state["edge_proj.fc.0.bias"] + state["layer_embed.weight"][row]
         )
         expected.append((z[-1] + mlp(hidden)[:, 6]) * w.std() + w.mean())
-    assert torch.allclose(Nino(file).predict(states, LAYOUT, 7), torch.cat(expected).detach(), atol=1e-5)
+    ahead = Nino(file).predict(run, 6)[Nino.horizons.index(7)]
+    assert torch.allclose(ahead, torch.cat(expected).detach(), atol=1e-5)
 
 
 def test_another_file_is_no_nino(tmp_path):
@@ -227,30 +227,3 @@ def test_a_rate_is_that_of_a_task_with_as_much():
 
     assert torch.equal(raced(2.0, 1e-3), raced(1.0, 2e-3))
     assert not torch.equal(raced(2.0, 1e-3), raced(1.0, 1e-3))
-
-
-def test_moves_to_forecasts_begin_anew_and_a_move_to_the_last_state_is_none():
-    layout, network = Layout({"weight": (2, 3), "bias": (2,)}), nn.Linear(3, 2)
-    asked: list[tuple[list[float], int]] = []
-
-    def ahead(states, of, horizon):
-        assert of is layout
-        asked.append((states[:, 0].tolist(), horizon))
-        return states[-1]
-
-    after = moves_ahead(layout, ahead=ahead, count=2, every=3, horizons=[5, 1])
-    moved = []
-    for step in range(1, 19):
-        nn.utils.vector_to_parameters(torch.full((8,), float(step)), network.parameters())
-        if after(step, network):
-            moved.append(step)
-        assert weights_of(network).unique().tolist() == [step]
-    assert moved == [6, 12, 18]
-    # the first, and the latest two; the last horizon is kept to
-    assert asked == [([1, 3, 6], 5), ([1, 9, 12], 1), ([1, 15, 18], 1)]
-
-
-def test_what_is_moved_to_is_what_is_forecast_beside_training():
-    weights, model = path(WINDOW + 1), moving()
-    beside = read(Forecast(model, LAYOUT, 1, 5), weights)
-    assert torch.equal(ahead_by(model)(torch.cat([weights[:1], weights]), LAYOUT, 5), beside)

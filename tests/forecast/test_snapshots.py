@@ -173,6 +173,40 @@ def test_folders_of_checkpoints_are_ordered_by_their_names_and_give_their_weight
     assert find_snapshots(tmp_path, LEAST).paths[0].name == "model.safetensors.index.json"  # of shards
 
 
+@pytest.mark.parametrize(
+    ("folder", "inside", "weights"),
+    [
+        ("checkpoint-{}", ["latest", "rng_state_0.pth"], "global_step{}/mp_rank_00_model_states.pt"),  # DeepSpeed's
+        (
+            "epoch=0-step={}.ckpt",
+            ["checkpoint/zero_pp_rank_0_optim_states.pt"],
+            "checkpoint/mp_rank_00_model_states.pt",
+        ),
+        ("iter_{:07d}", [], "mp_rank_00/model_optim_rng.pt"),  # Megatron's
+    ],
+)
+def test_weights_in_a_folder_of_a_checkpoints_folder_are_found(tmp_path, folder, inside, weights):
+    for i in range(N):
+        write(tmp_path, [f"{folder.format(i)}/{name.format(i)}" for name in (*inside, weights)])
+    found = find_snapshots(tmp_path, LEAST)
+    assert names_of(found) == [folder.format(i) for i in range(N)]
+    assert [path.relative_to(tmp_path) for path in found.paths] == [
+        Path(folder.format(i)) / weights.format(i) for i in range(N)
+    ]
+    for i in range(N):
+        write(tmp_path, [f"{folder.format(i)}/{Path(weights.format(i)).parent}/text_encoder.pt"])
+    with pytest.raises(InputError, match=r"got 0: .* holds several files of weights, .* and text_encoder.pt: leave"):
+        find_snapshots(tmp_path, LEAST)
+
+
+def test_shards_of_the_network_in_the_end_are_no_snapshots(tmp_path):
+    write(tmp_path, [f"checkpoint-{500 * i}/model.safetensors" for i in range(N)])
+    shards = write(tmp_path, [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)])
+    found = find_snapshots(tmp_path, LEAST)
+    assert names_of(found) == [f"checkpoint-{500 * i}" for i in range(N)]
+    assert found.left_out == shards
+
+
 def test_too_few_say_where_there_are_more(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         find_snapshots(tmp_path / "missing", LEAST)
@@ -190,6 +224,9 @@ def test_too_few_say_where_there_are_more(tmp_path):
         ("weights.{}.h5", "convert them to .safetensors"),
         ("{}.ONNX", "convert them to .safetensors"),
         ("step-{}/__0_0.distcp", "dcp_to_torch_save"),
+        ("checkpoint-{}/pytorch_model_fsdp_0/__0_0.distcp", "dcp_to_torch_save"),
+        ("{}/default/manifest.ocdbt", "convert them to .safetensors"),
+        ("rl_model_{}_steps.zip", "out of each"),
     ],
 )
 def test_files_of_other_kinds_are_named(tmp_path, name, remedy):
