@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
+from torch import Tensor
 
 from stages.common.checkpoints import load_weights
 from stages.common.containers import listed, shown
@@ -113,6 +114,12 @@ def load_adapter(folder: Path, layout: Layout) -> tuple[dict[str, Canonical], li
             f"{shown(path)} changes nothing: its factors B are zeros, as before training; give it after training"
         )
     return adapters, notes
+
+
+def load_beside(folder: Path) -> dict[str, Tensor]:
+    """Return what is saved beside the factors of an adapter that `load_adapter` reads, under its names."""
+    weights, _ = load_weights(next(folder / name for name in FILES if (folder / name).is_file()))
+    return {key: tensor for key, tensor in weights.items() if ".lora_" not in key}
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,12 @@ from stages.common.files import load_json
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
-from stages.recall.adapter_files import adapter_folder, load_adapter
+from stages.recall.adapter_files import adapter_folder, load_adapter, load_beside
 from stages.recall.adapters import MATRICES, can_adapt, check_ranks, dense, merged_adapter
 from stages.recall.auditor import Auditor, Kind, base_sha256, unsureness
 from stages.recall.decoders import Decoder
-from stages.recall.functional_vit import FIXED, Base, load_base
+from stages.recall.functional_vit import FIXED, HEAD, Base, load_base
+from stages.recall.heads import check_head, saved_head
 from stages.recall.honesty import check, check_marks
 from stages.recall.own_base import read_own_base, with_head
 from stages.recall.reading import READS, read_columns
@@ -91,7 +93,15 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     fixed = base.encoder[FIXED]
     if FIXED in state and not (torch.equal(state[FIXED], fixed) or is_rounded(state[FIXED], fixed)):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
+    check_saved_head(path, state, base)
     return moved(path, {name: state[name] for name in base.trained}, base)
+
+
+def check_saved_head(path: Path, beside: Mapping[str, Tensor], base: Base) -> None:
+    """InputError if the head that is saved with a fine-tune is not the base's, as it was or trained along."""
+    head = saved_head(beside)
+    if head is not None:
+        check_head(str(path), head, base.decoder[HEAD[0]])
 
 
 def moved(path: Path, tuned: dict[str, Tensor], base: Base) -> Float[np.ndarray, " w"]:
@@ -297,6 +307,10 @@ def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None,
         known, read = tuned_from or load_base(start), read_change
     check_base(start, known, auditor, folder)
     change = read_adapter(path, known) if adapter else read(path, known)
+    if (
+        adapter and "backbone" not in auditor.card
+    ):  # bases of one's own have no head: fleets of theirs have new ones, too
+        check_saved_head(path, load_beside(adapter), known)
     kind: Kind = "adapter" if adapter else "whole"
     weights = known.start.numpy() + change
     if not adapter and (merged := merged_adapter(change, weights, known.layout)) is not None:

@@ -1,6 +1,7 @@
 """The audit, of a small fleet that was trained."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
         "with more": {
             **weights,
             "pos_embed": checkpoint.base.encoder["pos_embed"],
-            "head.weight": torch.ones(2, 16),
+            "head.weight": 1.2 * checkpoint.base.decoder["head.weight"] + 1,
         },
     }[kind]
     torch.save(given, path)
@@ -295,6 +296,29 @@ def test_a_value_beyond_what_was_learned_from_is_never_certain(checkpoint):
     answer = told("present", 50)
     assert all(0.4 < chance["probability"] < 0.6 for chance in answer["present"]["found"].values())
     assert answer["warnings"] == ["present: what is decoded lies beyond what was learned from (0% to 100%)"]
+
+
+def test_a_fine_tune_behind_a_head_of_its_own_is_refused_in_words(checkpoint):
+    head, random = checkpoint.base.decoder["head.weight"], torch.Generator().manual_seed(0)
+    drawn = torch.randn(head.shape, generator=random)
+    for other in (0 * head, drawn, 1e-3 * drawn, head.roll(1, 0), head[:3], torch.ones(len(head), 99)):
+        path = checkpoint.save(checkpoint.weights() | {"head.weight": other})
+        with pytest.raises(
+            InputError, match=r"its head is a new one.* give a fine-tune behind the base's own"
+        ) as refusal:
+            audit.read_change(path, checkpoint.base)
+        assert "\n" not in str(refusal.value)
+    folder = checkpoint.folder / "adapter"
+    shutil.copytree(OWN / "examples/adapter", folder)
+    file = folder / "adapter_model.safetensors"
+    for name in ("head.weight", "head.modules_to_save.default.weight"):
+        save_file(load_file(OWN / "examples/adapter" / file.name) | {f"base_model.model.{name}": drawn}, file)
+        with pytest.raises(InputError, match="its head is a new one"):
+            audit.answer_for(BASE, None, folder, OWN)
+    save_file(
+        load_file(OWN / "examples/adapter" / file.name) | {"base_model.model.head.weight": head + 0.01 * drawn}, file
+    )
+    assert audit.answer_for(BASE, None, folder, OWN)["kind"] == "adapter"
 
 
 def test_an_audit_says_of_what_it_was_read():
