@@ -30,6 +30,13 @@ UNREAD = {  # what would change the meaning of the factors: its value in a plain
     "megatron_config": None,
     "layer_replication": None,
 }
+MOVES_THE_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to draw the first factors after which the base is another
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,11 @@ def load_config(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{shown(path)}: {key}: expected {plain}, got {shown(config[key])}: merge the adapter and give --checkpoint"
             )
+    if (drawn := str(config.get("init_lora_weights")).lower()).startswith(MOVES_THE_BASE):
+        raise InputError(
+            f"{shown(path)}: init_lora_weights: {shown(drawn)} takes its first factors out of the base, so they are no change of it: merge "
+            "the adapter and give --checkpoint"
+        )
     return config
 
 
