@@ -158,7 +158,8 @@ def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Audi
     if kind == "whole":  # an adapter leaves most weights where they were
         check_marks(name, base.start.numpy() + change, change, base.layout)
     rows, responses = auditor.condense(change, base.layout), auditor.respond(base, change)
-    distance = check(name, part.honesty.judge((rows, responses), part.reader), part.suspicions)
+    judged = part.judge((rows, responses), lambda changes: auditor.respond(base, changes[0]))
+    distance = check(name, judged, part.suspected)
     descriptions = part.reader.read(rows, responses)
     answer: dict[str, Any] = {"kind": kind, "distance": distance, "warnings": []}
     for characteristic, scores in part.decode(descriptions).items():

@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ from stages.common.images import load_images
 from stages.common.stage import InputError, Loader
 from stages.common.vectors import Layout
 from stages.recall import audit, build_fleet, train_auditor, vary_recipes
-from stages.recall.auditor import Auditor, base_sha256
+from stages.recall.auditor import OPPOSITES, Auditor, base_sha256
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
+from stages.recall.measures import run_networks
 from stages.recall.objective import Objective
 from stages.recall.reading import READS, read_columns
 
@@ -52,6 +55,7 @@ def shrink(params: dict) -> None:
         fleet |= {"train": 80, "test": 10} if name in ("whole", "adapters") else {"train": 0, "test": 3}
     varied["fleets"]["adapter_images_clean"]["train"] = 40
     params["train_auditor"]["fleets"]["adapter"] = ["adapters", "adapter_images_clean"]
+    params["train_auditor"]["negated"]["adapter"] = "opposites"
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +332,10 @@ def test_an_audit_says_of_what_it_was_read():
     assert set(READS) == {"direction", "answers", "magnitudes", "direction_and_answers", "all"}
 
 
+def test_what_can_tell_negated_ones_is_what_params_may_say():
+    assert set(get_args(train_auditor.TellsNegated)) == {*READS, OPPOSITES}
+
+
 def printed(monkeypatch, capsys, *flags: str) -> tuple[str, str]:
     monkeypatch.setattr("sys.argv", ["audit", *flags])
     audit.main()
@@ -488,8 +496,25 @@ def test_where_some_were_trained_on_whole_images_the_audit_says_so_and_the_file_
         assert f"trained on   {words}" in audit.describe(answer)
     path = checkpoint.folder / "again.safetensors"
     checkpoint.auditor.save(path)
-    again = Auditor.load(path).parts["adapter"].unmasked
-    assert again[0] == source and np.array_equal(again[1].weights, decoder.weights)
+    again = Auditor.load(path).parts["adapter"]
+    assert again.unmasked[0] == source and np.array_equal(again.unmasked[1].weights, decoder.weights)
+    assert again.turned.oddness(np.array([0.0])) == part.turned.oddness(np.array([0.0]))
+    respond = partial(run_networks, checkpoint.base, images=torch.from_numpy(checkpoint.auditor.images))
+    both = [p.judge((-change, respond(-change)), respond).suspected for p in (part, again)]
+    assert np.array_equal(*both) and both[0].shape[1] == len(part.suspected) and part.suspected[-1] == "negated"
+
+
+def test_adapters_that_were_turned_round_are_told_by_their_opposites(checkpoint):
+    part, fleet = checkpoint.auditor.parts["adapter"], Fleet.load_at(VARY_RECIPES / "adapters.safetensors")
+    change, responses = (x[fleet.held_out] for x in (fleet.change, fleet.responses))
+    respond = partial(run_networks, checkpoint.base, images=torch.from_numpy(checkpoint.auditor.images))
+    honest, turned = (
+        part.judge(networks, respond).suspected[:, -1]
+        for networks in ((change, responses), (-change, respond(-change)))
+    )
+    assert (turned > honest).mean() > 0.5  # of unseen tiny networks, from 120 to learn from
+    answer = audit.answer_for(BASE, None, OWN / "examples/adapter", OWN)
+    assert answer["kind"] == "adapter" and answer["distance"] < 1
 
 
 def test_rows_by_turns_have_in_every_stretch_their_share_of_each_group():
