@@ -49,6 +49,7 @@ FILE = "auditor.safetensors"
 BESIDE = ("head.", "fc_norm.", "decoder.", FIXED)  # what a fine-tuned network may have beside the encoder's weights
 # 2^40 images: more than anybody has, and a number that can be written
 RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, 40.0), "label_noise": (0.0, 1.0)}
+ROUNDING = 1e-6  # of a weight in single precision, reckoned with a few times
 BAR = 20  # characters of a share of 1
 FROM_WEIGHTS = ("direction", "sizes", "spectra", "quantiles")
 
@@ -91,7 +92,7 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
     fixed = base.encoder[FIXED]
-    if FIXED in state and not (torch.equal(state[FIXED], fixed) or is_rounded(state[FIXED], fixed)):
+    if FIXED in state and not is_rounded(state[FIXED], fixed):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
     check_saved_head(path, state, base)
     return moved(path, {name: state[name] for name in base.trained}, base)
@@ -118,8 +119,10 @@ def moved(path: Path, tuned: dict[str, Tensor], base: Base) -> Float[np.ndarray,
 
 
 def is_rounded(tensor: Tensor, exact: Tensor) -> bool:
-    """Whether a tensor is another one, saved in half the precision."""
-    return any(torch.equal(tensor, exact.to(half).to(tensor.dtype)) for half in (torch.float16, torch.bfloat16))
+    """Whether a tensor is another one but for rounding, as in moving averages, or saved in half the precision."""
+    return torch.allclose(tensor, exact, rtol=ROUNDING, atol=ROUNDING**2) or any(
+        torch.equal(tensor, exact.to(half).to(tensor.dtype)) for half in (torch.float16, torch.bfloat16)
+    )
 
 
 def read_backbone(path: Path, auditor: Auditor) -> Base:

@@ -388,6 +388,11 @@ def test_a_tensor_that_is_the_base_s_in_less_precision_did_not_move(checkpoint):
     change = Layout.of(trained).unflatten(torch.from_numpy(audit.read_change(checkpoint.save(given), checkpoint.base)))
     assert not change[still].any() and (given[still] != trained[still]).any()
     assert all(change[k].any() for k in trained if k != still)
+    averaged = {k: 0.1 * w + 0.9 * w for k, w in {**checkpoint.base.encoder, **trained, still: trained[still]}.items()}
+    assert any((averaged[k] != w).any() for k, w in checkpoint.base.encoder.items())
+    mixed = weights | {still: averaged[still], "pos_embed": averaged["pos_embed"]}
+    change = Layout.of(trained).unflatten(torch.from_numpy(audit.read_change(checkpoint.save(mixed), checkpoint.base)))
+    assert not change[still].any() and all(change[k].any() for k in trained if k != still)
     path = checkpoint.save({k: w.bfloat16() for k, w in trained.items()})
     with pytest.raises(InputError, match="is the base itself"):
         audit.read_change(path, checkpoint.base)
