@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
+from torch import Tensor
 
 from stages.common.checkpoints import load_weights
 from stages.common.containers import listed, shown
@@ -29,6 +30,13 @@ UNREAD = {  # what would change the meaning of the factors: its value in a plain
     "megatron_config": None,
     "layer_replication": None,
 }
+MOVES_THE_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to draw the first factors after which the base is another
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,12 @@ def load_adapter(folder: Path, layout: Layout) -> tuple[dict[str, Canonical], li
     return adapters, notes
 
 
+def load_beside(folder: Path) -> dict[str, Tensor]:
+    """Return what is saved beside the factors of an adapter that `load_adapter` reads, under its names."""
+    weights, _ = load_weights(next(folder / name for name in FILES if (folder / name).is_file()))
+    return {key: tensor for key, tensor in weights.items() if ".lora_" not in key}
+
+
 def load_config(path: Path) -> dict[str, Any]:
     """Return a config; InputError if it is of no adapter that can be read from its factors alone."""
     try:
@@ -131,6 +145,11 @@ def load_config(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{shown(path)}: {key}: expected {plain}, got {shown(config[key])}: merge the adapter and give --checkpoint"
             )
+    if (drawn := str(config.get("init_lora_weights")).lower()).startswith(MOVES_THE_BASE):
+        raise InputError(
+            f"{shown(path)}: init_lora_weights: {shown(drawn)} takes its first factors out of the base, so they are no change of it: merge "
+            "the adapter and give --checkpoint"
+        )
     return config
 
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,12 @@ from stages.common.files import load_json
 from stages.common.released import published
 from stages.common.runtime import pin_threads
 from stages.common.stage import InputError, run
-from stages.recall.adapter_files import adapter_folder, load_adapter
+from stages.recall.adapter_files import adapter_folder, load_adapter, load_beside
 from stages.recall.adapters import MATRICES, can_adapt, check_ranks, dense, merged_adapter
 from stages.recall.auditor import Auditor, Kind, base_sha256, unsureness
 from stages.recall.decoders import Decoder
-from stages.recall.functional_vit import FIXED, Base, load_base
+from stages.recall.functional_vit import FIXED, HEAD, Base, load_base
+from stages.recall.heads import check_head, saved_head
 from stages.recall.honesty import check, check_marks
 from stages.recall.own_base import read_own_base, with_head
 from stages.recall.reading import READS, read_columns
@@ -47,6 +49,7 @@ FILE = "auditor.safetensors"
 BESIDE = ("head.", "fc_norm.", "decoder.", FIXED)  # what a fine-tuned network may have beside the encoder's weights
 # 2^40 images: more than anybody has, and a number that can be written
 RANGES = {"proportions": (0.0, 1.0), "log2_size": (0.0, 40.0), "label_noise": (0.0, 1.0)}
+ROUNDING = 1e-6  # of a weight in single precision, reckoned with a few times
 BAR = 20  # characters of a share of 1
 FROM_WEIGHTS = ("direction", "sizes", "spectra", "quantiles")
 
@@ -89,9 +92,17 @@ def read_change(path: Path, base: Base) -> Float[np.ndarray, " w"]:
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
     fixed = base.encoder[FIXED]
-    if FIXED in state and not (torch.equal(state[FIXED], fixed) or is_rounded(state[FIXED], fixed)):
+    if FIXED in state and not is_rounded(state[FIXED], fixed):
         raise InputError(f"{path} does not descend from the base: its {FIXED} is another")
+    check_saved_head(path, state, base)
     return moved(path, {name: state[name] for name in base.trained}, base)
+
+
+def check_saved_head(path: Path, beside: Mapping[str, Tensor], base: Base) -> None:
+    """InputError if the head that is saved with a fine-tune is not the base's, as it was or trained along."""
+    head = saved_head(beside)
+    if head is not None:
+        check_head(str(path), head, base.decoder[HEAD[0]])
 
 
 def moved(path: Path, tuned: dict[str, Tensor], base: Base) -> Float[np.ndarray, " w"]:
@@ -108,8 +119,10 @@ def moved(path: Path, tuned: dict[str, Tensor], base: Base) -> Float[np.ndarray,
 
 
 def is_rounded(tensor: Tensor, exact: Tensor) -> bool:
-    """Whether a tensor is another one, saved in half the precision."""
-    return any(torch.equal(tensor, exact.to(half).to(tensor.dtype)) for half in (torch.float16, torch.bfloat16))
+    """Whether a tensor is another one but for rounding, as in moving averages, or saved in half the precision."""
+    return torch.allclose(tensor, exact, rtol=ROUNDING, atol=ROUNDING**2) or any(
+        torch.equal(tensor, exact.to(half).to(tensor.dtype)) for half in (torch.float16, torch.bfloat16)
+    )
 
 
 def read_backbone(path: Path, auditor: Auditor) -> Base:
@@ -148,7 +161,8 @@ def recall(change: Float[np.ndarray, " w"], name: str, kind: Kind, auditor: Audi
     if kind == "whole":  # an adapter leaves most weights where they were
         check_marks(name, base.start.numpy() + change, change, base.layout)
     rows, responses = auditor.condense(change, base.layout), auditor.respond(base, change)
-    distance = check(name, part.honesty.judge((rows, responses), part.reader), part.suspicions)
+    judged = part.judge((rows, responses), lambda changes: auditor.respond(base, changes[0]))
+    distance = check(name, judged, part.suspected)
     descriptions = part.reader.read(rows, responses)
     answer: dict[str, Any] = {"kind": kind, "distance": distance, "warnings": []}
     for characteristic, scores in part.decode(descriptions).items():
@@ -297,6 +311,10 @@ def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None,
         known, read = tuned_from or load_base(start), read_change
     check_base(start, known, auditor, folder)
     change = read_adapter(path, known) if adapter else read(path, known)
+    if (
+        adapter and "backbone" not in auditor.card
+    ):  # bases of one's own have no head: fleets of theirs have new ones, too
+        check_saved_head(path, load_beside(adapter), known)
     kind: Kind = "adapter" if adapter else "whole"
     weights = known.start.numpy() + change
     if not adapter and (merged := merged_adapter(change, weights, known.layout)) is not None:

@@ -4,7 +4,7 @@ Axes: n fine-tunes, w weights of a network, r responses, i reference inputs, t o
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,8 +20,9 @@ from stages.common.vectors import Layout
 from stages.recall.decoders import Arrays, Decoder, fit_decoder
 from stages.recall.fleet_files import with_prefix, without_prefix
 from stages.recall.functional_vit import Base
-from stages.recall.honesty import SUSPECTED, Honesty, Networks
+from stages.recall.honesty import MOST, SUSPECTED, Honesty, Judgement, Networks, Respond
 from stages.recall.objective import Objective
+from stages.recall.opposites import Turned
 from stages.recall.reading import READS, Reader, References, read_columns
 from stages.recall.sketch import Sketch
 
@@ -31,6 +32,12 @@ KINDS: tuple[Kind, ...] = ("whole", "adapter")
 RECALLED = ("present", "proportions", "log2_size", "label_noise")
 UNMASKED = "unmasked"  # whether a fine-tune was trained on whole images
 BINARY = ("present", UNMASKED)
+NEGATED = "negated"  # of `tampering.alterations`
+OPPOSITES = "opposites"  # a change that is turned round is told by networks beside their opposites
+# What else is suspected where opposites tell negated ones, and of which share of honest ones at most, chosen on folds. Averages are not:
+# that of two adapters on the same matrices has the sum of their ranks, as an honest one of a rank never trained may have; `check_ranks`
+# tells all others.
+BESIDE_OPPOSITES = {"foreign": 0.003}
 ORDINARY = 0.5  # distance of what trains usually make: half of fine-tunes are nearer
 RANKS: dict[Kind, int] = {"whole": 8, "adapter": 16}  # directions kept on each side of a matrix
 
@@ -45,6 +52,7 @@ class Part:
     suspicions: list[str]  # of what has been done to a change
     # whether it was trained on whole images, if some that it learned from were and some not
     unmasked: tuple[str, Decoder] | None = None
+    turned: Turned | None = None  # what tells negated ones by their opposites, where `suspicions` do not
 
     @classmethod
     def fit(
@@ -61,11 +69,17 @@ class Part:
         """Return what training fine-tunes of a kind teach; of each characteristic that is read what leave-one-out errors prefer.
 
         `rank` directions are kept on each side of a matrix; `altered` holds what becomes of the networks, within their folds. `truth`
-        may hold UNMASKED beside what is recalled. negated: what tells that a change was turned round, of READS.
+        may hold UNMASKED beside what is recalled. negated: what tells that a change was turned round, of READS, or OPPOSITES.
         """
-        reader = Reader.fit(*networks, layout, references, rank)
-        told_by = [negated if name == "negated" else SUSPECTED for name in altered]
-        honesty, distances = Honesty.fit(networks, list(altered.values()), fold, reader, rank, told_by)
+        reader, turned = Reader.fit(*networks, layout, references, rank), None
+        if negated == OPPOSITES:
+            turned, odd, _ = Turned.fit(networks, altered[NEGATED][1], fold, reader, rank)
+            altered = {name: altered[name] for name in BESIDE_OPPOSITES}
+        told_by = [negated if name == NEGATED else SUSPECTED for name in altered]
+        most = [BESIDE_OPPOSITES[name] if turned else MOST for name in altered]
+        honesty, distances = Honesty.fit(networks, list(altered.values()), fold, reader, rank, told_by, most)
+        if turned is not None:
+            distances = np.maximum(distances, odd)
         descriptions, decoders = reader.read(*networks), {}
         for key in truth:
             y = truth[key].astype(np.float64)
@@ -74,7 +88,21 @@ class Part:
             x, unsure = read_columns(descriptions, source), unsureness(distances)[:, None]
             decoders[key] = (source, decoder.calibrate(x, y, key in BINARY, unsure))
         unmasked = decoders.pop(UNMASKED, None)
-        return cls(reader, honesty, decoders, list(altered), unmasked)
+        return cls(reader, honesty, decoders, list(altered), unmasked, turned)
+
+    @property
+    def suspected(self) -> list[str]:
+        """The alterations of `judge`, in its order."""
+        return self.suspicions + [NEGATED] * (self.turned is not None)
+
+    def judge(self, networks: Networks, respond: Respond | None = None) -> Judgement:
+        """Return how odd networks are; respond: how base + change responds, needed where opposites tell negated ones."""
+        judged = self.honesty.judge(networks, self.reader)
+        if self.turned is None:
+            return judged
+        assert respond is not None
+        odd = self.turned.judge(networks, self.reader, respond)
+        return replace(judged, suspected=np.column_stack([judged.suspected, odd]))
 
     def decode(self, descriptions: Arrays) -> dict[str, Float[np.ndarray, "n t"]]:
         """Return every characteristic as its decoder tells it."""
@@ -124,6 +152,8 @@ class Auditor:
         for kind, part in self.parts.items():
             parts[kind] = {"tensors": part.reader.tensors, "suspicions": part.suspicions}
             own = with_prefix(part.reader.to_arrays(), "reader.") | with_prefix(part.honesty.to_arrays(), "honesty.")
+            if part.turned:
+                own |= with_prefix(part.turned.to_arrays(), "turned.")
             decoders = part.decoders | ({UNMASKED: part.unmasked} if part.unmasked else {})
             parts[kind]["reads"] = {key: source for key, (source, _) in decoders.items()}
             for key, (_, decoder) in decoders.items():
@@ -148,7 +178,9 @@ class Auditor:
                     for key, source in about["reads"].items()
                 }
                 honesty, unmasked = Honesty(**without_prefix(own, "honesty.")), decoders.pop(UNMASKED, None)
-                parts[kind] = Part(reader, honesty, decoders, about["suspicions"], unmasked)
+                opposites = without_prefix(own, "turned.")
+                turned = Turned(**opposites) if opposites else None
+                parts[kind] = Part(reader, honesty, decoders, about["suspicions"], unmasked, turned)
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path} is no auditor: expected a file that train_auditor wrote") from None
         return cls(parts, arrays["images"], card, without_prefix(arrays, "base."))

@@ -95,11 +95,12 @@ class Honesty:
         reader: Reader,
         rank: int,
         told_by: Sequence[str],
+        most: float | Sequence[float] = MOST,
     ) -> tuple[Self, Float[np.ndarray, " n"]]:
         """Return the limits of training fine-tunes, and how odd each is, left out with its fold.
 
         `altered` holds what becomes of them: no alteration mixes fine-tunes of two folds, so what is left out is in no mixture.
-        told_by: what each alteration is told by, of `reading.READS`.
+        told_by: what each alteration is told by, of `reading.READS`; most: share of honest ones that each suspicion refuses at most.
         """
         change, responses = networks
         n = len(change)
@@ -118,7 +119,7 @@ class Honesty:
         precision = np.linalg.inv(np.cov(standard.T) + SHRINKAGE * np.eye(len(TRAITS)))
         squares = squared_distance(standard, precision)
         limit = np.sqrt(np.quantile(squares, min(1.0, REST * (1 + 1 / n))))
-        honesty = cls(lines, offsets, floors_of(scores, of_altered), mean, deviations, precision, limit)
+        honesty = cls(lines, offsets, floors_of(scores, of_altered, most), mean, deviations, precision, limit)
         return honesty, honesty.judgement(scores, standard).distance
 
     def judge(self, networks: Networks, reader: Reader) -> Judgement:
@@ -136,12 +137,17 @@ class Honesty:
         return {name: np.asarray(getattr(self, name)) for name in type(self).__annotations__}
 
 
-def floors_of(honest: Float[np.ndarray, "n s"], altered: Float[np.ndarray, "n s"]) -> Float[np.ndarray, " s"]:
-    """Return below which score each suspicion refuses: as low as catches CAUGHT of what is altered so, within LEAST to MOST of honest ones.
+def floors_of(
+    honest: Float[np.ndarray, "n s"], altered: Float[np.ndarray, "n s"], most: float | Sequence[float] = MOST
+) -> Float[np.ndarray, " s"]:
+    """Return below which score each suspicion refuses: so low that it catches CAUGHT of those, within LEAST to `most` of honest ones.
 
     Where the two lie apart no honest one is lost, and what that saves goes to alterations that are hard to tell, as averages are.
     """
-    low, high = np.quantile(honest, (LEAST, MOST), axis=0)
+    shares = np.broadcast_to(most, honest.shape[1:])
+    low, high = np.array(
+        [np.quantile(column, (LEAST, share)) for column, share in zip(honest.T, shares, strict=True)]
+    ).T
     return np.clip(np.quantile(altered, CAUGHT, axis=0), low, high)
 
 

@@ -51,11 +51,16 @@ def without_recipe(values: Float[np.ndarray, "n t"], recipe: Float[np.ndarray, "
 
 
 def recalled(
-    part: Part, fleet: Fleet, rows: np.ndarray, learned: dict[str, np.ndarray], resamples: int
+    part: Part,
+    fleet: Fleet,
+    rows: np.ndarray,
+    learned: dict[str, np.ndarray],
+    resamples: int,
+    respond: Respond | None = None,
 ) -> dict[str, Summary]:
     """Return how well a part recalls each characteristic of some fine-tunes, and how often its intervals hold."""
     networks = fleet.change[rows], fleet.responses[rows]
-    descriptions, judged = part.reader.read(*networks), part.honesty.judge(networks, part.reader)
+    descriptions, judged = part.reader.read(*networks), part.judge(networks, respond)
     unsure = unsureness(judged.distance)[:, None]
     measured: dict[str, Summary] = {}
     for key, predicted in part.decode(descriptions).items():
@@ -119,7 +124,7 @@ def refusals(
     """Return how often fine-tunes never seen are refused, altered ones that an alteration changes, and fine-tunes by other recipes."""
     rows, start = fleet.held_out, base.start.numpy()
     change, layout = fleet.change[rows], fleet.layout
-    honest = part.honesty.judge((change, fleet.responses[rows]), part.reader).distance
+    honest = part.judge((change, fleet.responses[rows]), respond).distance
 
     def measure(changes: Float[np.ndarray, "n w"], far: Float[np.ndarray, " n"]) -> dict[str, float]:
         marks = marked(kind, changes, start, layout)
@@ -129,9 +134,9 @@ def refusals(
     for name, altered in tampered(change, start, layout, kind).items():
         moved = (altered != change).any(1)  # a change of norms alone has no rank to cut
         altered = altered[moved if moved.any() else slice(None)].astype(np.float32)
-        rates[name] = measure(altered, part.honesty.judge((altered, respond(altered)), part.reader).distance)
+        rates[name] = measure(altered, part.judge((altered, respond(altered)), respond).distance)
     for name, other in outside.items():
-        rates[name] = measure(other.change, part.honesty.judge((other.change, other.responses), part.reader).distance)
+        rates[name] = measure(other.change, part.judge((other.change, other.responses), respond).distance)
     return rates
 
 

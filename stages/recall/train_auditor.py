@@ -14,7 +14,7 @@ Writes  models/train_auditor/auditor.safetensors   the auditor
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from stages.common.files import Metadata, Summary, atomic_path, save_arrays, save_json
 from stages.common.images import load_images
 from stages.common.runtime import pin_threads
-from stages.common.stage import PARAMS, InputError, StageParams, parse_arguments, run
+from stages.common.stage import InputError, StageParams, parse_arguments, run
 from stages.common.work import fingerprint
 from stages.recall.adapter_files import FILES, save_adapter
 from stages.recall.adapters import forms_of
@@ -44,9 +44,9 @@ from stages.recall.diversity import told_by
 from stages.recall.fleet import split_test
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
-from stages.recall.honesty import alter, folds_of
+from stages.recall.honesty import Respond, alter, folds_of
 from stages.recall.measures import from_recipe_alone, measure_of, recalled, refusals, run_networks
-from stages.recall.reading import READS, References
+from stages.recall.reading import References
 from stages.recall.tampering import alterations
 
 MODELS = Path("models/train_auditor")
@@ -55,22 +55,18 @@ NARROW = "classes"  # a fleet of build_fleet, all by one narrow recipe and on ma
 OUTSIDE: dict[Kind, tuple[str, ...]] = {"whole": ("hotter", "colder", "elsewhere"), "adapter": ("hotter_adapters",)}
 
 
+# of READS, or networks beside their opposites
+TellsNegated = Literal["direction", "answers", "direction_and_answers", "magnitudes", "all", "opposites"]
+
+
 class Params(StageParams):
     """What is learned from, what tells a change that is turned round, and parameters of the measurements."""
 
     resamples: PositiveInt  # of the bootstrap
     # of each kind, the first by the recipes that it is measured on
     fleets: dict[Kind, Annotated[list[str], Field(min_length=1)]]
-    negated: dict[Kind, str]  # of READS: what tells a change that is turned round
+    negated: dict[Kind, TellsNegated]  # what tells a change that is turned round
     apart: list[str]  # fleets of whole networks, of which what is told is measured apart from the auditor
-
-    def check(self) -> None:
-        """InputError if nothing is read as `negated` says."""
-        for kind, source in self.negated.items():
-            if source not in READS:
-                raise InputError(
-                    f"{PARAMS}: train_auditor.negated.{kind}: expected one of {', '.join(READS)}, got {source}"
-                )
 
 
 def load_fleet(name: str) -> Fleet:
@@ -117,13 +113,14 @@ def save_adapter_example(folder: Path, fleet: Fleet, place: int) -> None:
     save_adapter(folder, forms_of(fleet.change[place], fleet.layout))
 
 
-def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet]) -> dict[str, Metadata]:
+def save_examples(
+    folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind, Fleet], respond: Respond
+) -> dict[str, Metadata]:
     """Write fine-tunes never seen, the first that pass; return what they were trained on, or why one must be refused."""
     examples = {}
     for kind, fleet in fleets.items():
         rows = fleet.held_out
-        part = auditor.parts[kind]
-        far = part.honesty.judge((fleet.change[rows], fleet.responses[rows]), part.reader).distance
+        far = auditor.parts[kind].judge((fleet.change[rows], fleet.responses[rows]), respond).distance
         place = int(rows[np.argmax(far < 1)])  # the first that is not refused
         truth = {key: fleet.truth[key][place].tolist() for key in RECALLED}
         examples[kind] = {
@@ -142,7 +139,6 @@ def save_examples(folder: Path, auditor: Auditor, base: Base, fleets: dict[Kind,
 def main() -> None:
     parse_arguments(__doc__)
     params = Params.load("train_auditor")
-    params.check()
     pin_threads()
     threadpool_limits(1)  # the number of threads changes sums
     fleets: dict[Kind, list[Fleet]] = {kind: [load_fleet(name) for name in params.fleets[kind]] for kind in KINDS}
@@ -162,7 +158,8 @@ def main() -> None:
         outside = {name: load_fleet(name) for name in OUTSIDE[kind]}
         groups = groups_of(dict(zip(params.fleets[kind], of, strict=True)), outside)
         summary["recalled"][kind] = {
-            name: recalled(part, fleet, rows, truth, params.resamples) for name, (fleet, rows) in groups.items()
+            name: recalled(part, fleet, rows, truth, params.resamples, respond)
+            for name, (fleet, rows) in groups.items()
         }
         for key, measured in summary["recalled"][kind]["inside"].items():
             measured[f"{measure_of(key)}_of_the_recipe_alone"] = from_recipe_alone(of[0], truth[key], key)
@@ -170,7 +167,7 @@ def main() -> None:
     if params.apart:
         summary["apart"] = {name: told_by(load_fleet(name), references, params.resamples) for name in params.apart}
     auditor = Auditor(parts, images, card_of(base, metadata, fleets, summary))
-    examples = save_examples(MODELS / "examples", auditor, base, {kind: of[0] for kind, of in fleets.items()})
+    examples = save_examples(MODELS / "examples", auditor, base, {kind: of[0] for kind, of in fleets.items()}, respond)
     publish(auditor, examples, Path(metadata["base"]))
     save_json(REPORTS / "summary.json", summary)
     for kind, by in summary["recalled"].items():

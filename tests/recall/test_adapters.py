@@ -206,6 +206,10 @@ def test_refactored_factors_are_read_as_the_same_change(folder):
         (lambda f: f.config.update(peft_type="LOHA"), "peft_type: expected LORA, got LOHA"),
         (lambda f: f.config.update(use_dora=True), "use_dora: expected False, got True"),
         (lambda f: f.config.update(bias="all"), "bias: expected none, got all"),
+        (
+            lambda f: f.config.update(init_lora_weights="pissa_niter_16"),
+            "'?pissa_niter_16'? takes its first factors out of",
+        ),
         (lambda f: f.config.pop("r"), "expected numbers r and lora_alpha"),
         (lambda f: f.config.update(r=3), r"expected lora_A \(3, 16\) and lora_B \(48, 3\), got \(2, 16\)"),
         (

@@ -1,9 +1,12 @@
 """The audit, of a small fleet that was trained."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,9 +25,10 @@ from stages.common.images import load_images
 from stages.common.stage import InputError, Loader
 from stages.common.vectors import Layout
 from stages.recall import audit, build_fleet, train_auditor, vary_recipes
-from stages.recall.auditor import Auditor, base_sha256
+from stages.recall.auditor import OPPOSITES, Auditor, base_sha256
 from stages.recall.fleet_files import VARY_RECIPES, Fleet
 from stages.recall.functional_vit import Base, load_base
+from stages.recall.measures import run_networks
 from stages.recall.objective import Objective
 from stages.recall.reading import READS, read_columns
 
@@ -51,6 +55,7 @@ def shrink(params: dict) -> None:
         fleet |= {"train": 80, "test": 10} if name in ("whole", "adapters") else {"train": 0, "test": 3}
     varied["fleets"]["adapter_images_clean"]["train"] = 40
     params["train_auditor"]["fleets"]["adapter"] = ["adapters", "adapter_images_clean"]
+    params["train_auditor"]["negated"]["adapter"] = "opposites"
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +163,7 @@ def test_the_same_network_in_another_file_is_told_the_same(checkpoint, kind):
         "with more": {
             **weights,
             "pos_embed": checkpoint.base.encoder["pos_embed"],
-            "head.weight": torch.ones(2, 16),
+            "head.weight": 1.2 * checkpoint.base.decoder["head.weight"] + 1,
         },
     }[kind]
     torch.save(given, path)
@@ -297,11 +302,38 @@ def test_a_value_beyond_what_was_learned_from_is_never_certain(checkpoint):
     assert answer["warnings"] == ["present: what is decoded lies beyond what was learned from (0% to 100%)"]
 
 
+def test_a_fine_tune_behind_a_head_of_its_own_is_refused_in_words(checkpoint):
+    head, random = checkpoint.base.decoder["head.weight"], torch.Generator().manual_seed(0)
+    drawn = torch.randn(head.shape, generator=random)
+    for other in (0 * head, drawn, 1e-3 * drawn, head.roll(1, 0), head[:3], torch.ones(len(head), 99)):
+        path = checkpoint.save(checkpoint.weights() | {"head.weight": other})
+        with pytest.raises(
+            InputError, match=r"its head is a new one.* give a fine-tune behind the base's own"
+        ) as refusal:
+            audit.read_change(path, checkpoint.base)
+        assert "\n" not in str(refusal.value)
+    folder = checkpoint.folder / "adapter"
+    shutil.copytree(OWN / "examples/adapter", folder)
+    file = folder / "adapter_model.safetensors"
+    for name in ("head.weight", "head.modules_to_save.default.weight"):
+        save_file(load_file(OWN / "examples/adapter" / file.name) | {f"base_model.model.{name}": drawn}, file)
+        with pytest.raises(InputError, match="its head is a new one"):
+            audit.answer_for(BASE, None, folder, OWN)
+    save_file(
+        load_file(OWN / "examples/adapter" / file.name) | {"base_model.model.head.weight": head + 0.01 * drawn}, file
+    )
+    assert audit.answer_for(BASE, None, folder, OWN)["kind"] == "adapter"
+
+
 def test_an_audit_says_of_what_it_was_read():
     assert audit.gives("answers") == "responses"
     assert audit.gives("direction") == audit.gives("magnitudes") == "weights"
     assert audit.gives("all") == audit.gives("direction_and_answers") == "weights and responses"
     assert set(READS) == {"direction", "answers", "magnitudes", "direction_and_answers", "all"}
+
+
+def test_what_can_tell_negated_ones_is_what_params_may_say():
+    assert set(get_args(train_auditor.TellsNegated)) == {*READS, OPPOSITES}
 
 
 def printed(monkeypatch, capsys, *flags: str) -> tuple[str, str]:
@@ -356,6 +388,11 @@ def test_a_tensor_that_is_the_base_s_in_less_precision_did_not_move(checkpoint):
     change = Layout.of(trained).unflatten(torch.from_numpy(audit.read_change(checkpoint.save(given), checkpoint.base)))
     assert not change[still].any() and (given[still] != trained[still]).any()
     assert all(change[k].any() for k in trained if k != still)
+    averaged = {k: 0.1 * w + 0.9 * w for k, w in {**checkpoint.base.encoder, **trained, still: trained[still]}.items()}
+    assert any((averaged[k] != w).any() for k, w in checkpoint.base.encoder.items())
+    mixed = weights | {still: averaged[still], "pos_embed": averaged["pos_embed"]}
+    change = Layout.of(trained).unflatten(torch.from_numpy(audit.read_change(checkpoint.save(mixed), checkpoint.base)))
+    assert not change[still].any() and all(change[k].any() for k in trained if k != still)
     path = checkpoint.save({k: w.bfloat16() for k, w in trained.items()})
     with pytest.raises(InputError, match="is the base itself"):
         audit.read_change(path, checkpoint.base)
@@ -464,8 +501,25 @@ def test_where_some_were_trained_on_whole_images_the_audit_says_so_and_the_file_
         assert f"trained on   {words}" in audit.describe(answer)
     path = checkpoint.folder / "again.safetensors"
     checkpoint.auditor.save(path)
-    again = Auditor.load(path).parts["adapter"].unmasked
-    assert again[0] == source and np.array_equal(again[1].weights, decoder.weights)
+    again = Auditor.load(path).parts["adapter"]
+    assert again.unmasked[0] == source and np.array_equal(again.unmasked[1].weights, decoder.weights)
+    assert again.turned.oddness(np.array([0.0])) == part.turned.oddness(np.array([0.0]))
+    respond = partial(run_networks, checkpoint.base, images=torch.from_numpy(checkpoint.auditor.images))
+    both = [p.judge((-change, respond(-change)), respond).suspected for p in (part, again)]
+    assert np.array_equal(*both) and both[0].shape[1] == len(part.suspected) and part.suspected[-1] == "negated"
+
+
+def test_adapters_that_were_turned_round_are_told_by_their_opposites(checkpoint):
+    part, fleet = checkpoint.auditor.parts["adapter"], Fleet.load_at(VARY_RECIPES / "adapters.safetensors")
+    change, responses = (x[fleet.held_out] for x in (fleet.change, fleet.responses))
+    respond = partial(run_networks, checkpoint.base, images=torch.from_numpy(checkpoint.auditor.images))
+    honest, turned = (
+        part.judge(networks, respond).suspected[:, -1]
+        for networks in ((change, responses), (-change, respond(-change)))
+    )
+    assert (turned > honest).mean() > 0.5  # of unseen tiny networks, from 120 to learn from
+    answer = audit.answer_for(BASE, None, OWN / "examples/adapter", OWN)
+    assert answer["kind"] == "adapter" and answer["distance"] < 1
 
 
 def test_rows_by_turns_have_in_every_stretch_their_share_of_each_group():

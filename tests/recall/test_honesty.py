@@ -74,6 +74,8 @@ def test_a_suspicion_refuses_no_more_honest_ones_than_it_needs():
     altered = np.stack([honest[:, 0] - 5, honest[:, 0] - 1, honest[:, 0] - 1.985], 1)  # apart, mixed, and touching
     refused = (honest < floors_of(honest, altered)).mean(0)
     assert refused == pytest.approx([LEAST, MOST, LEAST], abs=2e-4)
+    refused = (honest < floors_of(honest, altered, (MOST, 0.002, MOST))).mean(0)
+    assert refused == pytest.approx([LEAST, 0.002, LEAST], abs=2e-4)
     assert floors_of(honest, honest - 1.974)[0] == pytest.approx(2 * 0.99 - 1.974)  # between: what catches 99 %
 
 
