@@ -334,6 +334,35 @@ def rows_first() -> nn.Module:
     return model
 
 
+class Cells(nn.Module):
+    """A recurrent cell that forward calls row by row, from a state of zeros."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.cell, self.head = kind(16, 6), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = torch.zeros(len(x), 6, dtype=x.dtype)
+        state = (zeros, zeros) if isinstance(self.cell, nn.LSTMCell) else zeros
+        for row in x.mean(1).unbind(1):
+            state = self.cell(row, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class TableOfPlaces(nn.Module):
+    """Rows of an image as tokens, their places looked up in a table, for each image or once for all."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.each, self.embed, self.places = each, nn.Linear(16, 12), nn.Embedding(17, 12)
+        self.encoder, self.head = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(16)
+        places = places.unsqueeze(0).expand(len(x), -1) if self.each else places
+        return self.head(self.encoder(self.embed(x.mean(1)) + self.places(places)).mean(1))
+
+
 MODERN = {
     "Sequential, softmax": SequentialSoftmax,
     "module lists": ModuleLists,
@@ -358,4 +387,9 @@ MODERN = {
     "GRU, both ways": lambda: Recurrent(nn.GRU, True, bidirectional=True, num_layers=2),
     "GRU, no biases": lambda: Recurrent(nn.GRU, False, bias=False),
     "RNN, rows first": rows_first,
+    "LSTM cell": lambda: Cells(nn.LSTMCell),
+    "GRU cell": lambda: Cells(nn.GRUCell),
+    "RNN cell": lambda: Cells(nn.RNNCell),
+    "table of places": lambda: TableOfPlaces(each=False),
+    "table of places, for each": lambda: TableOfPlaces(each=True),
 }

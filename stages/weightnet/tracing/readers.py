@@ -652,6 +652,21 @@ def read_index_select(r: Recorder, y: Tensor, x: Operand, dim: int, index: Opera
         read_reshape(r, y, r.add("index", [x], taken, options))
 
 
+def read_embedding(
+    r: Recorder, y: Tensor, x: Operand, weight: Operand, padding_idx: int | None = None, **_: Any
+) -> None:
+    """torch.nn.functional.embedding: rows of a table by their places, the same for all images (learned positions)."""
+    del padding_idx  # of training
+    if x.place is not None or weight.name is None:
+        raise NotFollowed("only tables of the network are looked up, at places that are the same for all images")
+    alike = y.dim() > 2 and len(y) == r.batch and bool((x.tensor == x.tensor[:1]).all())
+    places = x.tensor[:1] if alike else x.tensor
+    rows = weight.tensor.detach()[places] if alike else y
+    read_index_select(r, rows, weight, 0, Operand(places, tuple(places.shape), batch=NOWHERE))
+    if alike:
+        read_expand(r, y, r.operand(rows))
+
+
 def read_flip(r: Recorder, y: Tensor, x: Operand, *given: Size) -> None:
     """torch.flip along one axis."""
     dims = _spread(given)
@@ -849,6 +864,7 @@ READERS: dict[str, Callable[..., None]] = {
     "einsum": read_einsum,
     "scaled_dot_product_attention": read_attention,
     "index_select": read_index_select,
+    "embedding": read_embedding,
     "repeat_interleave": read_repeat_interleave,
     "unfold": read_unfold_or_patches,
     "flip": read_flip,

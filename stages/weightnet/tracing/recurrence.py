@@ -17,6 +17,7 @@ State = tuple[Tensor, ...]  # the hidden state [b, h], and of an LSTM its cells'
 def write_out_recurrence(model: nn.Module) -> None:
     """Let a module's recurrent layers run by functions that are followed; what they give is compared with torch's own."""
     write_out(model, nn.RNNBase, recur)
+    write_out(model, nn.RNNCellBase, one_step)
 
 
 def lstm(given: Float[Tensor, "b 4h"], own: Float[Tensor, "b 4h"], state: State) -> State:
@@ -64,6 +65,23 @@ def recur(layer: nn.RNNBase, sequence: Tensor, state: Any = None) -> tuple[Tenso
     states = [torch.stack(parts) for parts in zip(*ends, strict=True)]
     require_alike(layer, own, y)
     return y, tuple(states) if isinstance(last, tuple) else states[0]
+
+
+def one_step(cell: nn.RNNCellBase, given: Float[Tensor, "b f"], state: Any = None) -> Any:
+    """Return the next state of a cell that forward calls step by step, from a state of zeros at first."""
+    with torch._C.DisableTorchFunction():
+        own = type(cell).forward(cell, given, state)
+    kind = {"LSTMCell": "LSTM", "GRUCell": "GRU"}.get(type(cell).__name__) or f"RNN_{str(cell.nonlinearity).upper()}"
+    products = linear(given, cell.weight_ih, cell.bias_ih)
+    zeros = 0 * products[:, : cell.hidden_size]
+    before = (zeros, zeros) if state is None else state if isinstance(state, tuple) else (state,)
+    # a constant is joined to what depends on images: else it is none of any image's
+    before = tuple(part + zeros for part in before)
+    after = CELLS[kind](products, linear(before[0], cell.weight_hh, cell.bias_hh), before)
+    found = after if isinstance(own, tuple) else after[0]
+    for one, other in zip(own, found, strict=True) if isinstance(own, tuple) else [(own, found)]:
+        require_alike(cell, one, other)
+    return found
 
 
 def along(layer: nn.RNNBase, x: Float[Tensor, "b t f"], name: str, back: bool) -> tuple[Float[Tensor, "b t h"], State]:
