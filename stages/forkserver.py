@@ -23,7 +23,7 @@ from typing import NoReturn
 import stages
 
 # What most stages import. Not pandas: pyarrow's allocator has a thread, which a copy lacks.
-PRELOADED = ("torch", "torchvision", "timm", "scipy.stats", "sklearn.ensemble", "matplotlib.pyplot")
+PRELOADED = ("torch", "torchvision", "timm", "pydantic.main", "scipy.stats", "sklearn.ensemble", "matplotlib.pyplot")
 LONGEST_ADDRESS = 100  # bytes: of a socket's path, all systems take so many
 
 
