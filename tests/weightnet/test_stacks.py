@@ -59,6 +59,15 @@ def test_rescaling_relu_and_flipping_tanh_leave_the_function(kind, tanh):
         assert not symmetry.rigid
 
 
+def test_a_draw_of_0_flips_no_neuron_to_nothing(monkeypatch):
+    program, symmetry = zoo_program("cnn3", *SHAPE)
+    networks = Networks(program, symmetry, random_weights(program.layout.shapes), torch.tensor([True, False, True]))
+    images = torch.randn(5, 1, 8, 8).double()
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(shape))
+    moved = augmented(networks, 0.3, seeded())
+    torch.testing.assert_close(outputs(moved, images), outputs(networks, images), rtol=1e-9, atol=1e-9)
+
+
 def test_a_residual_stream_is_one_group_and_groups_of_a_norm_are_kept():
     _, symmetry = zoo_program("residual", *SHAPE)
     writers = {a.tensor for a in symmetry.axes if a.axis == 0 and a.parts[0].group == "stem"}

@@ -58,7 +58,8 @@ def augmented(networks: Networks, deviation: float, random: torch.Generator) -> 
     for group in symmetry.hidden:
         if group not in symmetry.rigid:
             normal = torch.randn(n, symmetry.sizes[group], generator=random)
-            factors[group] = torch.where(networks.tanh[:, None], normal.sign(), (deviation * normal).exp())
+            signs = torch.where(normal < 0, -1.0, 1.0)  # not normal.sign(): now and then a draw is 0
+            factors[group] = torch.where(networks.tanh[:, None], signs, (deviation * normal).exp())
     weights = rescale(networks.weights, symmetry, factors)
     weights = permute(weights, symmetry, random_permutations(symmetry, random))
     return Networks(networks.program, symmetry, weights, networks.tanh)
