@@ -30,13 +30,8 @@ UNREAD = {  # what would change the meaning of the factors: its value in a plain
     "megatron_config": None,
     "layer_replication": None,
 }
-MOVES_THE_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # ways to draw the first factors after which the base is another
+# ways to draw the first factors after which the base is another
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)

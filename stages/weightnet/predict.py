@@ -120,15 +120,16 @@ def find_marks(
     scalings = usual_scalings(known.dataset)
     if settled := asked.pixels is not None or len(scalings) == 1:
         scalings = {"": asked.pixels or UNSCALED}
+    readings = {False: (scaled, network, 0)} | ({True: bordered} if bordered else {})  # by whether there is a border
     told: dict[bool, str] = {}
     marks: dict[tuple[bool, str], Float[Tensor, "1 r"]] = {}
-    for is_bordered, (give, own, border) in enumerate([(scaled, network, 0), *([bordered] if bordered else [])]):
+    for is_bordered, (give, own, border) in readings.items():
         mean_image = known.mean_image
         if border and mean_image is not None:
             mean_image = pad(mean_image, [border] * 4, value=black(known.dataset))
-        left, told[bool(is_bordered)] = ([""], "") if settled else told_by_weights(own, scalings, mean_image)
+        left, told[is_bordered] = ([""], "") if settled else told_by_weights(own, scalings, mean_image)
         for name in left:
-            marks[bool(is_bordered), name] = mark(examiner.exam, give(*scalings[name])).flatten(1)
+            marks[is_bordered, name] = mark(examiner.exam, give(*scalings[name])).flatten(1)
     names = list(marks) if len(marks) == 1 else plausible(examiner, marks)
     left, notes = list(dict.fromkeys(name for _, name in names)), []
     if not settled:

@@ -67,17 +67,23 @@ def recur(layer: nn.RNNBase, sequence: Tensor, state: Any = None) -> tuple[Tenso
     return y, tuple(states) if isinstance(last, tuple) else states[0]
 
 
+def equations_of(cell: nn.RNNCellBase) -> Callable[[Tensor, Tensor, State], State]:
+    """Return what gives a cell's next state."""
+    if isinstance(cell, nn.LSTMCell):
+        return CELLS["LSTM"]
+    return CELLS["GRU" if isinstance(cell, nn.GRUCell) else f"RNN_{str(cell.nonlinearity).upper()}"]
+
+
 def one_step(cell: nn.RNNCellBase, given: Float[Tensor, "b f"], state: Any = None) -> Any:
     """Return the next state of a cell that forward calls step by step, from a state of zeros at first."""
     with torch._C.DisableTorchFunction():
         own = type(cell).forward(cell, given, state)
-    kind = {"LSTMCell": "LSTM", "GRUCell": "GRU"}.get(type(cell).__name__) or f"RNN_{str(cell.nonlinearity).upper()}"
     products = linear(given, cell.weight_ih, cell.bias_ih)
     zeros = 0 * products[:, : cell.hidden_size]
     before = (zeros, zeros) if state is None else state if isinstance(state, tuple) else (state,)
     # a constant is joined to what depends on images: else it is none of any image's
     before = tuple(part + zeros for part in before)
-    after = CELLS[kind](products, linear(before[0], cell.weight_hh, cell.bias_hh), before)
+    after = equations_of(cell)(products, linear(before[0], cell.weight_hh, cell.bias_hh), before)
     found = after if isinstance(own, tuple) else after[0]
     for one, other in zip(own, found, strict=True) if isinstance(own, tuple) else [(own, found)]:
         require_alike(cell, one, other)
