@@ -106,7 +106,8 @@ def load_predictions(dataset: str) -> Table:
         PREDICTORS / f"{dataset}-{family}" / "predictions.parquet" for family in lookup("train_weightnet.variants")
     ]
     found = [load_table(path) for path in paths if path.is_file()] or [load_table(require(paths[0]))]
-    return Table({name: np.array([value for table in found for value in table[name]]) for name in found[0]})
+    some = [table for table in found if table]  # of a family whose members are all left out there is none
+    return Table({name: np.array([value for table in some for value in table[name]]) for name in some[0]})
 
 
 def find_zoos(dataset: str, table: Table) -> tuple[str, dict[str, Zoo]]:
