@@ -6,9 +6,10 @@ from reproduction import set_params
 from running import start
 from small_networks import seeded
 
+from stages.common.files import save_table
 from stages.datasets import fetch_data
 from stages.weightnet import build_zoo, evaluate_weightnet, train_weightnet
-from stages.weightnet.evaluate_weightnet import by_architecture, learning_curve, score
+from stages.weightnet.evaluate_weightnet import by_architecture, learning_curve, load_predictions, score
 from stages.weightnet.predictors.targets import from_scale, to_scale
 from stages.weightnet.zoo.properties import PROPERTIES, REFERENCES
 
@@ -21,6 +22,12 @@ def test_scales_of_properties_are_inverted():
 def test_a_prediction_far_from_all_that_is_known_is_a_number():
     far = torch.full((1, len(PROPERTIES)), 1e4)
     assert from_scale(far).isfinite().all() and from_scale(-far).isfinite().all()
+
+
+def test_a_family_whose_members_are_all_left_out_predicts_nothing(project):
+    for family, rows in {"exam": [{"predictor": "exam", "split": 0}], "ablations": []}.items():
+        save_table(project / f"models/train_weightnet/digits-{family}/predictions.parquet", rows)
+    assert load_predictions("digits").columns["predictor"].tolist() == ["exam"]
 
 
 def test_scores_of_perfect_reversed_and_constant_predictions():
