@@ -47,15 +47,7 @@ from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.mover import Forecaster, Mover
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.released import OUTPUTS, RELEASED, load_released
-from stages.forecast.rivals import (
-    NINO_STATES,
-    ExponentialAverage,
-    Forecast,
-    Last,
-    LatestAverage,
-    Nino,
-    Reader,
-)
+from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
 from stages.forecast.trajectory import WINDOW
 from stages.forecast.world import strided, world_input
 

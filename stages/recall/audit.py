@@ -311,9 +311,8 @@ def answer_for(base: Path | None, checkpoint: Path | None, adapter: Path | None,
         known, read = tuned_from or load_base(start), read_change
     check_base(start, known, auditor, folder)
     change = read_adapter(path, known) if adapter else read(path, known)
-    if (
-        adapter and "backbone" not in auditor.card
-    ):  # bases of one's own have no head: fleets of theirs have new ones, too
+    # Fleets of a base of one's own have new heads, too.
+    if adapter and "backbone" not in auditor.card:
         check_saved_head(path, load_beside(adapter), known)
     kind: Kind = "adapter" if adapter else "whole"
     weights = known.start.numpy() + change

@@ -90,7 +90,7 @@ WARNING = "do not trust this"
 
 
 class OnPixels(nn.Module):
-    """A network whose images come in units of its pixels' deviation, around their mean; perhaps without their border."""
+    """A network whose images come in units of its pixels' deviation, around their mean; it puts a black border around them, if told."""
 
     def __init__(self, network: nn.Module, mean: float, std: float, border: int = 0, black: float = 0.0) -> None:
         super().__init__()
