@@ -47,7 +47,7 @@ from stages.forecast.layerwise import LayerForecaster
 from stages.forecast.mover import Forecaster, Mover
 from stages.forecast.nowcast import NowcastOptimizer
 from stages.forecast.released import OUTPUTS, RELEASED, load_released
-from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Nino, Reader
+from stages.forecast.rivals import NINO_STATES, ExponentialAverage, Forecast, Last, LatestAverage, Line, Nino, Reader
 from stages.forecast.trajectory import WINDOW
 from stages.forecast.world import strided, world_input
 
@@ -57,12 +57,14 @@ HELD_OUT = 12  # one in so many training images
 WARMUP_FRACTION = 0.05  # of a cosine schedule
 NEAR = 0.015  # of accuracy: where test images judge, they are not asked farther below the target on validation images
 CHUNK = 500  # images evaluated at a time
+MOVES = ("move_every", "move_horizons", "line_horizons", "nino_every", "nino_horizons")  # of Params
 
 Part = Literal["validation", "test"]
 T = TypeVar("T")
 Images = tuple[Tensor, Tensor]
 Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
 Moves = Callable[[int], bool]  # called after each step: whether the network's weights were moved
+MakesMoves = Callable[[nn.Module], Moves]
 
 
 class Point(TypedDict):
@@ -120,6 +122,7 @@ class Params(StageParams):
     choice_images: PositiveInt  # held-out images by which it chooses
     move_every: PositiveInt  # steps between the states of which forecasts are made that are moved to
     move_horizons: list[PositiveInt]  # of these forecasts, one after the other
+    line_horizons: list[PositiveInt]  # the same of straight lines through these states
     nino_every: PositiveInt  # the same of NiNo's
     nino_horizons: list[PositiveInt]
     variant: Task
@@ -141,14 +144,15 @@ class Method:
     """What sets a run apart: who reads its weights, and what moves them beside AdamW at a constant rate.
 
     rate: a constant one, in times the task's. schedule: a cosine's length, and its peak in the same unit. wrap: makes an optimiser of
-    the bare one, a network and validation images.
+    the bare one, a network and validation images. checkpoint: the digest of the file by which weights are moved, if it is not ours.
     """
 
     readers: Readers
     rate: float = 1.0
     schedule: tuple[int, float] | None = None
     wrap: Callable[[torch.optim.Optimizer, nn.Module, Images], NowcastOptimizer] | None = None
-    mover: Callable[[nn.Module], Moves] = lambda _: lambda _step: False
+    mover: MakesMoves = lambda _: lambda _step: False
+    checkpoint: str = ""
 
 
 @dataclass
@@ -227,10 +231,8 @@ def batches(n: int, size: int, random: torch.Generator) -> Iterator[Int[Tensor, 
         yield from order[: n // size * size].split(size)
 
 
-def moved_method(
-    name: str, forecaster: Forecaster, states: int, every: int, horizons: list[int], decay: float
-) -> Method:
-    """Return the method that moves to a forecast of `states` states so many steps apart. decay: of the average that is read beside."""
+def mover_by(forecaster: Forecaster, states: int, every: int, horizons: list[int]) -> MakesMoves:
+    """Return what moves a network to a forecast of `states` states so many steps apart."""
 
     def mover(network: nn.Module) -> Moves:
         moving = Mover(network, forecaster, every, states, horizons, decay=0.0)
@@ -242,10 +244,12 @@ def moved_method(
 
         return moves
 
-    return Method(readers_of_moved(name, decay), mover=mover)
+    return mover
 
 
-def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int, choice_images: int) -> Method:
+def nowcast_method(
+    readers: Readers, model: LayerForecaster, decay: float, every: int, steps: int, choice_images: int
+) -> Method:
     """Return NowcastOptimizer's method. model: what it forecasts by; choice_images: how many validation images it chooses by."""
 
     def wrap(bare: torch.optim.Optimizer, network: nn.Module, images: Images) -> NowcastOptimizer:
@@ -257,11 +261,7 @@ def nowcast_method(model: LayerForecaster, decay: float, every: int, steps: int,
 
         return NowcastOptimizer(bare, model, validation_loss, every, patience=steps, decay=decay)
 
-    return Method(
-        readers_of_moved("nowcast", decay),
-        wrap=wrap,
-        mover=lambda _: lambda step: step % ((WINDOW + 1) * every) == 0,
-    )
+    return Method(readers, wrap=wrap, mover=lambda _: lambda step: step % ((WINDOW + 1) * every) == 0)
 
 
 def train(
@@ -340,9 +340,14 @@ def readers_beside(
     return build
 
 
-def readers_of_moved(prefix: str, decay: float) -> Readers:
-    """Return the readers of a run whose method moves its weights: these, and their average."""
-    return lambda _: {prefix: Last(), f"{prefix}, average": ExponentialAverage(decay)}
+def readers_of_moved(prefix: str, model: LayerForecaster, decay: float, forecast: tuple[int, int]) -> Readers:
+    """Return the readers of a run whose method moves its weights: these, their average, and our forecast of that."""
+    every, ahead = forecast
+    return lambda layout: {
+        prefix: Last(),
+        f"{prefix}, average": ExponentialAverage(decay),
+        f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, decay),
+    }
 
 
 def reached_at(rows: Sequence[Point], part: Part, target: float) -> Point | None:
@@ -384,22 +389,53 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def movers_of(
+    model: LayerForecaster,
+    nino: Path | None,
+    move_every: int,
+    move_horizons: list[int],
+    line_horizons: list[int],
+    nino_every: int,
+    nino_horizons: list[int],
+) -> tuple[dict[str, MakesMoves], dict[str, str]]:
+    """Return by name what training is moved by, and digests of files that are not ours. model: our forecaster; nino: its file."""
+    states = WINDOW + 1
+    line = Line(states, tuple(line_horizons))
+    movers = {
+        "moved": mover_by(model, states, move_every, move_horizons),
+        "line": mover_by(line, states, move_every, line_horizons),
+    }
+    if nino is None:
+        return movers, {}
+    movers["nino"] = mover_by(Nino(nino), NINO_STATES, nino_every, nino_horizons)
+    return movers, {"nino": f"-{fingerprint(nino)[:8]}"}  # other runs are the same without it
+
+
 def methods_of(
     beside: Callable[[str], Readers],
+    of_moved: Callable[[str], Readers],
     rates: list[float],
     cosine: list[tuple[int, float]],
-    moved: dict[str, Method],
-    nowcast: Method,
+    movers: dict[str, MakesMoves],
+    checkpoints: dict[str, str],
 ) -> dict[str, Method]:
-    """Return all methods by name, in the order in which they race. beside: readers of a run that they leave alone."""
-    methods = {"adamw": Method(beside("adamw"))} | moved
+    """Return methods by name, in the order in which they race: AdamW by rate and schedule, then what `movers` move of it.
+
+    They move training at the task's own rate and on every schedule. beside, of_moved: readers of a run that they leave alone, and of
+    one that is moved. checkpoints: digests of the files that movers move by, where they are not ours.
+    """
+    methods = {"adamw": Method(beside("adamw"))}
     for rate in rates:
         name = f"adamw x {rate:g}"
         methods[name] = Method(beside(name), rate=rate)
     for length, peak in cosine:
         name = f"cosine {length} x {peak:g}"
         methods[name] = Method(beside(name), schedule=(length, peak))
-    return methods | {"nowcast": nowcast}
+    for schedule in (None, *cosine):
+        for mover, moves in movers.items():
+            name = f"cosine {schedule[0]} x {schedule[1]:g}, {mover}" if schedule else mover
+            methods[name] = Method(of_moved(name), 1.0, schedule, None, moves, checkpoints.get(mover, ""))
+    return methods
 
 
 def remove_others(work: Path) -> None:
@@ -415,18 +451,16 @@ def main() -> None:
     pin_threads()
     model, proposer = (load_released(path)[0] for path in (RELEASED, OUTPUTS))
     steps, decay, target = params.steps, params.decay, params.variant.target
-    read_by = params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
-    beside = partial(readers_beside, model=model, **read_by)
-    nowcast = nowcast_method(proposer, decay, params.nowcast_every, steps, params.choice_images)
-    moved_by: dict[str, tuple[Forecaster, int, int, list[int]]] = {
-        "moved": (model, WINDOW + 1, params.move_every, params.move_horizons)
+    of_moved = partial(readers_of_moved, model=model, decay=decay, forecast=params.forecast)
+    beside = partial(
+        readers_beside, model=model, **params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
+    )
+    movers, checkpoints = movers_of(model, arguments.nino, **params.model_dump(include=set(MOVES)))
+    methods = methods_of(beside, of_moved, params.rates, params.cosine, movers, checkpoints) | {
+        "nowcast": nowcast_method(
+            of_moved("nowcast"), proposer, decay, params.nowcast_every, steps, params.choice_images
+        )
     }
-    peer = {}
-    if arguments.nino:
-        moved_by["nino"] = (Nino(arguments.nino), NINO_STATES, params.nino_every, params.nino_horizons)
-        peer["nino"] = f"-{fingerprint(arguments.nino)[:8]}"  # other runs are the same without it
-    moved = {name: moved_method(name, *how, decay) for name, how in moved_by.items()}
-    methods = methods_of(beside, params.rates, params.cosine, moved, nowcast)
     settings = params.model_dump(include={"steps", "batch_size", "evaluate_every", "evaluate_from", "judged_on"})
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]
     work = work_folder(
@@ -438,7 +472,7 @@ def main() -> None:
         data = load_data(params.variant, seed, params.test_images)
         for name, method in methods.items():
             compute = partial(train, data, method, seed, params.variant, **settings)
-            result = remembered(work / f"{name}{peer.get(name, '')}-{seed}.json", compute)
+            result = remembered(work / f"{name}{method.checkpoint}-{seed}.json", compute)
             rows += [{"run": name, "seed": seed, **point} for point in result["history"]]
             chosen.setdefault(name, []).extend(result["chosen"])
     summary: Summary = {part: summarise(rows, part, target, steps) for part in params.judged_on}

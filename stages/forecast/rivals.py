@@ -1,10 +1,11 @@
-"""What a forecast has to beat while training: averages of weights, and NiNo's published forecaster.
+"""What a forecast has to beat while training: averages of weights, a line through them, and NiNo's published forecaster.
 
 Axes: t states, n weights of a tensor, h horizons, p all weights.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -97,6 +98,21 @@ class Forecast:
             return None
         run = Trajectory(self.layout, torch.stack([self.first, *self.recent]), None)
         return self.model.predict(run, len(run) - 1)[self.horizon]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Each weight's least-squares line through its latest states: the forecast that takes no learning."""
+
+    states: int
+    horizons: tuple[int, ...]
+
+    def predict(self, run: Trajectory, t: int) -> Float[Tensor, "h p"]:
+        """Return the weights of a run at t + h for every horizon, from its latest snapshots up to t."""
+        states = run.weights[t + 1 - self.states : t + 1]
+        times = torch.arange(self.states) - (self.states - 1) / 2
+        slope = times @ states / times.square().sum()
+        return states.mean(0) + (times[-1] + torch.tensor(self.horizons))[:, None] * slope
 
 
 class Nino:

@@ -7,11 +7,27 @@ from reproduction import ROOT, set_params
 
 from stages.common.files import load_json, save_json
 from stages.forecast import race_to_target
-from stages.forecast.race_to_target import REPORTS
+from stages.forecast.race_to_target import REPORTS, methods_of
 from stages.forecast.released import OUTPUTS, RELEASED
 
 WORK = Path(".work/race_to_target/fm16")
-METHODS = ("adamw", "moved", "adamw x 2", "cosine", "nowcast")
+SETTINGS = (
+    "race_to_target.rates=[2.0]",
+    "race_to_target.cosine=[[8000,2.0],[8000,4.0]]",
+)
+METHODS = (
+    "adamw",
+    "adamw x 2",
+    "cosine 8000 x 2",
+    "cosine 8000 x 4",
+    "moved",
+    "line",
+    "cosine 8000 x 2, moved",
+    "cosine 8000 x 2, line",
+    "cosine 8000 x 4, moved",
+    "cosine 8000 x 4, line",
+    "nowcast",
+)
 
 
 @pytest.fixture
@@ -35,7 +51,7 @@ def race(tmp_path, monkeypatch):
         return {"history": rows, "chosen": ["stay"]}
 
     def run(seeds: list[int], *overrides: str) -> list[int]:
-        set_params(Path("params.yaml"), [f"race_to_target.seeds={seeds}", *overrides])
+        set_params(Path("params.yaml"), [f"race_to_target.seeds={seeds}", *SETTINGS, *overrides])
         trained.clear()
         race_to_target.main()
         return list(trained)
@@ -76,5 +92,24 @@ def test_another_checkpoint_of_nino_costs_its_own_runs_alone(race, monkeypatch):
     monkeypatch.setattr("sys.argv", ["race_to_target", "--variant", "fm16", "--nino", "nino.pt"])
     for content in (b"one", b"another"):
         Path("nino.pt").write_bytes(content)
-        assert race([0]) == [0]
+        assert race([0]) == [0] * 3  # at the task's rate, and on two schedules
         assert race([0]) == []
+
+
+def test_every_method_has_runs_of_its_own(race):
+    race([3])
+    (work,) = WORK.iterdir()
+    assert sorted(file.name for file in work.iterdir()) == sorted(f"{method}-3.json" for method in METHODS)
+
+
+def test_training_is_moved_at_the_task_s_rate_and_on_every_schedule():
+    readers = dict.fromkeys
+    methods = methods_of(readers, readers, [2.0], [(80, 4.0)], {"line": print}, {"line": "-1"})
+    assert [(name, m.rate, m.schedule, m.checkpoint) for name, m in methods.items()] == [
+        ("adamw", 1.0, None, ""),
+        ("adamw x 2", 2.0, None, ""),
+        ("cosine 80 x 4", 1.0, (80, 4.0), ""),
+        ("line", 1.0, None, "-1"),
+        ("cosine 80 x 4, line", 1.0, (80, 4.0), "-1"),
+    ]
+    assert [name for name, method in methods.items() if method.mover is print] == ["line", "cosine 80 x 4, line"]

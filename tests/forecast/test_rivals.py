@@ -22,7 +22,7 @@ from stages.forecast.race_to_target import (
     train,
     weights_of,
 )
-from stages.forecast.rivals import ExponentialAverage, Forecast, Last, LatestAverage, Nino
+from stages.forecast.rivals import ExponentialAverage, Forecast, Last, LatestAverage, Line, Nino
 from stages.forecast.trajectory import WINDOW, Trajectory
 
 LAYOUT = Layout({"0.weight": (4, 3), "0.bias": (4,)})
@@ -59,6 +59,17 @@ def test_a_forecast_reads_snapshots_of_the_path_and_waits_for_enough():
     ahead = read(Forecast(model, LAYOUT, 5, 5), weights)
     run = Trajectory(LAYOUT, torch.cat([weights[:1], weights[4::5]]), None)
     assert torch.equal(ahead, model.predict(run, len(run) - 1)[1])
+
+
+def test_a_line_goes_on_exactly_where_weights_move_evenly_and_is_the_best_fit_elsewhere():
+    times = torch.arange(9.0)[:, None]
+    start, slope = path(2)
+    even = Trajectory(LAYOUT, start + times * slope, None)
+    assert torch.allclose(Line(5, (1, 4)).predict(even, 6), start + torch.tensor([[7.0], [10.0]]) * slope, atol=1e-5)
+    uneven = Trajectory(LAYOUT, path(9), None)
+    design = torch.cat([torch.ones(5, 1), times[2:7]], 1)
+    fitted = torch.linalg.lstsq(design, uneven.weights[2:7]).solution
+    assert torch.allclose(Line(5, (4,)).predict(uneven, 6)[0], fitted[0] + 10 * fitted[1], atol=1e-4)
 
 
 @pytest.fixture
