@@ -8,11 +8,12 @@ Writes  reports/race_to_target/<task>/history.csv    accuracy by run, method, se
 
 Tasks as in Knyazev et al. 2024, arXiv:2409.04434, table 1: three convolutions, AdamW without weight decay, batches of 128, one twelfth
 of the training images held out, at most 10,000 steps. Networks and batches are the seed's, whatever the method. Averages and
-forecasts that training takes no notice of are read from one run; moves to forecasts, ours, NiNo's and NowcastOptimizer's, change it,
-and have runs of their own. A method that reaches the target on validation images is asked once for its test accuracy, and races no more;
-with `judged_on: [validation, test]` it goes on until test images agree, as NiNo's authors judge. Finished runs stay in
-.work/race_to_target/<task>/, some 30 kB each, so that a stage that was killed goes on where it was, and another seed costs that seed
-alone. A race that ends removes those of its task that other code, data or parameters left; `rm -r .work/race_to_target` removes all.
+forecasts that training takes no notice of are read from one run; moves to forecasts change it, and have runs of their own: ours, NiNo's
+and those of straight lines, at the task's rate and on every schedule, and NowcastOptimizer's. A method that reaches the target on
+validation images is asked once for its test accuracy, and races no more; with `judged_on: [validation, test]` it goes on until test
+images agree, as NiNo's authors judge. Finished runs stay in .work/race_to_target/<task>/, some 30 kB each, so that a stage that was
+killed goes on where it was, and another seed costs that seed alone. A race that ends removes those of its task that other code, data or
+parameters left; `rm -r .work/race_to_target` removes all.
 
 Axes: n images, p weights.
 """
@@ -57,7 +58,6 @@ HELD_OUT = 12  # one in so many training images
 WARMUP_FRACTION = 0.05  # of a cosine schedule
 NEAR = 0.015  # of accuracy: where test images judge, they are not asked farther below the target on validation images
 CHUNK = 500  # images evaluated at a time
-MOVES = ("move_every", "move_horizons", "line_horizons", "nino_every", "nino_horizons")  # of Params
 
 Part = Literal["validation", "test"]
 T = TypeVar("T")
@@ -144,7 +144,8 @@ class Method:
     """What sets a run apart: who reads its weights, and what moves them beside AdamW at a constant rate.
 
     rate: a constant one, in times the task's. schedule: a cosine's length, and its peak in the same unit. wrap: makes an optimiser of
-    the bare one, a network and validation images. checkpoint: the digest of the file by which weights are moved, if it is not ours.
+    the bare one, a network and validation images. checkpoint: the digest of the file by which weights are moved, if it is not ours:
+    other runs are the same without it.
     """
 
     readers: Readers
@@ -408,7 +409,7 @@ def movers_of(
     if nino is None:
         return movers, {}
     movers["nino"] = mover_by(Nino(nino), NINO_STATES, nino_every, nino_horizons)
-    return movers, {"nino": f"-{fingerprint(nino)[:8]}"}  # other runs are the same without it
+    return movers, {"nino": fingerprint(nino)[:8]}
 
 
 def methods_of(
@@ -424,16 +425,15 @@ def methods_of(
     They move training at the task's own rate and on every schedule. beside, of_moved: readers of a run that they leave alone, and of
     one that is moved. checkpoints: digests of the files that movers move by, where they are not ours.
     """
+    cosines = {f"cosine {length} x {peak:g}": (length, peak) for length, peak in cosine}
     methods = {"adamw": Method(beside("adamw"))}
     for rate in rates:
         name = f"adamw x {rate:g}"
         methods[name] = Method(beside(name), rate=rate)
-    for length, peak in cosine:
-        name = f"cosine {length} x {peak:g}"
-        methods[name] = Method(beside(name), schedule=(length, peak))
-    for schedule in (None, *cosine):
-        for mover, moves in movers.items():
-            name = f"cosine {schedule[0]} x {schedule[1]:g}, {mover}" if schedule else mover
+    for name, schedule in cosines.items():
+        methods[name] = Method(beside(name), schedule=schedule)
+    for mover, moves in movers.items():
+        for name, schedule in {mover: None, **{f"{on}, {mover}": schedule for on, schedule in cosines.items()}}.items():
             methods[name] = Method(of_moved(name), 1.0, schedule, None, moves, checkpoints.get(mover, ""))
     return methods
 
@@ -451,16 +451,17 @@ def main() -> None:
     pin_threads()
     model, proposer = (load_released(path)[0] for path in (RELEASED, OUTPUTS))
     steps, decay, target = params.steps, params.decay, params.variant.target
-    of_moved = partial(readers_of_moved, model=model, decay=decay, forecast=params.forecast)
-    beside = partial(
-        readers_beside, model=model, **params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
+    read_by = params.model_dump(include={"decay", "latest", "forecast", "far_forecast"})
+    moved_by = params.model_dump(
+        include={"move_every", "move_horizons", "line_horizons", "nino_every", "nino_horizons"}
     )
-    movers, checkpoints = movers_of(model, arguments.nino, **params.model_dump(include=set(MOVES)))
-    methods = methods_of(beside, of_moved, params.rates, params.cosine, movers, checkpoints) | {
-        "nowcast": nowcast_method(
-            of_moved("nowcast"), proposer, decay, params.nowcast_every, steps, params.choice_images
-        )
-    }
+    beside = partial(readers_beside, model=model, **read_by)
+    of_moved = partial(readers_of_moved, model=model, decay=decay, forecast=params.forecast)
+    movers, checkpoints = movers_of(model, arguments.nino, **moved_by)
+    methods = methods_of(beside, of_moved, params.rates, params.cosine, movers, checkpoints)
+    methods["nowcast"] = nowcast_method(
+        of_moved("nowcast"), proposer, decay, params.nowcast_every, steps, params.choice_images
+    )
     settings = params.model_dump(include={"steps", "batch_size", "evaluate_every", "evaluate_from", "judged_on"})
     inputs = [Path(f"data/{params.variant.dataset}.safetensors"), RELEASED, OUTPUTS]
     work = work_folder(
@@ -472,7 +473,7 @@ def main() -> None:
         data = load_data(params.variant, seed, params.test_images)
         for name, method in methods.items():
             compute = partial(train, data, method, seed, params.variant, **settings)
-            result = remembered(work / f"{name}{method.checkpoint}-{seed}.json", compute)
+            result = remembered(work / f"{'-'.join(filter(None, (name, method.checkpoint, str(seed))))}.json", compute)
             rows += [{"run": name, "seed": seed, **point} for point in result["history"]]
             chosen.setdefault(name, []).extend(result["chosen"])
     summary: Summary = {part: summarise(rows, part, target, steps) for part in params.judged_on}
