@@ -64,7 +64,7 @@ T = TypeVar("T")
 Images = tuple[Tensor, Tensor]
 Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
 Moves = Callable[[int], bool]  # called after each step: whether the network's weights were moved
-MakesMoves = Callable[[nn.Module], Moves]
+MakesMoves = Callable[[nn.Module], Moves]  # of the network that is trained
 
 
 class Point(TypedDict):
@@ -433,8 +433,10 @@ def methods_of(
     for name, schedule in cosines.items():
         methods[name] = Method(beside(name), schedule=schedule)
     for mover, moves in movers.items():
-        for name, schedule in {mover: None, **{f"{on}, {mover}": schedule for on, schedule in cosines.items()}}.items():
-            methods[name] = Method(of_moved(name), 1.0, schedule, None, moves, checkpoints.get(mover, ""))
+        schedules = {mover: None} | {f"{on}, {mover}": schedule for on, schedule in cosines.items()}
+        for name, schedule in schedules.items():
+            checkpoint = checkpoints.get(mover, "")
+            methods[name] = Method(of_moved(name), schedule=schedule, mover=moves, checkpoint=checkpoint)
     return methods
 
 

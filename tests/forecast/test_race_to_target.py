@@ -103,8 +103,11 @@ def test_every_method_has_runs_of_its_own(race):
 
 
 def test_training_is_moved_at_the_task_s_rate_and_on_every_schedule():
-    readers = dict.fromkeys
-    methods = methods_of(readers, readers, [2.0], [(80, 4.0)], {"line": print}, {"line": "1"})
+
+    def moves(_network):
+        raise AssertionError("nothing is trained here")
+
+    methods = methods_of("{}".format, "{} moved".format, [2.0], [(80, 4.0)], {"line": moves}, checkpoints={"line": "1"})
     assert [(name, m.rate, m.schedule, m.checkpoint) for name, m in methods.items()] == [
         ("adamw", 1.0, None, ""),
         ("adamw x 2", 2.0, None, ""),
@@ -112,4 +115,6 @@ def test_training_is_moved_at_the_task_s_rate_and_on_every_schedule():
         ("line", 1.0, None, "1"),
         ("cosine 80 x 4, line", 1.0, (80, 4.0), "1"),
     ]
-    assert [name for name, method in methods.items() if method.mover is print] == ["line", "cosine 80 x 4, line"]
+    moved = {name for name, method in methods.items() if method.mover is moves}
+    assert moved == {"line", "cosine 80 x 4, line"}
+    assert all(method.readers == (f"{name} moved" if name in moved else name) for name, method in methods.items())
