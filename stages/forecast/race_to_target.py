@@ -65,6 +65,7 @@ Images = tuple[Tensor, Tensor]
 Readers = Callable[[Layout], dict[str, Reader]]  # of a network that weights of this layout make
 Moves = Callable[[int], bool]  # called after each step: whether the network's weights were moved
 MakesMoves = Callable[[nn.Module], Moves]  # of the network that is trained
+Movers = dict[str, tuple[MakesMoves, str]]  # and the digests of the files that they go by, "" where these are ours
 
 
 class Point(TypedDict):
@@ -316,31 +317,6 @@ def train(
     return {"history": history, "chosen": optimizer.chosen if isinstance(optimizer, NowcastOptimizer) else []}
 
 
-def readers_beside(
-    prefix: str,
-    model: LayerForecaster,
-    decay: float,
-    latest: tuple[int, int],
-    forecast: tuple[int, int],
-    far_forecast: tuple[int, int, float],
-) -> Readers:
-    """Return the readers of a run whose training they leave alone: its weights, two averages, and forecasts."""
-    every, ahead = forecast
-    snapshots, between = latest
-
-    def build(layout: Layout) -> dict[str, Reader]:
-        return {
-            prefix: Last(),
-            f"{prefix}, average": ExponentialAverage(decay),
-            f"{prefix}, mean of latest": LatestAverage(between, snapshots),
-            f"{prefix}, forecast": Forecast(model, layout, every, ahead),
-            f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, decay),
-            f"{prefix}, far forecast of average": Forecast(model, layout, *far_forecast),
-        }
-
-    return build
-
-
 def readers_of_moved(prefix: str, model: LayerForecaster, decay: float, forecast: tuple[int, int]) -> Readers:
     """Return the readers of a run whose method moves its weights: these, their average, and our forecast of that."""
     every, ahead = forecast
@@ -349,6 +325,28 @@ def readers_of_moved(prefix: str, model: LayerForecaster, decay: float, forecast
         f"{prefix}, average": ExponentialAverage(decay),
         f"{prefix}, forecast of average": Forecast(model, layout, every, ahead, decay),
     }
+
+
+def readers_beside(
+    prefix: str,
+    model: LayerForecaster,
+    decay: float,
+    latest: tuple[int, int],
+    forecast: tuple[int, int],
+    far_forecast: tuple[int, int, float],
+) -> Readers:
+    """Return the readers of a run whose training they leave alone: those of one that is moved, another average, other forecasts."""
+    every, ahead = forecast
+    snapshots, between = latest
+    as_moved = readers_of_moved(prefix, model, decay, forecast)
+    return lambda layout: (
+        as_moved(layout)
+        | {
+            f"{prefix}, mean of latest": LatestAverage(between, snapshots),
+            f"{prefix}, forecast": Forecast(model, layout, every, ahead),
+            f"{prefix}, far forecast of average": Forecast(model, layout, *far_forecast),
+        }
+    )
 
 
 def reached_at(rows: Sequence[Point], part: Part, target: float) -> Point | None:
@@ -398,18 +396,17 @@ def movers_of(
     line_horizons: list[int],
     nino_every: int,
     nino_horizons: list[int],
-) -> tuple[dict[str, MakesMoves], dict[str, str]]:
-    """Return by name what training is moved by, and digests of files that are not ours. model: our forecaster; nino: its file."""
+) -> Movers:
+    """Return by name what training is moved by. model: our forecaster; nino: its file, if it takes part."""
     states = WINDOW + 1
     line = Line(states, tuple(line_horizons))
     movers = {
-        "moved": mover_by(model, states, move_every, move_horizons),
-        "line": mover_by(line, states, move_every, line_horizons),
+        "moved": (mover_by(model, states, move_every, move_horizons), ""),
+        "line": (mover_by(line, states, move_every, line_horizons), ""),
     }
-    if nino is None:
-        return movers, {}
-    movers["nino"] = mover_by(Nino(nino), NINO_STATES, nino_every, nino_horizons)
-    return movers, {"nino": fingerprint(nino)[:8]}
+    if nino is not None:
+        movers["nino"] = mover_by(Nino(nino), NINO_STATES, nino_every, nino_horizons), fingerprint(nino)[:8]
+    return movers
 
 
 def methods_of(
@@ -417,13 +414,12 @@ def methods_of(
     of_moved: Callable[[str], Readers],
     rates: list[float],
     cosine: list[tuple[int, float]],
-    movers: dict[str, MakesMoves],
-    checkpoints: dict[str, str],
+    movers: Movers,
 ) -> dict[str, Method]:
     """Return methods by name, in the order in which they race: AdamW by rate and schedule, then what `movers` move of it.
 
     They move training at the task's own rate and on every schedule. beside, of_moved: readers of a run that they leave alone, and of
-    one that is moved. checkpoints: digests of the files that movers move by, where they are not ours.
+    one that is moved.
     """
     cosines = {f"cosine {length} x {peak:g}": (length, peak) for length, peak in cosine}
     methods = {"adamw": Method(beside("adamw"))}
@@ -432,10 +428,9 @@ def methods_of(
         methods[name] = Method(beside(name), rate=rate)
     for name, schedule in cosines.items():
         methods[name] = Method(beside(name), schedule=schedule)
-    for mover, moves in movers.items():
+    for mover, (moves, checkpoint) in movers.items():
         schedules = {mover: None} | {f"{on}, {mover}": schedule for on, schedule in cosines.items()}
         for name, schedule in schedules.items():
-            checkpoint = checkpoints.get(mover, "")
             methods[name] = Method(of_moved(name), schedule=schedule, mover=moves, checkpoint=checkpoint)
     return methods
 
@@ -459,8 +454,8 @@ def main() -> None:
     )
     beside = partial(readers_beside, model=model, **read_by)
     of_moved = partial(readers_of_moved, model=model, decay=decay, forecast=params.forecast)
-    movers, checkpoints = movers_of(model, arguments.nino, **moved_by)
-    methods = methods_of(beside, of_moved, params.rates, params.cosine, movers, checkpoints)
+    movers = movers_of(model, arguments.nino, **moved_by)
+    methods = methods_of(beside, of_moved, params.rates, params.cosine, movers)
     methods["nowcast"] = nowcast_method(
         of_moved("nowcast"), proposer, decay, params.nowcast_every, steps, params.choice_images
     )

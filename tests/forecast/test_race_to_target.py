@@ -103,11 +103,10 @@ def test_every_method_has_runs_of_its_own(race):
 
 
 def test_training_is_moved_at_the_task_s_rate_and_on_every_schedule():
-
     def moves(_network):
         raise AssertionError("nothing is trained here")
 
-    methods = methods_of("{}".format, "{} moved".format, [2.0], [(80, 4.0)], {"line": moves}, checkpoints={"line": "1"})
+    methods = methods_of("{}".format, "{} moved".format, [2.0], [(80, 4.0)], {"line": (moves, "1")})
     assert [(name, m.rate, m.schedule, m.checkpoint) for name, m in methods.items()] == [
         ("adamw", 1.0, None, ""),
         ("adamw x 2", 2.0, None, ""),
